@@ -1,0 +1,102 @@
+"""What the user sets: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+
+from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Policy = Literal["mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6", "mxfp8"]
+POLICIES: Final[tuple[str, ...]] = get_args(Policy)
+THRESHOLD_POLICIES: Final = ("mxfp8-anchor", "paper", "released")
+"""Policies that split channels by calibrated thresholds; the others give every channel one format."""
+
+WEIGHT_MODES: Final = ("same", "mxfp4")
+GRANULARITIES: Final = (32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroMixConfig:
+    """Options of the backend, of `calibrate` and of `quantize_`.
+
+    policy: how channels are split. "mxfp8-anchor", "paper" and "released" compare |x| with per-format thresholds
+        (MicroMix, Eq. 6; see `assignment`); "mxfp4", "mxfp6" and "mxfp8" give every channel that format.
+    lam: factor on the thresholds; larger means more MXFP4.
+    fp6: the MXFP6 element format, "e2m3" or "e3m2" (the paper's).
+    weights: "same" gives a weight its channel's format, "mxfp4" makes every weight MXFP4.
+    scale_rounding: "rceil", "floor" or "even"; see `ScaleRounding`.
+    granularity: channels per format are rounded to multiples of this: 32, 64 or 128.
+    skip: fnmatch patterns of module names that stay as they are.
+    strict: an emulated or plain-PyTorch path is an error instead of a warning.
+    calibration_batches, calibration_tokens: the one-line form converts itself after so many batches or tokens,
+        whichever comes first.
+    dump: names of passes ("all" for each) whose graph before and after is written to `dump_dir`.
+
+    Raises ValueError or TypeError that names the field, its value and what is accepted.
+    """
+
+    policy: str = "mxfp8-anchor"
+    lam: float = 1.0
+    fp6: str = "e2m3"
+    weights: str = "same"
+    scale_rounding: ScaleRounding = ScaleRounding.RCEIL
+    granularity: int = 32
+    skip: tuple[str, ...] = ("*lm_head", "*embed_out", "*score")
+    strict: bool = False
+    calibration_batches: int = 32
+    calibration_tokens: int = 65_536
+    dump: tuple[str, ...] = ()
+    dump_dir: str = "micromix_graphs"
+
+    def __post_init__(self) -> None:
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("fp6", self.fp6, FP6_FORMATS)
+        _one_of("weights", self.weights, WEIGHT_MODES)
+        _one_of("scale_rounding", self.scale_rounding, tuple(ScaleRounding))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        object.__setattr__(self, "scale_rounding", ScaleRounding(self.scale_rounding))
+        if isinstance(self.lam, bool) or not isinstance(self.lam, int | float):
+            raise TypeError(f"lam must be a number, got {self.lam!r}")
+        if not 0.0 < self.lam < float("inf"):
+            raise ValueError(f"lam must be a positive finite number, got {self.lam}")
+        for name in ("calibration_batches", "calibration_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("skip", "dump"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"{name} must be a sequence of strings, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> MicroMixConfig:
+        """A config from plain keys and values. Raises ValueError for an unknown key, listing the valid ones."""
+        unknown = sorted(set(options) - set(cls.option_names()))
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(cls.option_names())}")
+        return cls(**options)
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The names of all options, in the order of their definition."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; `from_mapping` is its inverse."""
+        values = dataclasses.asdict(self)
+        return {**values, "scale_rounding": str(self.scale_rounding), "skip": list(self.skip), "dump": list(self.dump)}
+
+
+def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, accepted))}, got {value!r}")
+
+
+assert all(granularity % BLOCK_SIZE == 0 for granularity in GRANULARITIES), "granularities are whole blocks"

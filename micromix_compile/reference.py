@@ -1,0 +1,205 @@
+"""MX numerics in plain PyTorch: the truth that every kernel is tested against.
+
+Element codec, block quantization, and the two operations of a mixed linear. Each function is a pure function of its
+tensors, runs on any device, and follows OCP MX v1.0 (element encodings: 5.3; dot product: 6.2; quantization: 6.3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from micromix_compile import packing
+from micromix_compile.formats import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, ElemFormat, ScaleRounding, elem_format
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class QuantizedActivation(NamedTuple):
+    """A reordered, quantized (M, K) matrix with K = k4 + k6 + k8; see `packing` for the layouts.
+
+    q4: (M, k4 // 2), q6: (M, k6), q8: (M, k8), scale: (M, K // 32), all uint8.
+    """
+
+    q4: Tensor
+    q6: Tensor
+    q8: Tensor
+    scale: Tensor
+
+
+def encode(x: Tensor, fmt: ElemFormat) -> Tensor:
+    """Element codes of `x`, rounded to nearest even; finite overflow saturates to max_value (OCP 5.3).
+
+    x: any shape, float32, finite. Returns uint8 of the same shape, the code in the low `fmt.bits` bits.
+    """
+    bits = x.view(torch.int32)
+    magnitude = (bits & 0x7FFFFFFF).view(torch.float32)
+    # One code step at exponent e is 2**(e - mantissa_bits). Adding 2**(e - mantissa_bits + 23), whose ulp is that
+    # step, lets the fp32 adder round to nearest even; the low mantissa bits of the sum are the count of steps.
+    exponent = ((bits & 0x7FFFFFFF) >> 23).clamp(min=E8M0_BIAS + fmt.min_exponent)
+    exponent = exponent.clamp(max=E8M0_BIAS + fmt.emax + 1)  # beyond it everything saturates
+    magnitude = magnitude.clamp(max=2.0 * fmt.max_value)
+    magic = ((exponent + 23 - fmt.mantissa_bits) << 23).view(torch.float32)
+    steps = (magnitude + magic).view(torch.int32) & 0x7FFFFF
+    code = ((exponent - (E8M0_BIAS + fmt.min_exponent)) << fmt.mantissa_bits) + steps
+    sign = (bits >> 31) & 1
+    return (code.clamp(max=fmt.max_code) | (sign << (fmt.bits - 1))).to(torch.uint8)
+
+
+def decode(code: Tensor, fmt: ElemFormat) -> Tensor:
+    """Values of element codes. code: any shape, uint8. Returns float32; codes past max_code give inf or NaN."""
+    code = code.to(torch.int32)
+    sign = (code >> (fmt.bits - 1)) & 1
+    magnitude = code & ((1 << (fmt.bits - 1)) - 1)
+    exponent = magnitude >> fmt.mantissa_bits
+    mantissa = magnitude & ((1 << fmt.mantissa_bits) - 1)
+    normal = (exponent > 0).to(torch.int32)
+    significand = (mantissa + (normal << fmt.mantissa_bits)).to(torch.float32)
+    step = exponent.clamp(min=1) + (E8M0_BIAS - fmt.bias - fmt.mantissa_bits)
+    value = significand * (step << 23).view(torch.float32)
+    if fmt.max_code < (1 << (fmt.bits - 1)) - 1:
+        special = torch.where((magnitude == fmt.max_code + 1) & (mantissa == 0), torch.inf, torch.nan)
+        value = torch.where(magnitude > fmt.max_code, special, value)
+    return torch.where(sign == 1, -value, value)
+
+
+def scale_byte(amax: Tensor, fmt: ElemFormat, scale_rounding: ScaleRounding) -> Tensor:
+    """E8M0 byte of blocks with largest magnitude `amax` (float32, >= 0). Returns int32 of the same shape.
+
+    The exponent is clamped to -127, so blocks of zeros get byte 0; a NaN or infinite amax gives 255.
+    """
+    bits = amax.view(torch.int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    if scale_rounding == ScaleRounding.FLOOR:
+        carry = torch.zeros_like(exponent)
+    elif scale_rounding == ScaleRounding.RCEIL:
+        max_mantissa = int(torch.tensor(fmt.max_value).view(torch.int32)) & 0x7FFFFF
+        carry = (mantissa > max_mantissa).to(torch.int32)
+    else:
+        half_step = 1 << (22 - fmt.mantissa_bits)
+        carry = (mantissa + half_step) >> 23
+    byte = (exponent + carry - fmt.emax).clamp(min=0)
+    return torch.where(exponent == 255, E8M0_NAN, byte)
+
+
+def scale_value(byte: Tensor) -> Tensor:
+    """2**(byte - 127) as float32, NaN for 255 (OCP 5.4.1). byte: any integer dtype. Byte 0 is the subnormal 2**-127."""
+    byte = byte.to(torch.int32)
+    bits = torch.where(byte == 0, 0x00400000, byte << 23)
+    return torch.where(byte == E8M0_NAN, torch.nan, bits.view(torch.float32))
+
+
+def quantize(x: Tensor, fmt: str, *, scale_rounding: ScaleRounding = ScaleRounding.RCEIL) -> tuple[Tensor, Tensor]:
+    """Quantize the last dimension of `x` to MX (OCP 6.3).
+
+    x: (..., K) float32, bfloat16 or float16, K a multiple of 32.
+    Returns codes (..., K) uint8 and scale (..., K // 32) uint8 (E8M0). A block with a NaN or an infinity gets scale
+    255 and zero codes. Raises TypeError for another dtype, ValueError for another K.
+    """
+    _check_float(x)
+    if x.shape[-1] % BLOCK_SIZE:
+        raise ValueError(f"the last dimension must be a multiple of {BLOCK_SIZE}, got {x.shape[-1]}")
+    form = elem_format(fmt)
+    blocks = x.to(torch.float32).unflatten(-1, (-1, BLOCK_SIZE))
+    byte = scale_byte(blocks.abs().amax(-1), form, scale_rounding)
+    reciprocal = ((254 - byte).clamp(min=1) << 23).view(torch.float32)
+    poisoned = (byte == E8M0_NAN).unsqueeze(-1)
+    codes = encode(torch.where(poisoned, 0.0, blocks * reciprocal.unsqueeze(-1)), form)
+    return codes.flatten(-2), byte.to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    """The values of MX codes: float32 (..., K) from codes (..., K) uint8 and scale (..., K // 32) uint8 (OCP 6.1)."""
+    values = decode(codes, elem_format(fmt)).unflatten(-1, (-1, BLOCK_SIZE))
+    return (values * scale_value(scale).unsqueeze(-1)).flatten(-2)
+
+
+def check_split(split: tuple[int, int, int], channels: int) -> None:
+    """Raise ValueError unless `split` = (k4, k6, k8) are multiples of 32, none negative, that sum to `channels`."""
+    for name, k in zip(("k4", "k6", "k8"), split, strict=True):
+        if k < 0 or k % BLOCK_SIZE:
+            raise ValueError(f"{name} must be a non-negative multiple of {BLOCK_SIZE}, got {k}")
+    if sum(split) != channels:
+        raise ValueError(f"split {split} sums to {sum(split)}, but channel_perm has {channels} entries")
+
+
+def reorder(x: Tensor, channel_perm: Tensor) -> Tensor:
+    """x[:, channel_perm], where an index of -1 reads as zero (the padding of a K that is not a multiple of 32)."""
+    index = channel_perm.to(torch.int64)
+    columns = x.index_select(1, index.clamp(min=0))
+    return torch.where(index < 0, torch.zeros((), dtype=x.dtype, device=x.device), columns)
+
+
+def reorder_quantize(
+    x: Tensor,
+    channel_perm: Tensor,
+    split: tuple[int, int, int],
+    *,
+    fp6: str,
+    scale_rounding: ScaleRounding = ScaleRounding.RCEIL,
+) -> QuantizedActivation:
+    """Reorder the channels of `x` and quantize them as [MXFP4 | MXFP6 | MXFP8] (MicroMix, section 4.2).
+
+    x: (M, C) float32, bfloat16 or float16. channel_perm: (K,) integer, entries in [0, C) or -1 for a zero channel.
+    split: (k4, k6, k8), multiples of 32 with sum K. fp6: "e2m3" or "e3m2".
+    Raises TypeError or ValueError on anything else.
+    """
+    _check_float(x)
+    if x.dim() != 2:
+        raise ValueError(f"x must be 2-dimensional (M, C), got shape {tuple(x.shape)}")
+    check_split(split, channel_perm.shape[0])
+    k4, k6, _ = split
+    y = reorder(x, channel_perm)
+    codes4, scale4 = quantize(y[:, :k4], "e2m1", scale_rounding=scale_rounding)
+    codes6, scale6 = quantize(y[:, k4 : k4 + k6], fp6, scale_rounding=scale_rounding)
+    codes8, scale8 = quantize(y[:, k4 + k6 :], "e4m3", scale_rounding=scale_rounding)
+    q6, scale6 = packing.align_fp6(codes6, scale6, fp6)
+    return QuantizedActivation(packing.pack_fp4(codes4), q6, codes8, torch.cat((scale4, scale6, scale8), 1))
+
+
+def dequantize_activation(x4: Tensor, x6: Tensor, x8: Tensor, scale: Tensor) -> Tensor:
+    """float32 (M, K) values of a `QuantizedActivation`."""
+    k4, k6 = 2 * x4.shape[1], x6.shape[1]
+    s4, s6, s8 = scale.split([k4 // BLOCK_SIZE, k6 // BLOCK_SIZE, x8.shape[1] // BLOCK_SIZE], dim=1)
+    return torch.cat(
+        (
+            dequantize(packing.unpack_fp4(x4), s4, "e2m1"),
+            dequantize(x6, s6, "e4m3"),
+            dequantize(x8, s8, "e4m3"),
+        ),
+        dim=1,
+    )
+
+
+def dequantize_weight(w4: Tensor, w6: Tensor, w8: Tensor, scale: Tensor, fp6: str) -> Tensor:
+    """float32 (N, K) values of packed weights: as an activation, with FP6 in three byte planes."""
+    return dequantize_activation(w4, packing.unpack_fp6(w6, fp6), w8, scale)
+
+
+def mixed_mx_mm(
+    x: QuantizedActivation,
+    w4: Tensor,
+    w6: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    fp6: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """dequant(x) @ dequant(w).T + bias, accumulated in float32 and rounded once (OCP 6.2; MicroMix, section 4.3).
+
+    w4: (N, k4 // 2), w6: (3, N, k6 // 4), w8: (N, k8), w_scale: (N, K // 32), all uint8. The weights' split may
+    differ from the activations' (weights="mxfp4": w4 holds all K). bias: (N,) or None. Returns (M, N) out_dtype.
+    """
+    out = dequantize_activation(*x) @ dequantize_weight(w4, w6, w8, w_scale, fp6).T
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out.to(out_dtype)
+
+
+def _check_float(x: Tensor) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
