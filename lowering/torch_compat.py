@@ -1,0 +1,122 @@
+"""The one place that touches private parts of torch, each with what it is for. Works on torch 2.11 to 2.15."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import AttrSource
+from torch._guards import TracingContext
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch._dynamo.source import Source
+
+
+def source_of(placeholder: fx.Node) -> Source | None:
+    """Where Dynamo found a graph input, or None for inputs of another origin."""
+    grapharg = placeholder.meta.get("grapharg")
+    return None if grapharg is None else grapharg.source
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Python expression of a graph input, relative to the frame that was compiled."""
+    source = source_of(placeholder)
+    if source is None:
+        return placeholder.name
+    name = source.name  # a method up to 2.11, a property since
+    return str(name() if callable(name) else name)
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """The name of a weight as far as its frame knows it: "layers.0.fc" of L['self'].layers[0].fc.weight."""
+    parts = re.findall(r"_(?:modules|parameters)\['([^']+)'\]", source_name(placeholder))
+    return ".".join(parts).removesuffix(".weight") or placeholder.name
+
+
+def guard_attribute(placeholder: fx.Node, attribute: str) -> None:
+    """Make Dynamo compile anew when `attribute` of the tensor behind a graph input changes its value."""
+    source = source_of(placeholder)
+    assert source is not None, f"{placeholder.name} has no Dynamo source to guard"
+    guard = AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH)
+    TracingContext.get().guards_context.dynamo_guards.add(guard)
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may get more inputs: Dynamo reads its own graph's placeholders again after the backend returns."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copies)
+    output = graph.output(result)
+    output.meta = dict(gm.graph.output_node().meta)
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy
+
+
+def add_static_input(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
+    """Append a graph input of example's shape whose address stays the same between calls (no CUDA-graph copies)."""
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None, "Dynamo compiles under a fake tensor mode"
+    node.meta["example_value"] = fake_mode.from_tensor(example, static_shapes=True)
+    return node
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """torch.compile's own back half, with Inductor options patched in."""
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch.no_grad():
+        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    return compiled
+
+
+def inductor_options() -> frozenset[str]:
+    """Names that Inductor accepts as options."""
+    import torch._inductor
+
+    return frozenset(torch._inductor.list_options())
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """What a mode of torch.compile stands for. Raises RuntimeError for an unknown one."""
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def enclosing_modules() -> list[nn.Module]:
+    """The modules whose methods are running on this thread's stack, innermost first."""
+    frame = sys._getframe()
+    found: list[nn.Module] = []
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule) and all(owner is not module for module in found):
+            found.append(owner)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """The user's module under torch.compile's wrapper."""
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module), "torch.compile wraps a module"
+    return original

@@ -1,0 +1,136 @@
+"""From statistics to splits: which channels run in MXFP4, MXFP6 and MXFP8 (MicroMix, section 4.1).
+
+Eq. 6 asks that a format's worst rounding error stay under that of a better format, the anchor, at the row's maximum:
+
+    T(n) = lam * 2**b * 2**(n - 1) / qmax_n * max|x| / anchor
+
+with n the element's bits, qmax_n its largest value, b an exponent. An element below T(n) may run in n bits.
+The policies differ in anchor, b and comparison:
+
+    paper         INT8 (anchor 254), b the exponent bias, |x|
+    released      the same thresholds compared with x, not |x|, as the authors' published calibration does
+    mxfp8-anchor  MXFP8-E4M3 (its own 2**b * 2**(n - 1) / qmax_n), b = emax, |x|
+
+A threshold counts elements, the counts give shares, the shares give numbers of channels; the channels are those with
+the smallest mean |x|. The threshold is thus a budget, not a bound: MXFP4 blocks do hold elements above T(4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from micromix_compile.config import THRESHOLD_POLICIES, MicroMixConfig
+from micromix_compile.formats import BLOCK_SIZE, ElemFormat, elem_format
+from micromix_compile.recipe import ChannelStatistics, GroupRecipe, Recipe, Split, Threshold
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INT8_ANCHOR = 254.0
+
+
+def thresholds(config: MicroMixConfig) -> tuple[Threshold, Threshold]:
+    """(T(4), T(6)) of a threshold policy. Raises ValueError for the uniform policies, which have none."""
+    if config.policy not in THRESHOLD_POLICIES:
+        raise ValueError(f"policy {config.policy!r} has no thresholds; those of {THRESHOLD_POLICIES} have")
+    anchor_is_fp8 = config.policy == "mxfp8-anchor"
+    anchor = _error_ratio(elem_format("e4m3"), use_emax=True) if anchor_is_fp8 else INT8_ANCHOR
+    t4, t6 = (
+        Threshold(
+            ratio=config.lam * _error_ratio(elem_format(name), use_emax=anchor_is_fp8) / anchor,
+            signed=config.policy == "released",
+        )
+        for name in ("e2m1", config.fp6)
+    )
+    return t4, t6
+
+
+def _error_ratio(fmt: ElemFormat, *, use_emax: bool) -> float:
+    exponent = fmt.emax if use_emax else fmt.bias
+    return float(2.0**exponent * 2.0 ** (fmt.bits - 1) / fmt.max_value)
+
+
+def thresholds_to_count(config: MicroMixConfig) -> tuple[Threshold, ...]:
+    """The thresholds that calibration counts: those of the policy, for both MXFP6 formats. Empty if uniform."""
+    if config.policy not in THRESHOLD_POLICIES:
+        return ()
+    both = (thresholds(dataclasses.replace(config, fp6=fp6)) for fp6 in ("e2m3", "e3m2"))
+    return tuple(dict.fromkeys(t for pair in both for t in pair))
+
+
+def padded_channels(in_features: int) -> int:
+    """K: `in_features` rounded up to whole blocks of 32."""
+    return math.ceil(in_features / BLOCK_SIZE) * BLOCK_SIZE
+
+
+def solve_split(channels: int, share6: float, share8: float, granularity: int) -> Split:
+    """(k4, k6, k8) from the shares of elements that need 6 and 8 bits.
+
+    channels: K, a multiple of 32. Both counts are rounded up to `granularity`, MXFP8 first; MXFP4 takes the rest.
+    Where the rounded counts pass K, MXFP6 takes what MXFP8 leaves. Raises ValueError unless the shares are in [0, 1].
+    """
+    for name, share in (("share6", share6), ("share8", share8)):
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {share}")
+    k8 = min(_round_up(channels * share8, granularity), channels)
+    k6 = min(_round_up(channels * share6, granularity), channels - k8)
+    return channels - k6 - k8, k6, k8
+
+
+def _round_up(count: float, granularity: int) -> int:
+    return math.ceil(count / granularity) * granularity
+
+
+def split_of(statistics: ChannelStatistics, config: MicroMixConfig) -> Split:
+    """The split of one activation under `config`. Raises ValueError if its thresholds were not counted."""
+    channels = padded_channels(statistics.abs_mean.numel())
+    if config.policy not in THRESHOLD_POLICIES:
+        position = ("mxfp4", "mxfp6", "mxfp8").index(config.policy)
+        k4, k6, k8 = (channels if i == position else 0 for i in range(3))
+        return k4, k6, k8
+    t4, t6 = thresholds(config)
+    missing = [t for t in (t4, t6) if t not in statistics.below]
+    if missing:
+        raise ValueError(
+            f"policy {config.policy!r} with lam={config.lam} needs counts below {missing[0].ratio:.4g} of each row's "
+            f"maximum, which calibration did not take; calibrate with this policy and lam"
+        )
+    below4, below6 = statistics.below[t4], max(statistics.below[t6], statistics.below[t4])
+    share6 = (below6 - below4) / statistics.elements
+    share8 = 1.0 - below6 / statistics.elements
+    return solve_split(channels, share6, share8, config.granularity)
+
+
+def channel_order(statistics: ChannelStatistics, config: MicroMixConfig) -> Tensor:
+    """channel_perm: (K,) int32, ascending by mean |x|; uniform policies keep the model's order. Padding comes first."""
+    in_features = statistics.abs_mean.numel()
+    if config.policy in THRESHOLD_POLICIES:
+        order = torch.argsort(statistics.abs_mean, stable=True)
+    else:
+        order = torch.arange(in_features)
+    padding = torch.full((padded_channels(in_features) - in_features,), -1)
+    return torch.cat((padding, order)).to(torch.int32)
+
+
+def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
+    """The recipe solved again under `config` from its own statistics.
+
+    Raises ValueError if `config` needs thresholds that calibration did not count.
+    """
+    groups = {
+        name: GroupRecipe(
+            name=name,
+            channel_perm=channel_order(group.statistics, config),
+            split=split_of(group.statistics, config),
+            statistics=group.statistics,
+        )
+        for name, group in recipe.groups.items()
+    }
+    linears = {
+        fqn: dataclasses.replace(linear, group=groups[linear.group.name]) for fqn, linear in recipe.linears.items()
+    }
+    return dataclasses.replace(recipe, config=config, linears=linears)

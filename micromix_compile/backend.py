@@ -1,0 +1,165 @@
+"""torch.compile(model, backend="micromix"): from a Dynamo graph to code whose linears run in mixed MX formats."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from micromix_compile import ops
+from micromix_compile.assignment import assign
+from micromix_compile.calibration import compile_observed
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.lowering import inductor, torch_compat
+from micromix_compile.lowering.target import target_of
+from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, run_passes
+from micromix_compile.recipe import Recipe
+from micromix_compile.session import Session, close_graph, open_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import fx
+
+logger = logging.getLogger("micromix_compile")
+_said: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What torch.compile was given, sorted: fields of `MicroMixConfig`, the recipe, Inductor's."""
+
+    ours: Mapping[str, Any]
+    recipe: Recipe | str | None
+    inductor: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[MicroMixConfig, object]:
+        """Equal for calls that belong to one session."""
+        return MicroMixConfig(**self.ours), id(self.recipe) if isinstance(self.recipe, Recipe) else self.recipe
+
+    def make_session(self) -> Session:
+        """A session that quantizes by the recipe, or calibrates first if there is none."""
+        if self.recipe is None:
+            return Session(MicroMixConfig(**self.ours))
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else Recipe.load(self.recipe)
+        config = MicroMixConfig.from_mapping({**recipe.config.to_dict(), **self.ours})
+        return Session(config, assign(recipe, config) if config != recipe.config else recipe)
+
+
+def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+    """Sort the options of torch.compile.
+
+    Ours are the fields of `MicroMixConfig`, "recipe" (a Recipe or the path of one) and "mode"; the others must be
+    Inductor's. With a recipe, our others solve its splits again. Raises ValueError or TypeError.
+    """
+    given = dict(options or {})
+    mode = given.pop("mode", mode)
+    recipe = given.pop("recipe", None)
+    if not isinstance(recipe, Recipe | str | os.PathLike | None):
+        raise TypeError(f"recipe must be a Recipe or the path of one, got {type(recipe).__name__}")
+    ours = {name: given.pop(name) for name in MicroMixConfig.option_names() if name in given}
+    refused = sorted((set(given) - torch_compat.inductor_options()) | (set(given) & {inductor.POST_GRAD_HOOK}))
+    if refused:
+        raise ValueError(
+            f"unknown option {refused[0]!r}; the options of this backend are recipe, mode, "
+            f"{', '.join(MicroMixConfig.option_names())}; those of Inductor pass through, but {inductor.POST_GRAD_HOOK}"
+        )
+    from_mode = torch_compat.mode_options(mode) if mode and mode != "default" else {}
+    path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else recipe
+    return Options(ours=ours, recipe=path, inductor={**from_mode, **given})
+
+
+_Sessions = dict[tuple[MicroMixConfig, object], tuple[Options, Session]]
+_model_sessions: WeakKeyDictionary[nn.Module, _Sessions] = WeakKeyDictionary()
+_function_sessions: _Sessions = {}
+
+
+def micromix(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend, as torch.compile calls it for every graph.
+
+    With a recipe in the options the linears are quantized at once. Without one the first calls calibrate, eagerly, and
+    then the model converts itself. Raises ValueError or TypeError for options, models and recipes that don't fit.
+    """
+    parsed = parse_options(mode, options)
+    session = _session_of(torch_compat.enclosing_modules(), parsed)
+    if session.recipe is None:
+        return compile_observed(session, gm, example_inputs, convert_by_itself=True)
+    return compile_quantized(session, gm, example_inputs, parsed.inductor)
+
+
+def _session_of(modules: Sequence[nn.Module], parsed: Options) -> Session:
+    """The session of the model whose forward pass is being compiled: `modules`, innermost first, are running."""
+    for module in modules:
+        if parsed.key in _model_sessions.get(module, {}):
+            return _model_sessions[module][parsed.key][1]
+    if not modules:
+        return _function_sessions.setdefault(parsed.key, (parsed, parsed.make_session()))[1]
+    model = torch_compat.original_module(modules[-1])
+    session = parsed.make_session()
+    session.prepare(model)
+    _model_sessions.setdefault(model, {})[parsed.key] = (parsed, session)
+    return session
+
+
+def compile_quantized(
+    session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Rewrite the graph's linears and compile it with Inductor; packed weights are looked up for every call."""
+    gm, context = open_graph(session, gm, example_inputs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    run_passes(gm, CONVERT_PASSES, context)
+    close_graph(session, context)
+    appended = gm.graph.find_nodes(op="placeholder")[len(placeholders) :]
+    products = [node for node in gm.graph.nodes if node.target in (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm)]
+    if products:
+        _check_target(session.config, example_inputs)
+    compiled = inductor.compile_graph(
+        gm,
+        [*example_inputs, *(node.meta["example_value"] for node in appended)],
+        options=options,
+        post_grad_passes=POST_GRAD_PASSES,
+        settings=session.config.to_dict(),
+    )
+    position = {node: i for i, node in enumerate(placeholders)}
+    inputs = [(position[weight], index) for weight, index in context.inputs]
+    weights = sorted({i for i, _ in inputs})
+
+    def run(*args: Any) -> Any:
+        packed = {i: session.packed(args[i]) for i in weights}
+        for i in weights:
+            session.count_call(args[i])
+        if weights and torch.is_grad_enabled():
+            _say_once("micromix runs without gradients: its outputs don't require grad")
+        with torch.no_grad():
+            return compiled(*args, *(packed[i][index] for i, index in inputs))
+
+    return run
+
+
+def _check_target(config: MicroMixConfig, example_inputs: Sequence[Any]) -> None:
+    device = next(value.device for value in example_inputs if isinstance(value, torch.Tensor))
+    target = target_of(device)
+    if target.emulated is None:
+        return
+    message = f"the linears run as plain PyTorch operations on {target.name}: {target.emulated}"
+    if config.strict:
+        raise RuntimeError(f"strict=True: {message}")
+    _say_once(message)
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)

@@ -1,0 +1,122 @@
+"""Calibration: the compiled graph runs eagerly with observers in it, then the statistics become a recipe."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.lowering import torch_compat
+from micromix_compile.observer import token_mask
+from micromix_compile.passes import CALIBRATE_PASSES, run_passes
+from micromix_compile.progress import CallProgress, track
+from micromix_compile.session import Session, close_graph, open_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import fx
+
+    from micromix_compile.recipe import Recipe
+
+logger = logging.getLogger("micromix_compile")
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    config: MicroMixConfig | None = None,
+    *,
+    progress: bool = True,
+) -> Recipe:
+    """Run `batches` through `model` and decide the order and split of every linear's input channels.
+
+    batches: mappings of keyword arguments (input_ids, attention_mask, ...), or single tensors passed as they are.
+        Tokens where a 2-dimensional attention_mask is 0 are not counted.
+    Returns a `Recipe`. The model is not changed. Raises ValueError if the model is in training mode, if no batch or no
+    linear was reached, or if an activation holds a NaN (naming the linear and the batch); TypeError for other batches.
+    """
+    model = torch_compat.original_module(model)
+    session = Session(config or MicroMixConfig())
+    session.prepare(model)
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_observed(session, gm, example_inputs, convert_by_itself=False)
+
+    observed = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for batch in track(batches, "calibrating", show=progress):
+            with _masking(batch):
+                _call(observed, batch)
+    return session.convert()
+
+
+def _call(model: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> None:
+    if isinstance(batch, Tensor):
+        model(batch)
+    elif hasattr(batch, "keys"):  # dict, or the BatchEncoding of a tokenizer
+        model(**batch)
+    else:
+        raise TypeError(f"a batch must be a tensor or a mapping of keyword arguments, got {type(batch).__name__}")
+
+
+@contextmanager
+def _masking(batch: Mapping[str, Any] | Tensor) -> Iterator[None]:
+    mask = None if isinstance(batch, Tensor) else dict(batch).get("attention_mask")
+    previous = token_mask.set(mask)
+    try:
+        yield
+    finally:
+        token_mask.reset(previous)
+
+
+def compile_observed(
+    session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any], *, convert_by_itself: bool
+) -> Callable[..., Any]:
+    """The graph as it is, run eagerly, with observers in it.
+
+    convert_by_itself: the session converts once it has seen enough, and reads the attention mask from the graph.
+    """
+    gm, context = open_graph(session, gm, example_inputs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    observed = run_passes(gm, CALIBRATE_PASSES, context)["insert_observers"]
+    close_graph(session, context)
+    names = [torch_compat.source_name(node) for node in placeholders]
+    masks = [i for i, name in enumerate(names) if "attention_mask" in name and _is_token_mask(example_inputs[i])]
+    progress = CallProgress("micromix calibrates", show=convert_by_itself)
+    starts_pass = bool(masks) or any("input_ids" in name or "inputs_embeds" in name for name in names)
+
+    def run(*args: Any) -> Any:
+        if convert_by_itself and starts_pass:
+            token_mask.set(args[masks[0]] if masks else None)
+        with torch.no_grad():
+            result = gm.forward(*args)
+        if convert_by_itself and observed and session.recipe is None:
+            _convert_when_done(session, progress)
+        return result
+
+    return run
+
+
+def _is_token_mask(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def _convert_when_done(session: Session, progress: CallProgress) -> None:
+    """Convert once every linear has seen enough, or one has gone a batch further: some may never be reached."""
+    progress.update(session.observed_batches, session.config.calibration_batches)
+    if session.has_seen_enough():
+        progress.stop()
+        recipe = session.convert()
+        logger.warning(
+            "calibrated on %d batches; %s now runs quantized: %.2f element bits, %.2f stored bits a weight",
+            session.observed_batches,
+            session.model_id,
+            recipe.element_bits,
+            recipe.stored_bits,
+        )

@@ -1,0 +1,524 @@
+"""The command line: `micromix calibrate | quantize | eval | generate | doctor | demo`.
+
+Tables and texts go to standard output, progress to standard error. What the user did wrong is one line on standard
+error: exit code 2 for a wrong option, 1 for anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from micromix_compile import texts, zoo
+from micromix_compile.config import GRANULARITIES, POLICIES, WEIGHT_MODES, MicroMixConfig
+from micromix_compile.formats import FP6_FORMATS, ScaleRounding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from micromix_compile.evaluation import RowResult
+    from micromix_compile.recipe import Recipe
+
+logger = logging.getLogger("micromix_compile")
+
+app = typer.Typer(
+    name="micromix",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DTYPES: Final = ("float32", "bfloat16", "float16")
+EVALUATION_WINDOWS: Final = 12
+CALIBRATION_WINDOWS: Final = 32
+DEMO_PROMPT: Final = "Explain in two sentences why the sky is blue."
+USER_ERRORS: Final = (ValueError, OSError, ModuleNotFoundError)
+
+
+class UsageError(Exception):
+    """An option's value is wrong, or options contradict each other."""
+
+
+def _choices(values: Sequence[object]) -> str:
+    return " | ".join(map(str, values))
+
+
+Model = Annotated[str, typer.Option(help=f"{zoo.DEFAULT_MODEL}, or a local Hugging Face directory.")]
+Data = Annotated[str, typer.Option(help="Text: wiki, c4, or a local .txt, .jsonl, .json or .parquet file.")]
+Column = Annotated[str, typer.Option(help="The column that holds the text, for files of rows.")]
+DType = Annotated[str, typer.Option(help=f"{_choices(DTYPES)}.")]
+Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]
+WindowLength = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe to use instead of calibrating.")]
+Prompt = Annotated[str, typer.Option(help="What to continue or, with a chat template, to answer.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate.")]
+Policy = Annotated[str | None, typer.Option(help=f"How channels are split: {_choices(POLICIES)}.")]
+Lam = Annotated[float | None, typer.Option(help="Factor on the thresholds; larger means more MXFP4.")]
+FP6 = Annotated[str | None, typer.Option(help=f"The MXFP6 element format: {_choices(FP6_FORMATS)}.")]
+Weights = Annotated[str | None, typer.Option(help=f"Formats of the weights: {_choices(WEIGHT_MODES)}.")]
+Rounding = Annotated[str | None, typer.Option(help=f"How block scales are rounded: {_choices(tuple(ScaleRounding))}.")]
+Granularity = Annotated[int | None, typer.Option(help=f"Channel counts are multiples of: {_choices(GRANULARITIES)}.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Names (fnmatch) of linears to leave as they are; repeatable.")]
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command whose user errors end in one line instead of a traceback."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                code, message = exit_of(error)
+                if message is None:
+                    raise
+                logger.debug("where the error came from", exc_info=True)
+                typer.echo(f"micromix {name}: {message}", err=True)
+                raise typer.Exit(code) from None
+
+        return app.command(name)(run)
+
+    return register
+
+
+@app.callback()
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the log, and where errors come from.")] = False,
+) -> None:
+    """Run the linear layers of a language model in a per-channel mix of MXFP4, MXFP6 and MXFP8."""
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logger.setLevel(logging.DEBUG)
+
+
+def exit_of(error: Exception) -> tuple[int, str | None]:
+    """(exit code, line to print); no line for errors that aren't the user's."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    if isinstance(error, BackendCompilerFailed):
+        error = error.inner_exception
+    if isinstance(error, UsageError):
+        return 2, str(error)
+    if isinstance(error, USER_ERRORS):
+        return 1, " ".join(str(error).split()) or type(error).__name__
+    return 1, None
+
+
+@_command("calibrate")
+def calibrate(
+    out: Annotated[Path, typer.Option(help="File to write the recipe to (safetensors).")],
+    model: Model = zoo.DEFAULT_MODEL,
+    data: Data = texts.DEFAULT_DATA,
+    column: Column = "text",
+    windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    window_length: WindowLength = texts.WINDOW_LENGTH,
+    dtype: DType = "bfloat16",
+    device: Device = "cpu",
+    policy: Policy = None,
+    lam: Lam = None,
+    fp6: FP6 = None,
+    weights: Weights = None,
+    scale_rounding: Rounding = None,
+    granularity: Granularity = None,
+    skip: Skip = None,
+) -> None:
+    """Measure activations on text; write a recipe."""
+    if out.is_dir():
+        raise UsageError(f"--out must be a file, and {out} is a directory")
+    config = _config(MicroMixConfig(), policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    loaded = _load(model, dtype, device)
+    recipe = _decide(None, config, loaded, data, column, windows, window_length)
+    recipe.save(out)
+    typer.echo(f"{out}: {_summary(recipe)}")
+
+
+@_command("quantize")
+def quantize(
+    out: Annotated[Path, typer.Option(help="Directory to write the packed checkpoint to.")],
+    model: Model = zoo.DEFAULT_MODEL,
+    recipe_file: RecipeFile = None,
+    data: Data = texts.DEFAULT_DATA,
+    column: Column = "text",
+    windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    window_length: WindowLength = texts.WINDOW_LENGTH,
+    dtype: DType = "bfloat16",
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+    policy: Policy = None,
+    lam: Lam = None,
+    fp6: FP6 = None,
+    weights: Weights = None,
+    scale_rounding: Rounding = None,
+    granularity: Granularity = None,
+    skip: Skip = None,
+) -> None:
+    """Write a checkpoint with packed linear layers.
+
+    It is calibrated first unless a recipe is given, and loads with transformers.
+    """
+    import micromix_compile as micromix
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; --overwrite replaces it")
+    recipe = _load_recipe(recipe_file)
+    base = MicroMixConfig() if recipe is None else recipe.config
+    config = _config(base, policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    loaded = _load(model, dtype, device)
+    recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
+    with _status("packing"), zoo.replace_directory(out) as directory:
+        micromix.quantize_(loaded.model, recipe)
+        loaded.model.save_pretrained(directory)
+        loaded.tokenizer.save_pretrained(directory)
+    typer.echo(f"{out}: {_summary(recipe)}")
+
+
+@_command("eval")
+def eval_(
+    model: Model = zoo.DEFAULT_MODEL,
+    recipe_file: RecipeFile = None,
+    data: Data = texts.DEFAULT_DATA,
+    column: Column = "text",
+    rows: Annotated[
+        list[str] | None, typer.Option(help="Rows of the table, separated by spaces or repeated; all by default.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of evaluation text.")] = EVALUATION_WINDOWS,
+    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    window_length: WindowLength = texts.WINDOW_LENGTH,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
+    policy: Policy = None,
+    lam: Lam = None,
+    fp6: FP6 = None,
+    weights: Weights = None,
+    scale_rounding: Rounding = None,
+    granularity: Granularity = None,
+    skip: Skip = None,
+) -> None:
+    """Measure perplexity in each format.
+
+    Every row runs through the compiled backend and is compared with the unquantized model. Of a packed checkpoint,
+    which has one format and no unquantized model beside it, only the perplexity is measured.
+    """
+    from micromix_compile import evaluation
+
+    names = _rows(rows, dtype)
+    recipe = _load_recipe(recipe_file)
+    base = MicroMixConfig() if recipe is None else recipe.config
+    config = _config(base, policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    loaded = _load(model, dtype, device)
+    text = texts.load_texts(data, column=column)
+    measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
+    if _is_packed(model):
+        results = [evaluation.packed_row(loaded.model, measured)]
+    else:
+        recipe = _decide(recipe, config, loaded, data, column, calibration_windows, window_length)
+        results = _measure(loaded, recipe, names, measured)
+    Console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
+    if json_file is not None:
+        settings = {
+            "model": model,
+            "data": text.name,
+            "windows": windows,
+            "window_length": window_length,
+            "calibration_windows": None if recipe_file or _is_packed(model) else calibration_windows,
+            "dtype": dtype,
+            "config": None if _is_packed(model) else config.to_dict(),
+        }
+        _write_json(json_file, settings, results)
+
+
+@_command("generate")
+def generate(
+    prompt: Prompt = DEMO_PROMPT,
+    model: Model = zoo.DEFAULT_MODEL,
+    recipe_file: RecipeFile = None,
+    which: Annotated[str, typer.Option(help="full | micromix | both.")] = "both",
+    max_new_tokens: MaxNewTokens = 48,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Through torch.compile: slower to start, faster per token.")
+    ] = False,
+    data: Data = texts.DEFAULT_DATA,
+    column: Column = "text",
+    windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    window_length: WindowLength = texts.WINDOW_LENGTH,
+    dtype: DType = "bfloat16",
+    device: Device = "cpu",
+    policy: Policy = None,
+    lam: Lam = None,
+    fp6: FP6 = None,
+    weights: Weights = None,
+    scale_rounding: Rounding = None,
+    granularity: Granularity = None,
+    skip: Skip = None,
+) -> None:
+    """Write text greedily, unquantized and quantized."""
+    if which not in ("full", "micromix", "both"):
+        raise UsageError(f"--which must be full, micromix or both, got {which!r}")
+    recipe = _load_recipe(recipe_file)
+    base = MicroMixConfig() if recipe is None else recipe.config
+    config = _config(base, policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    loaded = _load(model, dtype, device)
+    if _is_packed(model):
+        _print_text("packed", _generate(loaded, prompt, max_new_tokens))
+        return
+    if which != "micromix":
+        _print_text(dtype, _generate(loaded, prompt, max_new_tokens))
+    if which == "full":
+        return
+    recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
+    _print_text("MicroMix", _generate_quantized(loaded, recipe, prompt, max_new_tokens, compiled))
+
+
+@_command("doctor")
+def doctor() -> None:
+    """Say what this machine will run.
+
+    The exit code is 1 if the backend isn't registered.
+    """
+    import torch._dynamo
+
+    from micromix_compile import evaluation, native
+    from micromix_compile.lowering import target
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in (*evaluation.versions().items(), *evaluation.hardware().items()):
+        table.add_row(name, value)
+    registered = "micromix" in torch._dynamo.list_backends()
+    table.add_row("backend", "registered" if registered else "not registered: pip install micromix-compile")
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        with _status(f"looking at {device}"):
+            found = target.target_of(torch.device(device))
+        table.add_row(f"runs on {device}", found.name if found.emulated is None else f"plain PyTorch: {found.emulated}")
+    for name, value in dataclasses.asdict(native.status()).items():
+        table.add_row(f"native {name}", str(value))
+    table.add_row("model cache", str(zoo.cache_dir()))
+    Console().print(table)
+    if not registered:
+        raise typer.Exit(1)
+
+
+@_command("demo")
+def demo(
+    windows: Annotated[int, typer.Option(min=1, help="Windows of evaluation text.")] = EVALUATION_WINDOWS,
+    calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
+    prompt: Prompt = DEMO_PROMPT,
+    max_new_tokens: MaxNewTokens = 48,
+) -> None:
+    """Do all of it once, on the default model."""
+    start = time.perf_counter()
+    loaded = _load(zoo.DEFAULT_MODEL, "bfloat16", "cpu")
+    data, length = texts.DEFAULT_DATA, texts.WINDOW_LENGTH
+    recipe = _decide(None, MicroMixConfig(), loaded, data, "text", calibration_windows, length)
+    measured = texts.token_windows(texts.load_texts(data).evaluation, loaded.tokenizer, windows, length)
+    results = _measure(loaded, recipe, DEMO_ROWS, measured)
+    Console().print(_table(results, f"{zoo.DEFAULT_MODEL}, {data}, {windows} windows of {length} tokens, bfloat16"))
+    _print_text("BF16", _generate(loaded, prompt, max_new_tokens))
+    _print_text("MicroMix", _generate_quantized(loaded, recipe, prompt, max_new_tokens, compiled=False))
+    typer.echo(f"\nfinished in {time.perf_counter() - start:.0f} s")
+
+
+DEMO_ROWS: Final = ("bf16", "mxfp8", "mxfp6-e2m3", "mxfp4", "micromix")
+
+
+def _config(
+    base: MicroMixConfig,
+    policy: str | None,
+    lam: float | None,
+    fp6: str | None,
+    weights: str | None,
+    scale_rounding: str | None,
+    granularity: int | None,
+    skip: Sequence[str] | None,
+) -> MicroMixConfig:
+    """`base` with the options that were given. Raises UsageError."""
+    given = {
+        "policy": policy,
+        "lam": lam,
+        "fp6": fp6,
+        "weights": weights,
+        "scale_rounding": scale_rounding,
+        "granularity": granularity,
+        "skip": tuple(skip) if skip else None,
+    }
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        return dataclasses.replace(base, **values)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _rows(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
+    """The names of the rows, checked before anything slow runs. Raises UsageError."""
+    from micromix_compile import evaluation
+
+    accepted = evaluation.row_names(_dtype(dtype))
+    names = tuple(name for part in given or () for name in part.split()) or accepted
+    for name in names:
+        if name not in accepted:
+            raise UsageError(f"--rows must be among {', '.join(accepted)} for {dtype}, got {name!r}")
+    return names
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    if name not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _load(model: str, dtype: str, device: str) -> zoo.LoadedModel:
+    return zoo.load_model(model, _dtype(dtype), device=device)
+
+
+def _is_packed(model: str) -> bool:
+    return model != zoo.DEFAULT_MODEL and zoo.is_packed(Path(model).expanduser())
+
+
+def _load_recipe(path: Path | None) -> Recipe | None:
+    import micromix_compile as micromix
+
+    return None if path is None else micromix.Recipe.load(path)
+
+
+def _decide(
+    recipe: Recipe | None,
+    config: MicroMixConfig,
+    loaded: zoo.LoadedModel,
+    data: str,
+    column: str,
+    windows: int,
+    window_length: int,
+) -> Recipe:
+    """The given recipe, its splits solved again under `config`; or one calibrated on `windows` windows of the text."""
+    import micromix_compile as micromix
+
+    if recipe is not None:
+        return micromix.assign(recipe, config) if config != recipe.config else recipe
+    text = texts.load_texts(data, column=column)
+    tokens = texts.token_windows(text.calibration, loaded.tokenizer, windows, window_length)
+    _note(f"calibrating on {windows} windows of {window_length} tokens")
+    return micromix.calibrate(loaded.model, tokens.to(loaded.model.device).split(1), config)
+
+
+def _measure(loaded: zoo.LoadedModel, recipe: Recipe, rows: Sequence[str], windows: torch.Tensor) -> list[RowResult]:
+    """All rows; says on standard error how far it is, for people who watch a log instead of a terminal."""
+    from micromix_compile import evaluation
+
+    results = []
+    for result in evaluation.evaluate_rows(loaded.model, recipe, rows, windows):
+        results.append(result)
+        _note(f"{result.row}: perplexity {result.evaluation.perplexity:.3f}")
+    return results
+
+
+def _note(text: str) -> None:
+    if not sys.stderr.isatty():
+        typer.echo(text, err=True)
+
+
+def _generate(loaded: zoo.LoadedModel, prompt: str, max_new_tokens: int) -> str:
+    """Greedy continuation of the prompt, or answer to it where the tokenizer has a chat template."""
+    import torch
+
+    tokenizer = loaded.tokenizer
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(loaded.model.device)
+    with _status("generating"), torch.inference_mode():
+        output = loaded.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            cache_implementation="static",
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def _generate_quantized(
+    loaded: zoo.LoadedModel, recipe: Recipe, prompt: str, max_new_tokens: int, compiled: bool
+) -> str:
+    """Greedy text from the packed model, or from the compiled one. Packing changes the model in place."""
+    import torch
+
+    import micromix_compile as micromix
+
+    if compiled:
+        options: dict[str, Any] = {"recipe": recipe}
+        loaded.model.forward = torch.compile(loaded.model.forward, backend="micromix", options=options)
+    else:
+        micromix.quantize_(loaded.model, recipe)
+    return _generate(loaded, prompt, max_new_tokens)
+
+
+def _summary(recipe: Recipe) -> str:
+    return (
+        f"{len(recipe.linears)} linears, {recipe.element_bits:.2f} element bits, {recipe.stored_bits:.2f} stored bits, "
+        f"{recipe.stored_bytes / 2**20:.1f} MiB"
+    )
+
+
+def _table(results: Sequence[RowResult], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("row")
+    for column in ("element\nbits", "stored\nbits", "stored\nMiB", "perplexity", "KL", "top-1"):
+        table.add_column(column, justify="right")
+    for result in results:
+        quality = result.evaluation
+        table.add_row(
+            result.row,
+            _number(result.element_bits, 2),
+            _number(result.stored_bits, 2),
+            _number(None if result.stored_bytes is None else result.stored_bytes / 2**20, 1),
+            _number(quality.perplexity, 3),
+            _number(quality.kl, 4),
+            _number(quality.top1, 3),
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _write_json(path: Path, settings: dict[str, Any], results: Sequence[RowResult]) -> None:
+    from micromix_compile import evaluation
+    from micromix_compile.recipe import write_atomically
+
+    content = {
+        **settings,
+        "rows": [result.to_dict() for result in results],
+        "versions": evaluation.versions(),
+        "hardware": evaluation.hardware(),
+    }
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _print_text(label: str, text: str) -> None:
+    typer.echo(f"\n{label}: {text}")
+
+
+def _status(text: str) -> Any:
+    return Console(stderr=True).status(text)

@@ -1,0 +1,83 @@
+"""Which weight of a model is which linear of a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from micromix_compile.recipe import LinearRecipe, Recipe, same_sample, weight_sample
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Module names by Parameter identity, for every 2-dimensional weight; a tied weight has several names."""
+    names: dict[nn.Parameter, list[str]] = {}  # tensors hash and compare by identity here
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dim() == 2:
+            clean = name.removeprefix("_orig_mod.").replace("._orig_mod.", ".").removesuffix(".weight")
+            names.setdefault(parameter, []).append(clean)
+    return names
+
+
+def model_id(model: nn.Module) -> str:
+    """What a recipe calls a model: its class, and where its weights came from if that is known."""
+    origin = getattr(getattr(model, "config", None), "name_or_path", "")
+    return f"{type(model).__name__}({origin})" if origin else type(model).__name__
+
+
+def match_linears(
+    recipe: Recipe, names: Mapping[nn.Parameter, Sequence[str]], *, model_id: str
+) -> list[tuple[nn.Parameter, LinearRecipe]]:
+    """The recipe's linears among the named weights, recognized by name and a sample of values.
+
+    A name may be the tail of the other (a layer compiled alone, a model inside a wrapper). Raises ValueError naming
+    both models if a name fits but the weight doesn't, or if a linear of the recipe is nowhere.
+    """
+    matched: list[tuple[nn.Parameter, LinearRecipe]] = []
+    for parameter, own in names.items():
+        linear = find_linear(recipe, parameter, own, model_id=model_id)
+        if linear is not None:
+            matched.append((parameter, linear))
+    found = {linear.fqn for _, linear in matched}
+    missing = [fqn for fqn in recipe.linears if fqn not in found]
+    if missing:
+        raise ValueError(
+            f"the recipe was made for {recipe.model_id}, and this model is {model_id}: it has no {missing[0]}"
+        )
+    return matched
+
+
+def find_linear(
+    recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *, model_id: str
+) -> LinearRecipe | None:
+    """The recipe's linear for one weight, None if it has none. Raises ValueError if the weight is another model's."""
+    for name in names:
+        linear = recipe.linears.get(name)
+        if linear is not None:
+            _check_same_weight(recipe, linear, parameter, model_id)
+            return linear
+    tails = [
+        linear
+        for fqn, linear in recipe.linears.items()
+        if any(fqn.endswith(f".{name}") or name.endswith(f".{fqn}") for name in names)
+    ]
+    sample = weight_sample(parameter) if tails else None
+    fitting = [linear for linear in tails if sample is not None and _same_weight(linear, parameter, sample)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _same_weight(linear: LinearRecipe, parameter: Tensor, sample: Tensor) -> bool:
+    shape = sorted((linear.in_features, linear.out_features))
+    return sorted(parameter.shape) == shape and same_sample(linear.weight_sample, sample)
+
+
+def _check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Parameter, model_id: str) -> None:
+    both = f"the recipe was made for {recipe.model_id}, and this model is {model_id}"
+    expected = (linear.out_features, linear.in_features)
+    if sorted(parameter.shape) != sorted(expected):
+        raise ValueError(f"{both}: {linear.fqn} is {expected} there and {tuple(parameter.shape)} here")
+    if not same_sample(linear.weight_sample, weight_sample(parameter)):
+        raise ValueError(f"{both}: {linear.fqn} has other weights here")

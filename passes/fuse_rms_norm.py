@@ -1,0 +1,79 @@
+"""Pass 7 (post-grad): RMSNorm before a quantize becomes part of it, so that the normalized rows never reach memory."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._inductor.pattern_matcher import (
+    MULTIPLE,
+    CallFunction,
+    Ignored,
+    KeywordArg,
+    Match,
+    PatternExpr,
+    PatternMatcherPass,
+    register_graph_pattern,
+)
+
+from micromix_compile import ops
+
+if TYPE_CHECKING:
+    from torch import fx
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+LAYOUT = ("channel_perm", "k4", "k6", "k8", "fp6", "scale_rounding")
+
+
+def fuse_rms_norm(graph: fx.Graph) -> int:
+    """Rewrite RMSNorm -> reorder_quantize to micromix::rms_norm_reorder_quantize. Returns how many were rewritten."""
+    matched = _patterns().apply(graph)
+    if matched:
+        graph.eliminate_dead_code()
+    return int(matched)
+
+
+@cache
+def _patterns() -> PatternMatcherPass:
+    patterns = PatternMatcherPass(pass_name="micromix_fuse_rms_norm")
+    x = KeywordArg("x")
+    widened = CallFunction(prims.convert_element_type.default, x, torch.float32, _users=MULTIPLE)
+    rounded = CallFunction(prims.convert_element_type.default, _normalized(widened), Ignored())
+    for normalized in (_normalized(x), rounded):  # float32 models, half-precision models
+        register_graph_pattern(_quantized(normalized), pass_dict=patterns, extra_check=_is_row_norm)(_replace)
+    return patterns
+
+
+def _normalized(x: PatternExpr) -> PatternExpr:
+    """X * rsqrt(mean(x ** 2) + eps) over the last dimension."""
+    square = CallFunction(aten.pow.Tensor_Scalar, x, 2)
+    mean = CallFunction(aten.mean.dim, square, [-1], True)
+    rsqrt = CallFunction(aten.rsqrt.default, CallFunction(aten.add.Tensor, mean, KeywordArg("eps")))
+    return CallFunction(aten.mul.Tensor, x, rsqrt)
+
+
+def _quantized(normalized: PatternExpr) -> PatternExpr:
+    weighted = CallFunction(aten.mul.Tensor, KeywordArg("weight"), normalized)
+    rows = CallFunction([aten.view.default, aten.reshape.default], weighted, KeywordArg("row_shape"))
+    return CallFunction(ops.reorder_quantize, rows, *(KeywordArg(name) for name in LAYOUT), _users=MULTIPLE)
+
+
+def _is_row_norm(match: Match) -> bool:
+    x, weight = (match.kwargs[name].meta["val"] for name in ("x", "weight"))
+    return bool(weight.dim() == 1 and weight.shape[0] == x.shape[-1] and weight.dtype == x.dtype)
+
+
+def _replace(match: Match, **found: Any) -> None:
+    quantize = match.output_node()
+    graph, x = match.graph, found["x"]
+    with graph.inserting_before(quantize):
+        rows = graph.call_function(aten.reshape.default, (x, found["row_shape"]))
+        rows.meta["val"] = x.meta["val"].reshape(quantize.args[0].meta["val"].shape)
+        arguments = (rows, found["weight"], found["eps"], *(found[name] for name in LAYOUT))
+        fused = graph.call_function(ops.rms_norm_reorder_quantize, arguments)
+        fused.meta["val"] = quantize.meta["val"]
+    quantize.replace_all_uses_with(fused)
+    graph.erase_node(quantize)

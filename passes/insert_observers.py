@@ -1,0 +1,27 @@
+"""Pass 2 (calibrating): put an observer before every group of linears that read the same activation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta
+
+if TYPE_CHECKING:
+    from torch import fx
+
+
+def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
+    """Insert owner.observe(x, [weights]) once per distinct x.
+
+    The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
+    layers.
+    """
+    groups: dict[fx.Node, list[LinearSite]] = {}
+    for site in context.sites:
+        groups.setdefault(site.x, []).append(site)
+    for x, sites in groups.items():
+        first = sites[0].node
+        with gm.graph.inserting_before(first):
+            weights = list(dict.fromkeys(site.weight for site in sites))
+            copy_meta(first, gm.graph.call_function(context.owner.observe, (x, weights)))
+    return len(groups)

@@ -1,0 +1,132 @@
+"""Runs passes in order, counts what they matched, and dumps graphs on request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx, nn
+
+    from micromix_compile.recipe import Split
+
+logger = logging.getLogger("micromix_compile")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearSite:
+    """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    parameter: nn.Parameter
+
+    @property
+    def in_features(self) -> int:
+        """Input channels C."""
+        return self.parameter.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Output channels N."""
+        return self.parameter.shape[1 if self.transposed else 0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearPlan:
+    """How one linear is to be rewritten.
+
+    group: what its activation's order is looked up by; linears with equal groups share one channel_perm.
+    tensors: examples of (channel_perm, w4, w6, w8, w_scale), for their shapes.
+    """
+
+    group: int
+    split: Split
+    fp6: str
+    scale_rounding: str
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Owner(Protocol):
+    """What the passes ask of whoever holds the model's state."""
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """Fully qualified name of the linear that owns `parameter`."""
+
+    def refusal(self, parameter: nn.Parameter) -> str | None:
+        """Why the linear must stay as it is, or None."""
+
+    def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
+        """How to rewrite the linear, or None while it isn't calibrated."""
+
+    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights."""
+
+    def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
+        """Append a graph input that is looked up anew for every call."""
+
+
+@dataclass(kw_only=True)
+class PassContext:
+    """What passes share while they work on one graph.
+
+    example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors.
+    sites: filled by find_linears. refusals: name -> why a linear was left alone.
+    inputs: filled by rewrite_linears: per appended graph input, the Parameter's placeholder and which tensor of its plan.
+    """
+
+    owner: Owner
+    example_inputs: Sequence[Any]
+    dump: Sequence[str] = ()
+    dump_dir: str = "."
+    sites: list[LinearSite] = field(default_factory=list)
+    refusals: dict[str, str] = field(default_factory=dict)
+    inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
+
+
+Pass = Callable[["fx.GraphModule", PassContext], int]
+"""A pass changes the graph in place and returns how many places it matched."""
+
+
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], context: PassContext) -> dict[str, int]:
+    """Run `passes` in order on `gm`; returns the number of matches of each by name."""
+    matches = {}
+    for graph_pass in passes:
+        name = graph_pass.__name__
+        _dump(gm, context, name, "before")
+        matches[name] = graph_pass(gm, context)
+        _clean_up(gm, context)
+        _dump(gm, context, name, "after")
+    logger.debug("passes: %s", ", ".join(f"{name} {count}" for name, count in matches.items()))
+    return matches
+
+
+def _clean_up(gm: fx.GraphModule, context: PassContext) -> None:
+    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target == context.owner.observe)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _dump(gm: fx.GraphModule, context: PassContext, name: str, moment: str) -> None:
+    if "all" not in context.dump and name not in context.dump:
+        return
+    folder = Path(context.dump_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = len(list(folder.glob("*.txt")))
+    path = folder / f"{index:04d}.{moment}.{name}.txt"
+    path.write_text(f"{gm.graph}\n\n{gm.code}\n")
+    logger.info("graph %s %s: %s", moment, name, path)
+
+
+def copy_meta(source: fx.Node, target: fx.Node) -> fx.Node:
+    """Give `target` where `source` comes from: its stack trace and module stack."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+    return target

@@ -1,0 +1,181 @@
+// The ops of micromix_compile/ops.py for CPU tensors: checks every argument, then calls the kernels.
+#include <limits>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "isa.h"
+#include "mixed_mx_mm.h"
+#include "reorder_quantize.h"
+
+#ifndef MICROMIX_NAMESPACE
+#define MICROMIX_NAMESPACE micromix
+#endif
+
+namespace {
+
+using at::Tensor;
+using micromix::Coding;
+using micromix::Fp6;
+using micromix::kBlock;
+using micromix::ScaleRounding;
+using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Fp6 parse_fp6(std::string_view name) {
+  TORCH_CHECK_VALUE(name == "e2m3" || name == "e3m2", "fp6 must be one of e2m3, e3m2, got '", name, "'");
+  return name == "e2m3" ? Fp6::e2m3 : Fp6::e3m2;
+}
+
+ScaleRounding parse_rounding(std::string_view name) {
+  if (name == "floor") return ScaleRounding::floor;
+  if (name == "rceil") return ScaleRounding::rceil;
+  TORCH_CHECK_VALUE(name == "even", "'", name, "' is not a valid ScaleRounding");
+  return ScaleRounding::even;
+}
+
+bool is_kernel_float(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+void check_split(int64_t k4, int64_t k6, int64_t k8, int64_t channels) {
+  const std::pair<const char*, int64_t> parts[] = {{"k4", k4}, {"k6", k6}, {"k8", k8}};
+  for (const auto& [name, k] : parts) {
+    TORCH_CHECK_VALUE(k >= 0 && k % kBlock == 0, name, " must be a non-negative multiple of ", kBlock, ", got ", k);
+  }
+  TORCH_CHECK_VALUE(k4 + k6 + k8 == channels, "split (", k4, ", ", k6, ", ", k8, ") sums to ", k4 + k6 + k8,
+                    ", but channel_perm has ", channels, " entries");
+}
+
+void check_matrix(const Tensor& x) {
+  TORCH_CHECK_TYPE(is_kernel_float(x.scalar_type()), "x must be float32, bfloat16 or float16, got ", x.dtype());
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must be 2-dimensional (M, C), got shape ", x.sizes());
+}
+
+// channel_perm as indices into a row followed by one zero: -1 becomes `channels`.
+std::vector<int32_t> gather_indices(const Tensor& channel_perm, int64_t channels) {
+  TORCH_CHECK_VALUE(channel_perm.dim() == 1, "channel_perm must be 1-dimensional, got shape ", channel_perm.sizes());
+  TORCH_CHECK_TYPE(at::isIntegralType(channel_perm.scalar_type(), /*includeBool=*/false),
+                   "channel_perm must hold integers, got ", channel_perm.dtype());
+  TORCH_CHECK_VALUE(channels < std::numeric_limits<int32_t>::max(), "x has too many channels: ", channels);
+  const Tensor perm = channel_perm.to(at::kLong).contiguous();
+  const int64_t* entries = perm.const_data_ptr<int64_t>();
+  std::vector<int32_t> indices(perm.numel());
+  for (size_t i = 0; i < indices.size(); ++i) {
+    TORCH_CHECK_VALUE(entries[i] >= -1 && entries[i] < channels, "channel_perm[", i, "] must be in [-1, ", channels,
+                      "), got ", entries[i]);
+    indices[i] = static_cast<int32_t>(entries[i] < 0 ? channels : entries[i]);
+  }
+  return indices;
+}
+
+Quantized quantize(const Tensor& x, const micromix::RmsNorm* norm, const Tensor& channel_perm, int64_t k4, int64_t k6,
+                   int64_t k8, std::string_view fp6, std::string_view scale_rounding) {
+  check_split(k4, k6, k8, channel_perm.dim() == 1 ? channel_perm.size(0) : k4 + k6 + k8);
+  const std::vector<int32_t> indices = gather_indices(channel_perm, x.size(1));
+  const Tensor rows = x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
+  const int64_t m = rows.size(0);
+  const auto bytes = x.options().dtype(at::kByte);
+  Quantized out{at::empty({m, k4 / 2}, bytes), at::empty({m, k6}, bytes), at::empty({m, k8}, bytes),
+                at::empty({m, (k4 + k6 + k8) / kBlock}, bytes)};
+  const micromix::FloatMatrix matrix{rows.const_data_ptr(), rows.scalar_type(), m, rows.size(1), rows.stride(0)};
+  const micromix::QuantizeLayout layout{indices.data(), k4, k6, k8, parse_fp6(fp6), parse_rounding(scale_rounding)};
+  auto& [q4, q6, q8, scale] = out;
+  micromix::reorder_quantize(matrix, norm, layout,
+                             {q4.mutable_data_ptr<uint8_t>(), q6.mutable_data_ptr<uint8_t>(),
+                              q8.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<uint8_t>()});
+  return out;
+}
+
+Quantized reorder_quantize(const Tensor& x, const Tensor& channel_perm, int64_t k4, int64_t k6, int64_t k8,
+                           std::string_view fp6, std::string_view scale_rounding) {
+  check_matrix(x);
+  return quantize(x, nullptr, channel_perm, k4, k6, k8, fp6, scale_rounding);
+}
+
+Quantized rms_norm_reorder_quantize(const Tensor& x, const Tensor& weight, double eps, const Tensor& channel_perm,
+                                    int64_t k4, int64_t k6, int64_t k8, std::string_view fp6,
+                                    std::string_view scale_rounding) {
+  check_matrix(x);
+  TORCH_CHECK_TYPE(is_kernel_float(weight.scalar_type()), "weight must be float32, bfloat16 or float16, got ",
+                   weight.dtype());
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(1), "weight must have shape (", x.size(1),
+                    ",), got ", weight.sizes());
+  const Tensor factors = weight.to(at::kFloat).contiguous();
+  const micromix::RmsNorm norm{factors.const_data_ptr<float>(), static_cast<float>(eps), x.scalar_type(),
+                               at::promote_types(x.scalar_type(), weight.scalar_type())};
+  return quantize(x, &norm, channel_perm, k4, k6, k8, fp6, scale_rounding);
+}
+
+// The arguments of one operand of the product, made contiguous and checked.
+struct Packed {
+  const char* name;  // "x" or "w", for messages
+  Tensor q4, q6, q8, scale;
+
+  void check(const Tensor& tensor, const char* part, int64_t dims, int64_t unit) const {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, name, part, " must be uint8, got ", tensor.dtype());
+    TORCH_CHECK_VALUE(tensor.dim() == dims, name, part, " must be ", dims, "-dimensional, got shape ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.size(-2) == scale.size(0), name, part, " must have ", scale.size(0),
+                      " rows, as the scale has, got shape ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.size(-1) % unit == 0, name, part, " must hold whole blocks of ", kBlock, ", got shape ",
+                      tensor.sizes());
+  }
+
+  micromix::QuantizedMatrix matrix(Coding fp6) const {
+    const bool planes = fp6 != Coding::e4m3;
+    TORCH_CHECK_VALUE(scale.dim() == 2, name, "_scale must be 2-dimensional, got shape ", scale.sizes());
+    check(scale, "_scale", 2, 1);
+    check(q4, "4", 2, block_bytes(Coding::fp4));
+    check(q6, "6", planes ? 3 : 2, block_bytes(fp6));
+    check(q8, "8", 2, kBlock);
+    TORCH_CHECK_VALUE(!planes || q6.size(0) == 3, name, "6 must have three byte planes, got shape ", q6.sizes());
+    micromix::QuantizedMatrix result{scale.size(0), scale.size(1), scale.const_data_ptr<uint8_t>(), {}};
+    const std::pair<Coding, const Tensor*> parts[] = {{Coding::fp4, &q4}, {fp6, &q6}, {Coding::e4m3, &q8}};
+    int64_t first = 0;
+    for (size_t i = 0; i < result.segments.size(); ++i) {
+      const auto& [coding, tensor] = parts[i];
+      const int64_t width = tensor->size(-1), blocks = width / block_bytes(coding);
+      result.segments[i] = {coding, tensor->const_data_ptr<uint8_t>(), first, blocks, width, result.rows * width};
+      first += blocks;
+    }
+    TORCH_CHECK_VALUE(first == result.blocks, name, "_scale must have ", first, " columns, one for each block of ",
+                      kBlock, ", got shape ", scale.sizes());
+    return result;
+  }
+};
+
+Tensor mixed_mx_mm(const Tensor& x4, const Tensor& x6, const Tensor& x8, const Tensor& x_scale, const Tensor& w4,
+                   const Tensor& w6, const Tensor& w8, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                   std::string_view fp6, at::ScalarType out_dtype) {
+  const Coding planes = parse_fp6(fp6) == Fp6::e2m3 ? Coding::fp6_e2m3_planes : Coding::fp6_e3m2_planes;
+  const Packed x{"x", x4.contiguous(), x6.contiguous(), x8.contiguous(), x_scale.contiguous()};
+  const Packed w{"w", w4.contiguous(), w6.contiguous(), w8.contiguous(), w_scale.contiguous()};
+  const micromix::QuantizedMatrix left = x.matrix(Coding::e4m3), right = w.matrix(planes);
+  TORCH_CHECK_VALUE(left.blocks == right.blocks, "x has K = ", left.blocks * kBlock, ", but w has K = ",
+                    right.blocks * kBlock);
+  Tensor offsets;
+  if (bias.has_value()) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == right.rows, "bias must have shape (", right.rows,
+                      ",), got ", bias->sizes());
+    offsets = bias->to(at::kFloat).contiguous();
+  }
+  const at::ScalarType kernel_dtype = is_kernel_float(out_dtype) ? out_dtype : at::kFloat;
+  const Tensor out = at::empty({left.rows, right.rows}, x_scale.options().dtype(kernel_dtype));
+  micromix::mixed_mx_mm(left, right, bias.has_value() ? offsets.const_data_ptr<float>() : nullptr,
+                        out.mutable_data_ptr(), kernel_dtype);
+  return out.to(out_dtype);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(MICROMIX_NAMESPACE, CPU, m) {
+  m.impl("reorder_quantize", &reorder_quantize);
+  m.impl("rms_norm_reorder_quantize", &rms_norm_reorder_quantize);
+  m.impl("mixed_mx_mm", &mixed_mx_mm);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* micromix_isa() { return micromix::isa_name(); }

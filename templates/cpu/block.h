@@ -1,0 +1,170 @@
+// One block of 32 decoded elements in registers, and its dot product with another.
+//
+// With AVX512-BF16 an Operand is a bf16: every MX value is one exactly (magnitudes below 2**-126 become zero). Without
+// it an Operand is a float32.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+#include "mx_formats.h"
+
+namespace micromix {
+
+#if MICROMIX_AVX512_BF16
+
+using Operand = uint16_t;
+using Block = __m512i;  // 32 bf16
+using Lanes = __m512;   // 16 partial sums
+
+// What a code is worth under each scale byte, as bf16. Looking the scaled value up costs no more than looking the code
+// up, and gets zeros, overflow and the NaN scale right without a special case.
+struct ScaledTables {
+  using Row = std::array<uint16_t, 32>;
+  alignas(64) std::array<Row, 256> fp4;       // [scale][nibble], twice: the lookup ignores no more than bits 5 and up
+  alignas(64) std::array<Row, 256> e4m3_low;  // [scale][E4M3 code 0 .. 31]: E2M3 as E4M3, and E4M3's subnormals
+  alignas(64) std::array<Row, 256> e3m2;      // [scale][E3M2 code 0 .. 31], each half an E4M3 code
+
+  ScaledTables();
+};
+
+extern const ScaledTables kTables;
+
+inline Lanes no_lanes() { return _mm512_setzero_ps(); }
+inline Block load_block(const Operand* from) { return _mm512_loadu_si512(from); }
+inline void store_block(Operand* to, Block block) { _mm512_storeu_si512(to, block); }
+inline void dot(Lanes& sums, Block a, Block b) { sums = _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+inline float sum(Lanes lanes) { return _mm512_reduce_add_ps(lanes); }
+
+// magnitude | bit 7 of each word of `bytes` moved to the sign.
+inline Block with_sign(Block magnitude, Block bytes) {
+  return _mm512_ternarylogic_epi32(magnitude, _mm512_slli_epi16(bytes, 8), _mm512_set1_epi16(int16_t(0x8000)), 0xF8);
+}
+
+inline Block decode_fp4_block(const uint8_t* bytes, uint8_t scale) {
+  const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  // Low word: the low nibble is in bits 0 .. 3, and bit 4 does not matter. High word: bits 16 .. 19.
+  const __m512i index = _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
+  return _mm512_permutexvar_epi16(index, _mm512_load_si512(kTables.fp4[scale].data()));
+}
+
+template <Coding coding>
+inline Block decode_fp6_block(const uint8_t* bytes, int64_t plane_stride, uint8_t scale) {
+  const auto [q0, q1, q2, q3] = load_fp6_block<coding>(bytes, plane_stride).quarter;
+  const __m512i words = _mm512_cvtepu8_epi16(_mm256_set_epi64x(
+      static_cast<int64_t>(q3), static_cast<int64_t>(q2), static_cast<int64_t>(q1), static_cast<int64_t>(q0)));
+  // The lookup takes five bits, so those of the fourth byte need no masking.
+  if constexpr (coding == Coding::fp6_e2m3_planes) {
+    return with_sign(_mm512_permutexvar_epi16(words, _mm512_load_si512(kTables.e4m3_low[scale].data())), words);
+  } else {
+    const __m512i index = _mm512_srli_epi16(words, 1);
+    return with_sign(_mm512_permutexvar_epi16(index, _mm512_load_si512(kTables.e3m2[scale].data())), words);
+  }
+}
+
+// Scales that can take a code out of bf16's normal range, and the NaN scale: rare, so element by element.
+Block decode_e4m3_block_slowly(const uint8_t* bytes, uint8_t scale);
+
+inline Block decode_e4m3_block(const uint8_t* bytes, uint8_t scale) {
+  constexpr int rebias = kExponentBias - 7;  // bf16's exponent bias less E4M3's
+  if (scale < 8 || scale > 254 - rebias + kExponentBias - 15) return decode_e4m3_block_slowly(bytes, scale);
+  const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+  const __m512i magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7F));
+  const __m512i exponent = _mm512_set1_epi16(static_cast<int16_t>((scale - kExponentBias + rebias) * 128));
+  __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), exponent);
+  const __mmask32 subnormal = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x78));
+  value = _mm512_mask_permutexvar_epi16(value, subnormal, words, _mm512_load_si512(kTables.e4m3_low[scale].data()));
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F));
+  return with_sign(_mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7FC0)), words);
+}
+
+#else
+
+using Operand = float;
+typedef float Lanes __attribute__((vector_size(64)));  // 16 floats: the compiler splits them into the machine's vectors
+struct Block {
+  alignas(64) float value[kBlock];
+};
+
+struct ValueTables {
+  alignas(64) float fp4[16];
+  alignas(64) float e4m3[256];
+
+  ValueTables();
+};
+
+extern const ValueTables kTables;
+
+inline Lanes no_lanes() { return Lanes{}; }
+
+inline Lanes load_lanes(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline Block load_block(const Operand* from) {
+  Block block;
+  std::memcpy(block.value, from, sizeof block.value);
+  return block;
+}
+
+inline void store_block(Operand* to, const Block& block) { std::memcpy(to, block.value, sizeof block.value); }
+
+inline void dot(Lanes& sums, const Block& a, const Block& b) {
+  sums += load_lanes(a.value) * load_lanes(b.value);
+  sums += load_lanes(a.value + 16) * load_lanes(b.value + 16);
+}
+
+inline float sum(Lanes lanes) {
+  float halves[16];
+  std::memcpy(halves, &lanes, sizeof lanes);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
+  }
+  return halves[0];
+}
+
+inline Block decode_fp4_block(const uint8_t* bytes, uint8_t scale) {
+  const float factor = scale_value(scale);
+  Block block;
+  for (int i = 0; i < kBlock / 2; ++i) {
+    block.value[2 * i] = kTables.fp4[bytes[i] & 0xF] * factor;
+    block.value[2 * i + 1] = kTables.fp4[bytes[i] >> 4] * factor;
+  }
+  return block;
+}
+
+inline Block decode_e4m3_block(const uint8_t* bytes, uint8_t scale) {
+  const float factor = scale_value(scale);
+  Block block;
+  for (int i = 0; i < kBlock; ++i) block.value[i] = kTables.e4m3[bytes[i]] * factor;
+  return block;
+}
+
+template <Coding coding>
+inline Block decode_fp6_block(const uint8_t* bytes, int64_t plane_stride, uint8_t scale) {
+  Fp6Block quarters = load_fp6_block<coding>(bytes, plane_stride);
+  for (uint64_t& quarter : quarters.quarter) quarter &= in_every_byte(used_bits(coding));
+  uint8_t codes[kBlock];
+  std::memcpy(codes, quarters.quarter, sizeof codes);
+  return decode_e4m3_block(codes, scale);
+}
+
+#endif
+
+// bytes: the block's first byte (in the first plane, for FP6 weights).
+template <Coding coding>
+inline Block decode_block(const uint8_t* bytes, int64_t plane_stride, uint8_t scale) {
+  if constexpr (coding == Coding::fp4) {
+    return decode_fp4_block(bytes, scale);
+  } else if constexpr (coding == Coding::e4m3) {
+    return decode_e4m3_block(bytes, scale);
+  } else {
+    return decode_fp6_block<coding>(bytes, plane_stride, scale);
+  }
+}
+
+}  // namespace micromix

@@ -1,0 +1,63 @@
+// Conversion of rows between float32 and the 16-bit floats, to nearest even, in loops that vectorize (those of
+// c10::BFloat16 and c10::Half have a branch an element, and cost more than the product they follow).
+#pragma once
+
+#include <cstdint>
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "isa.h"
+#include "mx_formats.h"
+
+namespace micromix {
+
+// The bf16 nearest to `value`, as bits.
+inline uint32_t nearest_bf16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return (bits & kMagnitudeMask) > 0x7F800000 ? 0x7FC0 : rounded;
+}
+
+inline void widen(const float* from, int64_t count, float* to) { std::memcpy(to, from, count * sizeof *to); }
+
+inline void widen(const c10::BFloat16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float_from_bits(uint32_t{from[i].x} << 16);
+}
+
+inline void narrow(const float* from, int64_t count, float* to) { std::memcpy(to, from, count * sizeof *to); }
+
+inline void narrow(const float* from, int64_t count, c10::BFloat16* to) {
+  for (int64_t i = 0; i < count; ++i) to[i].x = static_cast<uint16_t>(nearest_bf16(from[i]));
+}
+
+#if MICROMIX_AVX512_BF16
+
+inline void widen(const c10::Half* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 valid = static_cast<__mmask16>(count - i >= 16 ? 0xFFFF : (1 << (count - i)) - 1);
+    _mm512_mask_storeu_ps(to + i, valid, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, from + i)));
+  }
+}
+
+inline void narrow(const float* from, int64_t count, c10::Half* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 valid = static_cast<__mmask16>(count - i >= 16 ? 0xFFFF : (1 << (count - i)) - 1);
+    const __m512 values = _mm512_maskz_loadu_ps(valid, from + i);
+    _mm256_mask_storeu_epi16(to + i, valid, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+#else
+
+inline void widen(const c10::Half* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+inline void narrow(const float* from, int64_t count, c10::Half* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::Half>(from[i]);
+}
+
+#endif
+
+}  // namespace micromix

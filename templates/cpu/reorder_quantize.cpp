@@ -1,0 +1,226 @@
+// The quantizer, bit for bit that of micromix_compile/reference.py. One row at a time: widen it to float32 (and
+// normalize it), gather its channels, then encode block by block. The loops are plain so that the compiler vectorizes
+// them for whatever the machine has.
+#include "reorder_quantize.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "float_rows.h"
+
+namespace micromix {
+namespace {
+
+constexpr int64_t kElementsPerTask = 16384;  // below it, waking another thread costs more than it saves
+
+// reference.scale_byte of one block. amax_bits: the largest magnitude's float32 bits.
+template <const ElemFormat& format>
+int scale_byte(uint32_t amax_bits, ScaleRounding rounding) {
+  const uint32_t mantissa = amax_bits & kMantissaMask;
+  const int exponent = static_cast<int>(amax_bits >> 23);
+  if (exponent == 255) return kNanScale;
+  uint32_t carry = 0;
+  if (rounding == ScaleRounding::rceil) {
+    carry = mantissa > (bits_of(format.max_value) & kMantissaMask);
+  } else if (rounding == ScaleRounding::even) {
+    carry = (mantissa + (1u << (22 - format.mantissa_bits))) >> 23;
+  }
+  return std::max(exponent + static_cast<int>(carry) - format.emax, 0);
+}
+
+// reference.encode of a value that its block's scale has brought below 2**(emax + 1). Adding 2**(exponent -
+// mantissa_bits + 23), whose ulp is one code step, rounds to nearest even.
+template <const ElemFormat& format>
+uint32_t encode(float value) {
+  constexpr uint32_t lowest = static_cast<uint32_t>(kExponentBias + format.min_exponent) << 23;
+  const uint32_t bits = bits_of(value);
+  const uint32_t exponent = std::max(bits & 0x7F800000, lowest);  // still in its place in a float32
+  const float magic = float_from_bits(exponent + (static_cast<uint32_t>(23 - format.mantissa_bits) << 23));
+  const uint32_t steps = bits_of(float_from_bits(bits & kMagnitudeMask) + magic) & kMantissaMask;
+  const uint32_t code = ((exponent - lowest) >> (23 - format.mantissa_bits)) + steps;
+  return std::min(code, static_cast<uint32_t>(format.max_code)) | ((bits >> 31) << (format.bits - 1));
+}
+
+// Encodes x[0 .. 31] and returns the scale byte. A block with a NaN or an infinity gets zero codes. The codes are 32
+// bits wide until the end: narrowing in the same loop makes compilers take shorter vectors for all of it.
+template <const ElemFormat& format>
+int encode_block(const float* x, ScaleRounding rounding, uint32_t (&codes)[kBlock]) {
+  uint32_t amax_bits = 0;
+  for (int i = 0; i < kBlock; ++i) amax_bits = std::max(amax_bits, bits_of(x[i]) & kMagnitudeMask);
+  const int byte = scale_byte<format>(amax_bits, rounding);
+  if (byte == kNanScale) {
+    std::fill_n(codes, kBlock, 0u);
+    return byte;
+  }
+  const float reciprocal = float_from_bits(static_cast<uint32_t>(std::max(254 - byte, 1)) << 23);
+  for (int i = 0; i < kBlock; ++i) codes[i] = encode<format>(x[i] * reciprocal);
+  return byte;
+}
+
+#if MICROMIX_AVX512_BF16
+
+void store_bytes(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
+  for (int i = 0; i < kBlock; i += 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtepi32_epi8(_mm512_loadu_si512(codes + i)));
+  }
+}
+
+void store_nibbles(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
+  for (int i = 0; i < kBlock; i += 16) {
+    const __m512i pairs = _mm512_loadu_si512(codes + i);
+    const __m128i packed = _mm512_cvtepi64_epi8(_mm512_or_si512(pairs, _mm512_srli_epi64(pairs, 28)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes + i / 2), packed);
+  }
+}
+
+#else
+
+void store_bytes(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
+  for (int i = 0; i < kBlock; ++i) bytes[i] = static_cast<uint8_t>(codes[i]);
+}
+
+void store_nibbles(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
+  for (int i = 0; i < kBlock / 2; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4));
+}
+
+#endif
+
+struct Fp4Block {
+  static constexpr int bytes = kBlock / 2;
+
+  static int quantize(const float* x, ScaleRounding rounding, uint8_t* packed) {
+    uint32_t codes[kBlock];
+    const int byte = encode_block<kE2M1>(x, rounding, codes);
+    store_nibbles(codes, packed);
+    return byte;
+  }
+};
+
+struct Fp8Block {
+  static constexpr int bytes = kBlock;
+
+  static int quantize(const float* x, ScaleRounding rounding, uint8_t* bytes_out) {
+    uint32_t codes[kBlock];
+    const int byte = encode_block<kE4M3>(x, rounding, codes);
+    store_bytes(codes, bytes_out);
+    return byte;
+  }
+};
+
+// Multiplies the magnitudes of E4M3 codes by 2**exponent.
+void raise_e4m3(uint32_t (&codes)[kBlock], int exponent) {
+  for (uint32_t& code : codes) {
+    uint32_t magnitude = code & 0x7F;
+    for (int step = 0; step < exponent; ++step) magnitude = magnitude < 8 ? magnitude << 1 : magnitude + 8;
+    code = (code & 0x80) | magnitude;
+  }
+}
+
+// FP6 codes as E4M3 bytes with the constant factor in the scale (packing.align_fp6): where the byte would pass 254,
+// the codes take the excess.
+template <const ElemFormat& format>
+struct Fp6AsFp8Block {
+  static constexpr int bytes = kBlock;
+
+  static int quantize(const float* x, ScaleRounding rounding, uint8_t* aligned) {
+    uint32_t codes[kBlock];
+    const int byte = encode_block<format>(x, rounding, codes);
+    for (uint32_t& code : codes) code = ((code & 0x20) << 2) | ((code & 0x1F) << (3 - format.mantissa_bits));
+    const int excess = byte == kNanScale ? 0 : std::max(byte + format.e4m3_shift - kMaxScale, 0);
+    if (excess > 0) raise_e4m3(codes, excess);
+    store_bytes(codes, aligned);
+    return byte == kNanScale ? kNanScale : byte + format.e4m3_shift - excess;
+  }
+};
+
+// y: the segment's channels of one row. scale: its first scale byte.
+template <typename Format>
+void quantize_segment(const float* y, int64_t k, ScaleRounding rounding, uint8_t* q, uint8_t* scale) {
+  for (int64_t block = 0; block < k / kBlock; ++block) {
+    scale[block] = static_cast<uint8_t>(Format::quantize(y + block * kBlock, rounding, q + block * Format::bytes));
+  }
+}
+
+// y: (K,) reordered channels of row `row`.
+void quantize_row(const float* y, int64_t row, const QuantizeLayout& layout, const QuantizedOutput& out) {
+  const auto [perm, k4, k6, k8, fp6, rounding] = layout;
+  const auto quantize_fp6 =
+      fp6 == Fp6::e2m3 ? quantize_segment<Fp6AsFp8Block<kE2M3>> : quantize_segment<Fp6AsFp8Block<kE3M2>>;
+  uint8_t* scale = out.scale + row * (layout.k() / kBlock);
+  quantize_segment<Fp4Block>(y, k4, rounding, out.q4 + row * (k4 / 2), scale);
+  quantize_fp6(y + k4, k6, rounding, out.q6 + row * k6, scale + k4 / kBlock);
+  quantize_segment<Fp8Block>(y + k4 + k6, k8, rounding, out.q8 + row * k8, scale + (k4 + k6) / kBlock);
+}
+
+void widen_row(const FloatMatrix& x, int64_t index, float* row) {
+  const int64_t offset = index * x.row_stride;
+  if (x.dtype == c10::ScalarType::BFloat16) {
+    widen(static_cast<const c10::BFloat16*>(x.data) + offset, x.channels, row);
+  } else if (x.dtype == c10::ScalarType::Half) {
+    widen(static_cast<const c10::Half*>(x.data) + offset, x.channels, row);
+  } else {
+    widen(static_cast<const float*>(x.data) + offset, x.channels, row);
+  }
+}
+
+template <typename T>
+void round_row_as(float* row, int64_t count) {
+  constexpr int64_t part = 64;
+  T narrowed[part];
+  for (int64_t i = 0; i < count; i += part) {
+    const int64_t n = std::min(part, count - i);
+    narrow(row + i, n, narrowed);
+    widen(narrowed, n, row + i);
+  }
+}
+
+void round_row(float* row, int64_t count, c10::ScalarType dtype) {
+  if (dtype == c10::ScalarType::BFloat16) round_row_as<c10::BFloat16>(row, count);
+  if (dtype == c10::ScalarType::Half) round_row_as<c10::Half>(row, count);
+}
+
+// Mean of the squares, which are float32 as in PyTorch; summed in double, so at least as accurate as any order there.
+float mean_square(const float* row, int64_t count) {
+  constexpr int lanes = 16;
+  double sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += static_cast<double>(row[i + lane] * row[i + lane]);
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(row[i] * row[i]);
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return static_cast<float>(sum / static_cast<double>(count));
+}
+
+// ops.rms_norm, with its rounding steps.
+void normalize_row(float* row, int64_t count, const RmsNorm& norm) {
+  const float factor = 1.0f / std::sqrt(mean_square(row, count) + norm.eps);
+  for (int64_t i = 0; i < count; ++i) row[i] *= factor;
+  round_row(row, count, norm.normalized);
+  for (int64_t i = 0; i < count; ++i) row[i] *= norm.weight[i];
+  round_row(row, count, norm.product);
+}
+
+}  // namespace
+
+void reorder_quantize(const FloatMatrix& x, const RmsNorm* norm, const QuantizeLayout& layout,
+                      const QuantizedOutput& out) {
+  const int64_t k = layout.k();
+  const int64_t rows_per_task = kElementsPerTask / std::max<int64_t>(std::max(k, x.channels), 1) + 1;
+  at::parallel_for(0, x.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(x.channels + 1);  // the last entry is the zero that padding channels read
+    std::vector<float> reordered(k);
+    for (int64_t index = begin; index < end; ++index) {
+      widen_row(x, index, row.data());
+      if (norm != nullptr) normalize_row(row.data(), x.channels, *norm);
+      for (int64_t i = 0; i < k; ++i) reordered[i] = row[layout.channel_perm[i]];
+      quantize_row(reordered.data(), index, layout, out);
+    }
+  });
+}
+
+}  // namespace micromix

