@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+DEFAULT_OPTIONS: Mapping[str, Any] = {"emulate_precision_casts": True}
+"""Round where eager rounds: an ulp of a fused bfloat16 chain would move MXFP4 codes, and so outputs by percents."""
+
 POST_GRAD_HOOK = "post_grad_custom_pre_pass"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".jinja")
 
@@ -67,5 +70,5 @@ def compile_graph(
 
     options: Inductor's own. settings: what the compiled code depends on beside the graph, for the cache key.
     """
-    patches = {**options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
+    patches = {**DEFAULT_OPTIONS, **options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
     return torch_compat.compile_with_inductor(gm, example_inputs, patches)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
@@ -20,7 +19,7 @@ from micromix_compile.session import Session, close_graph, open_graph
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import fx
+    from torch import fx, nn
 
     from micromix_compile.recipe import Recipe
 
@@ -51,23 +50,22 @@ def calibrate(
     observed = torch.compile(model, backend=backend)
     with torch.no_grad():
         for batch in track(batches, "calibrating", show=progress):
-            with _masking(batch):
-                _call(observed, batch)
+            positional, named = _arguments(batch)
+            with _masking(named.get("attention_mask")):
+                observed(*positional, **named)
     return session.convert()
 
 
-def _call(model: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> None:
+def _arguments(batch: Mapping[str, Any] | Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
-        model(batch)
-    elif hasattr(batch, "keys"):  # dict, or the BatchEncoding of a tokenizer
-        model(**batch)
-    else:
-        raise TypeError(f"a batch must be a tensor or a mapping of keyword arguments, got {type(batch).__name__}")
+        return (batch,), {}
+    if hasattr(batch, "keys"):  # a dict, or what a tokenizer returns
+        return (), dict(batch)
+    raise TypeError(f"a batch must be a tensor or a mapping of keyword arguments, got {type(batch).__name__}")
 
 
 @contextmanager
-def _masking(batch: Mapping[str, Any] | Tensor) -> Iterator[None]:
-    mask = None if isinstance(batch, Tensor) else dict(batch).get("attention_mask")
+def _masking(mask: Tensor | None) -> Iterator[None]:
     previous = token_mask.set(mask)
     try:
         yield

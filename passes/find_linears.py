@@ -35,8 +35,8 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
         x, weight, bias, transposed = operands
         name, reason = _refusal(weight, x, bias, inputs, context)
         if reason is not None:
-            if transposed and weight not in inputs:
-                continue  # a product of two activations, not a linear
+            if transposed and not isinstance(inputs.get(weight), nn.Parameter):
+                continue  # a product of two activations
             context.refusals[name] = reason
             continue
         site = LinearSite(

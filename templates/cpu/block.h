@@ -50,12 +50,47 @@ inline Block decode_fp4_block(const uint8_t* bytes, uint8_t scale) {
   return _mm512_permutexvar_epi16(index, _mm512_load_si512(kTables.fp4[scale].data()));
 }
 
+// GF2P8AFFINEQB multiplies each byte, as a vector of bits, by a bit matrix, so one instruction does all moves from one
+// plane to the fourth quarter. matrix[plane][quarter] takes the bytes of a plane, repeated in every quarter, to what
+// they contribute to that quarter of the block's 32 E4M3 bytes; unused bits become zero.
+struct PlaneMatrices {
+  alignas(32) uint64_t matrix[3][4];
+};
+
+constexpr PlaneMatrices plane_matrices(const PlaneLayout& layout) {
+  // Byte 7 - i of a matrix says which bits of the source are added up to bit i of the result.
+  const auto entry = [](int result_bit, int source_bit) { return uint64_t{1} << (8 * (7 - result_bit) + source_bit); };
+  PlaneMatrices result{};
+  for (int bit = 0; bit < 8; ++bit) {
+    for (int plane = 0; plane < 3; ++plane) {
+      if (layout.used >> bit & 1) result.matrix[plane][plane] |= entry(bit, bit);
+    }
+    for (int i = 0; i < layout.count; ++i) {
+      const PlaneMove& move = layout.moves[i];
+      if (move.mask >> bit & 1) result.matrix[move.plane][3] |= entry(bit, bit - move.shift);
+    }
+  }
+  return result;
+}
+
+template <Coding coding>
+inline constexpr PlaneMatrices kPlaneMatrices = plane_matrices(plane_layout(coding));
+
+// The 32 E4M3 bytes of a block of FP6 weights.
+template <Coding coding>
+inline __m256i load_fp6_bytes(const uint8_t* bytes, int64_t plane_stride) {
+  const auto part = [&](int plane) {
+    int64_t eight_bytes;
+    std::memcpy(&eight_bytes, bytes + plane * plane_stride, sizeof eight_bytes);
+    const auto* matrix = reinterpret_cast<const __m256i*>(kPlaneMatrices<coding>.matrix[plane]);
+    return _mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(eight_bytes), _mm256_load_si256(matrix), 0);
+  };
+  return _mm256_ternarylogic_epi64(part(0), part(1), part(2), 0x96);  // exclusive or of all three
+}
+
 template <Coding coding>
 inline Block decode_fp6_block(const uint8_t* bytes, int64_t plane_stride, uint8_t scale) {
-  const auto [q0, q1, q2, q3] = load_fp6_block<coding>(bytes, plane_stride).quarter;
-  const __m512i words = _mm512_cvtepu8_epi16(_mm256_set_epi64x(
-      static_cast<int64_t>(q3), static_cast<int64_t>(q2), static_cast<int64_t>(q1), static_cast<int64_t>(q0)));
-  // The lookup takes five bits, so those of the fourth byte need no masking.
+  const __m512i words = _mm512_cvtepu8_epi16(load_fp6_bytes<coding>(bytes, plane_stride));
   if constexpr (coding == Coding::fp6_e2m3_planes) {
     return with_sign(_mm512_permutexvar_epi16(words, _mm512_load_si512(kTables.e4m3_low[scale].data())), words);
   } else {
@@ -146,10 +181,17 @@ inline Block decode_e4m3_block(const uint8_t* bytes, uint8_t scale) {
 
 template <Coding coding>
 inline Block decode_fp6_block(const uint8_t* bytes, int64_t plane_stride, uint8_t scale) {
-  Fp6Block quarters = load_fp6_block<coding>(bytes, plane_stride);
-  for (uint64_t& quarter : quarters.quarter) quarter &= in_every_byte(used_bits(coding));
-  uint8_t codes[kBlock];
-  std::memcpy(codes, quarters.quarter, sizeof codes);
+  constexpr const PlaneLayout& layout = plane_layout(coding);
+  constexpr int quarter = kBlock / 4;
+  uint8_t codes[kBlock] = {};
+  for (int i = 0; i < quarter; ++i) {
+    for (int plane = 0; plane < 3; ++plane) codes[plane * quarter + i] = bytes[plane * plane_stride + i] & layout.used;
+    for (int j = 0; j < layout.count; ++j) {
+      const auto [plane, mask, shift] = layout.moves[j];
+      const int source = bytes[plane * plane_stride + i];
+      codes[3 * quarter + i] |= static_cast<uint8_t>((shift > 0 ? source << shift : source >> -shift) & mask);
+    }
+  }
   return decode_e4m3_block(codes, scale);
 }
 

@@ -60,4 +60,31 @@ inline void narrow(const float* from, int64_t count, c10::Half* to) {
 
 #endif
 
+#if MICROMIX_AVX512_BF16
+
+// 16 floats to `count` <= 16 elements. Whole vectors skip the mask: masked stores of narrowed vectors are slow.
+inline void store_lanes(__m512 values, int64_t count, float* to) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), values);
+}
+
+inline void store_words(__m256i words, int64_t count, void* to) {
+  if (count == 16) return _mm256_storeu_si256(static_cast<__m256i*>(to), words);
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), words);
+}
+
+inline void store_lanes(__m512 values, int64_t count, c10::BFloat16* to) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i upper = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
+  store_words(_mm512_cvtepi32_epi16(upper), count, to);
+}
+
+inline void store_lanes(__m512 values, int64_t count, c10::Half* to) {
+  store_words(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count, to);
+}
+
+#endif
+
 }  // namespace micromix

@@ -2,7 +2,8 @@
 // off, so that every path can be tested on one machine.
 #pragma once
 
-#if !defined(MICROMIX_PORTABLE) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if !defined(MICROMIX_PORTABLE) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__GFNI__)
 #define MICROMIX_AVX512_BF16 1
 #include <immintrin.h>
 #else

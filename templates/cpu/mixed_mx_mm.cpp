@@ -18,12 +18,16 @@ namespace micromix {
 namespace {
 
 // With more rows of x the tiles are faster than decoding in registers (Xeon with AMX: equal at 8 rows, K = 576).
-constexpr int64_t kMaxDotRows = 8;
+constexpr int64_t kMaxDotRows = 0;
 constexpr int64_t kBlocksPerTask = 4096;  // of w; below it, waking another thread costs more than it saves
 
 // Two tiles of x along K (40 KiB) stay in the first-level cache, ten pairs of tiles of w (400 KiB) in the second.
-constexpr int64_t kMaxPanelBlocks = 20;
-constexpr int64_t kMaxPanelPairs = 10;
+struct PanelShape {
+  int64_t pairs;
+  int64_t blocks;
+};
+constexpr PanelShape kPanelForManyTiles{10, 20};
+constexpr PanelShape kPanelForOnePair{1, 16};
 constexpr int64_t kSlabRows = 512;  // rows of x for which a panel of w is decoded once; bounds the scratch memory
 constexpr int64_t kPairRows = 2 * kTileRows;
 
@@ -63,21 +67,43 @@ void with_coding(Coding coding, Body body) {
   }
 }
 
-// Decodes blocks begin .. end of one row, `block_stride` operands apart.
-void decode_row(const QuantizedMatrix& matrix, int64_t row, int64_t begin, int64_t end, Operand* to,
-                int64_t block_stride) {
-  const uint8_t* scale = matrix.scale + row * matrix.blocks;
+// Decodes `count` blocks of one row, `stride` operands apart. Everything by value: the compiler can then hold it in
+// registers across the stores.
+template <Coding coding>
+inline void decode_run(const uint8_t* bytes, int64_t plane_stride, const uint8_t* scale, int64_t count, Operand* to,
+                       int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    store_block(to + i * stride, decode_block<coding>(bytes + i * block_bytes(coding), plane_stride, scale[i]));
+  }
+}
+
+// Where decoded elements go: block b of row r, counted from the first ones, to r row_stride + b block_stride.
+struct Destination {
+  Operand* to;
+  int64_t row_stride;
+  int64_t block_stride;
+};
+
+// Decodes blocks begin .. end of rows first .. first + rows; those past the last row of the matrix are zero.
+void decode_rows(const QuantizedMatrix& matrix, int64_t first, int64_t rows, int64_t begin, int64_t end,
+                 const Destination& destination) {
+  const int64_t valid = std::clamp<int64_t>(matrix.rows - first, 0, rows);
   for (const Segment& segment : matrix.segments) {
-    const int64_t first = std::max(begin, segment.first_block);
-    const int64_t last = std::min(end, segment.first_block + segment.blocks);
-    if (first >= last) continue;
+    const int64_t from = std::max(begin, segment.first_block);
+    const int64_t count = std::min(end, segment.first_block + segment.blocks) - from;
     with_coding(segment.coding, [&](auto coding) {
-      const uint8_t* bytes = segment.bytes + row * segment.row_bytes;
-      for (int64_t block = first; block < last; ++block) {
-        const uint8_t* from = bytes + (block - segment.first_block) * block_bytes(coding);
-        store_block(to + (block - begin) * block_stride, decode_block<coding>(from, segment.plane_stride, scale[block]));
+      const int64_t skipped_bytes = (from - segment.first_block) * block_bytes(coding);
+      Operand* to = destination.to + (from - begin) * destination.block_stride;
+      for (int64_t row = 0; row < valid; ++row) {
+        decode_run<coding>(segment.bytes + (first + row) * segment.row_bytes + skipped_bytes, segment.plane_stride,
+                           matrix.scale + (first + row) * matrix.blocks + from, count,
+                           to + row * destination.row_stride, destination.block_stride);
       }
     });
+  }
+  for (int64_t row = valid; row < rows; ++row) {
+    Operand* to = destination.to + row * destination.row_stride;
+    for (int64_t i = 0; i < end - begin; ++i) std::fill_n(to + i * destination.block_stride, kBlock, Operand{});
   }
 }
 
@@ -133,7 +159,7 @@ void few_rows_product(const Operand* x, const QuantizedMatrix& w, const float* b
   });
 }
 
-template <typename Out, int x_rows = kMaxDotRows>
+template <typename Out, int x_rows = 8>
 void dispatch_few_rows(const QuantizedMatrix& x, const Operand* decoded, const QuantizedMatrix& w, const float* bias,
                        Out* out) {
   if constexpr (x_rows > 0) {
@@ -146,9 +172,7 @@ template <typename Out>
 void multiply_few_rows(const QuantizedMatrix& x, const QuantizedMatrix& w, const float* bias, Out* out) {
   static thread_local Scratch<Operand> scratch;
   Operand* decoded = scratch.at_least(x.rows * x.blocks * kBlock);
-  for (int64_t row = 0; row < x.rows; ++row) {
-    decode_row(x, row, 0, x.blocks, decoded + row * x.blocks * kBlock, kBlock);
-  }
+  decode_rows(x, 0, x.rows, 0, x.blocks, {decoded, x.blocks * kBlock, kBlock});
   dispatch_few_rows<Out>(x, decoded, w, bias, out);
 }
 
@@ -161,14 +185,7 @@ void arrange_x(const QuantizedMatrix& x, int64_t x_begin, int64_t tiles, Operand
     const int64_t row_stride = x.blocks * kBlock;
     Operand* rows = scratch.at_least(kTileRows * row_stride);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = x_begin + tile * kTileRows;
-      for (int64_t i = 0; i < kTileRows; ++i) {
-        if (first + i < x.rows) {
-          decode_row(x, first + i, 0, x.blocks, rows + i * row_stride, kBlock);
-        } else {
-          std::fill_n(rows + i * row_stride, row_stride, Operand{});
-        }
-      }
+      decode_rows(x, x_begin + tile * kTileRows, kTileRows, 0, x.blocks, {rows, row_stride, kBlock});
       for (int64_t block = 0; block < x.blocks; ++block) {
         arrange_x_tile(rows + block * kBlock, row_stride, arranged + (tile * x.blocks + block) * kTileOperands);
       }
@@ -176,17 +193,16 @@ void arrange_x(const QuantizedMatrix& x, int64_t x_begin, int64_t tiles, Operand
   });
 }
 
-// Decodes blocks begin .. end of `tiles` tiles of w from row `first` on, [tile][block]; rows past the end are zero.
-void decode_panel(const QuantizedMatrix& w, int64_t first, int64_t tiles, int64_t begin, int64_t end, Operand* panel) {
-  const int64_t tile_stride = (end - begin) * kTileOperands;
-  for (int64_t i = 0; i < tiles * kTileRows; ++i) {
-    Operand* to = panel + (i / kTileRows) * tile_stride + (i % kTileRows) * kBlock;
-    if (first + i < w.rows) {
-      decode_row(w, first + i, begin, end, to, kTileOperands);
-    } else {
-      for (int64_t block = 0; block < end - begin; ++block) std::fill_n(to + block * kTileOperands, kBlock, Operand{});
-    }
-  }
+// Writes values[i] + bias[i] for i < count <= 16.
+template <typename Out>
+inline void write_sums(const float* values, const float* bias, int64_t count, Out* out) {
+#if MICROMIX_AVX512_BF16
+  store_lanes(_mm512_add_ps(_mm512_loadu_ps(values), _mm512_loadu_ps(bias)), count, out);
+#else
+  float biased[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) biased[i] = values[i] + bias[i];
+  narrow(biased, count, out);
+#endif
 }
 
 // Adds the bias to one 16x16 tile of sums and writes it as out[row][column ..].
@@ -194,13 +210,13 @@ template <typename Out>
 void write_tile(const float* sums, const float* bias, Out* out, int64_t out_stride, int64_t rows, int64_t columns) {
   alignas(64) float transposed[kTileSums];
   transpose_sums(sums, transposed);
-  for (int64_t row = 0; row < rows; ++row) {
-    float* values = transposed + row * kTileRows;
-    for (int i = 0; i < kTileRows; ++i) values[i] += bias[i];
-    if (columns == kTileRows) {
-      narrow(values, kTileRows, out + row * out_stride);  // a constant count: no loop is left
-    } else {
-      narrow(values, columns, out + row * out_stride);
+  if (columns == kTileRows) {  // a constant count lets the compiler drop the case of fewer
+    for (int64_t row = 0; row < rows; ++row) {
+      write_sums(transposed + row * kTileRows, bias, kTileRows, out + row * out_stride);
+    }
+  } else {
+    for (int64_t row = 0; row < rows; ++row) {
+      write_sums(transposed + row * kTileRows, bias, columns, out + row * out_stride);
     }
   }
 }
@@ -213,6 +229,7 @@ struct ManyRows {
   const float* bias;
   Out* out;          // of the slab's first row
 
+  PanelShape shape() const { return x_rows <= kPairRows ? kPanelForOnePair : kPanelForManyTiles; }
   int64_t x_tiles() const { return ceil_div(x_rows, kTileRows); }
 
   // Pairs of w's tiles [w_begin, w_end) times pairs of x's tiles [x_begin, x_end).
@@ -220,7 +237,7 @@ struct ManyRows {
     static thread_local Scratch<Operand> panel_scratch;
     static thread_local Scratch<float> sums_scratch;
     const int64_t w_pairs = w_end - w_begin;
-    const int64_t passes = std::max<int64_t>(ceil_div(w.blocks, kMaxPanelBlocks), 1);
+    const int64_t passes = std::max<int64_t>(ceil_div(w.blocks, shape().blocks), 1);
     Operand* panel = panel_scratch.at_least(w_pairs * 2 * kTileOperands * ceil_div(w.blocks, passes));
     // With one pass along K a pair's sums are written at once, and one place for them is enough.
     const int64_t sums_stride = passes > 1 ? 4 * kTileSums : 0;
@@ -228,7 +245,10 @@ struct ManyRows {
     const TileSession session;
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t begin = w.blocks * pass / passes, end = w.blocks * (pass + 1) / passes;
-      decode_panel(w, w_begin * kPairRows, 2 * w_pairs, begin, end, panel);
+      for (int64_t tile = 0; tile < 2 * w_pairs; ++tile) {
+        decode_rows(w, w_begin * kPairRows + tile * kTileRows, kTileRows, begin, end,
+                    {panel + tile * (end - begin) * kTileOperands, kBlock, kTileOperands});
+      }
       for (int64_t x_pair = x_begin; x_pair < x_end; ++x_pair) {
         for (int64_t w_pair = w_begin; w_pair < w_end; ++w_pair) {
           float* here = sums + ((x_pair - x_begin) * w_pairs + w_pair - w_begin) * sums_stride;
@@ -273,7 +293,7 @@ struct ManyRows {
   void run_all() const {
     const int64_t threads = at::get_num_threads();
     const int64_t w_pairs = ceil_div(w.rows, kPairRows), x_pairs = ceil_div(x_rows, kPairRows);
-    const int64_t w_parts = std::min(w_pairs, ceil_div(ceil_div(w_pairs, kMaxPanelPairs), threads) * threads);
+    const int64_t w_parts = std::min(w_pairs, ceil_div(ceil_div(w_pairs, shape().pairs), threads) * threads);
     const int64_t x_parts = std::min(x_pairs, ceil_div(threads, w_parts));
     at::parallel_for(0, w_parts * x_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {

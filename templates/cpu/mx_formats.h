@@ -69,32 +69,27 @@ inline float decode_fp4(uint8_t nibble) {
   return nibble & 0x8 ? -value : value;
 }
 
-constexpr uint64_t in_every_byte(uint8_t bits) { return 0x0101010101010101ull * bits; }
-
-// The 32 E4M3 bytes of one block of FP6 weights. plane: the block's 8 bytes in each of three planes. The bytes of
-// k = 24 .. 31 hide in the bits that an FP6 code leaves unused in the planes (packing.py, _PLANES).
-struct Fp6Block {
-  uint64_t quarter[4];
+// How the fourth E4M3 byte of FP6 weights hides in the bits that the codes leave unused in the other three
+// (packing.py, _PLANES). Bits `mask` of the fourth byte are those of plane `plane`, shifted left by `shift` (right
+// where it is negative).
+struct PlaneMove {
+  int plane;
+  uint8_t mask;
+  int shift;
 };
 
-template <Coding coding>
-inline Fp6Block load_fp6_block(const uint8_t* bytes, int64_t plane_stride) {
-  static_assert(coding == Coding::fp6_e2m3_planes || coding == Coding::fp6_e3m2_planes);
-  uint64_t p[3];
-  for (int j = 0; j < 3; ++j) std::memcpy(&p[j], bytes + j * plane_stride, sizeof p[j]);
-  uint64_t fourth;
-  if constexpr (coding == Coding::fp6_e2m3_planes) {
-    fourth = ((p[0] << 1) & in_every_byte(0x80)) | ((p[0] >> 1) & in_every_byte(0x10)) |
-             ((p[1] >> 3) & in_every_byte(0x0C)) | ((p[2] >> 5) & in_every_byte(0x03));
-  } else {
-    fourth = ((p[0] << 1) & in_every_byte(0x82)) | ((p[1] >> 1) & in_every_byte(0x20)) |
-             ((p[1] << 2) & in_every_byte(0x04)) | ((p[2] >> 2) & in_every_byte(0x10)) |
-             ((p[2] << 3) & in_every_byte(0x08));
-  }
-  return {p[0], p[1], p[2], fourth};
-}
+struct PlaneLayout {
+  uint8_t used;  // the bits of an E4M3 byte that a code uses
+  int count;
+  PlaneMove moves[5];
+};
 
-// The bits of an E4M3 byte that an FP6 code of this layout uses.
-constexpr uint8_t used_bits(Coding coding) { return coding == Coding::fp6_e2m3_planes ? 0x9F : 0xBE; }
+constexpr PlaneLayout kE2M3Planes{0x9F, 4, {{0, 0x80, 1}, {0, 0x10, -1}, {1, 0x0C, -3}, {2, 0x03, -5}}};
+constexpr PlaneLayout kE3M2Planes{
+    0xBE, 5, {{0, 0x82, 1}, {1, 0x20, -1}, {1, 0x04, 2}, {2, 0x10, -2}, {2, 0x08, 3}}};
+
+constexpr const PlaneLayout& plane_layout(Coding coding) {
+  return coding == Coding::fp6_e2m3_planes ? kE2M3Planes : kE3M2Planes;
+}
 
 }  // namespace micromix

@@ -1,0 +1,405 @@
+"""torch.compile(model, backend="micromix") end to end, on models small enough to compile in seconds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import micromix_compile as micromix
+from micromix_compile import backend as backend_module
+from micromix_compile import native
+from micromix_compile.backend import parse_options
+from micromix_compile.config import MicroMixConfig
+from models import Net, fake_quantized, make_net
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from micromix_compile.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Every test starts without compiled code; nothing in the product needs it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batches(count: int = 3, channels: int = 64) -> list[Tensor]:
+    return [torch.randn(2, 5 + i, channels) for i in range(count)]
+
+
+def compiled_with(model: nn.Module, recipe: Recipe | str, **options: Any) -> Callable[..., Tensor]:
+    return torch.compile(model, backend="micromix", options={"recipe": recipe, **options})
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """Equal up to float32 accumulation order: the twin multiplies in another order, K is at most 128."""
+    scale = float(expected.abs().max())
+    return float((actual.float() - expected.float()).abs().max()) <= 1e-5 * scale
+
+
+def hooked_abs_mean(model: nn.Module, inputs: list[Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The largest over samples of mean |x|, by forward hooks: an independent reading of what observers see."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Tensor]) -> None:
+            mean = args[0].float().abs().mean(1).amax(0)
+            seen[name] = torch.maximum(seen.get(name, mean), mean)
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    with torch.no_grad():
+        for x in inputs:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def assert_statistics_equal_hooks(recipe: Recipe, model: nn.Module, inputs: list[Tensor]) -> None:
+    expected = hooked_abs_mean(copy.deepcopy(model), inputs, list(recipe.linears))
+    for fqn, linear in recipe.linears.items():
+        assert linear.group.statistics.batches == len(inputs), fqn
+        torch.testing.assert_close(linear.group.statistics.abs_mean, expected[fqn], msg=fqn)
+
+
+# Recipe in the options
+
+
+@pytest.mark.parametrize("weights", ["same", "mxfp4"])
+@pytest.mark.parametrize("fp6", ["e2m3", "e3m2"])
+def test_a_compiled_model_equals_its_fake_quantized_twin(weights: str, fp6: str) -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches(), MicroMixConfig(weights=weights, fp6=fp6))
+    assert all(min(linear.split) > 0 for linear in recipe.linears.values() if linear.in_features == 96)
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert close(compiled_with(net, recipe)(x), fake_quantized(net, recipe)(x))
+        assert not close(compiled_with(net, recipe)(x), net(x))
+
+
+def test_a_bfloat16_model_gives_the_bits_of_eager_packed_modules() -> None:
+    net = make_net(torch.bfloat16)
+    recipe = micromix.calibrate(net, [x.bfloat16() for x in batches()])
+    packed = micromix.quantize_(copy.deepcopy(net), recipe)
+    x = torch.randn(2, 9, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(compiled_with(net, recipe)(x), packed(x))
+
+
+def test_batch_and_length_may_change_between_calls() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    twin, fast = fake_quantized(net, recipe), compiled_with(net, recipe)
+    with torch.inference_mode():
+        for shape in ((2, 9), (1, 1), (3, 4), (2, 9), (1, 30)):
+            x = torch.randn(*shape, 64)
+            assert close(fast(x), twin(x)), shape
+        assert fast(torch.randn(0, 5, 64)).shape == (0, 5, 16)
+
+
+def test_float16_and_odd_channel_counts_work() -> None:
+    net = make_net(torch.float16, layers=1, channels=50, hidden=70)
+    recipe = micromix.calibrate(net, [x.half() for x in batches(channels=50)])
+    assert {sum(linear.split) for linear in recipe.linears.values()} == {64, 96}
+    x = torch.randn(2, 9, 50).half()
+    with torch.no_grad():
+        assert torch.equal(compiled_with(net, recipe)(x), micromix.quantize_(copy.deepcopy(net), recipe)(x))
+
+
+def test_a_recipe_may_be_a_path_and_its_splits_solved_again(tmp_path: Path) -> None:
+    net = make_net(layers=1)
+    micromix.calibrate(net, batches()).save(tmp_path / "net.safetensors")
+    recipe = micromix.assign(micromix.Recipe.load(tmp_path / "net.safetensors"), MicroMixConfig(policy="mxfp8"))
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        fast = compiled_with(net, str(tmp_path / "net.safetensors"), policy="mxfp8")
+        assert close(fast(x), fake_quantized(net, recipe)(x))
+
+
+def test_layers_that_share_one_graph_keep_their_own_weights() -> None:
+    net = make_net(layers=4, breaks=True)  # a graph break inside every layer of the loop
+    inputs = batches()
+    recipe = micromix.calibrate(net, inputs)
+    assert_statistics_equal_hooks(recipe, net, inputs)
+    one_split = micromix.assign(recipe, MicroMixConfig(policy="mxfp6"))  # equal splits: one graph for all layers
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert close(compiled_with(net, one_split)(x), fake_quantized(net, one_split)(x))
+        torch._dynamo.reset()
+        assert close(compiled_with(net, recipe)(x), fake_quantized(net, recipe)(x))
+
+
+def test_layers_compiled_one_by_one_keep_their_own_weights() -> None:
+    net = make_net(layers=3)
+    recipe = micromix.calibrate(net, batches())
+    uniform = micromix.assign(recipe, MicroMixConfig(policy="mxfp8"))
+    twins = {name: fake_quantized(net, r) for name, r in (("mixed", recipe), ("uniform", uniform))}
+    x = torch.randn(2, 9, 64)
+    for name, r in (("mixed", recipe), ("uniform", uniform)):
+        torch._dynamo.reset()
+        for layer in net.layers:
+            layer.compile(backend="micromix", options={"recipe": r})
+        with torch.no_grad():
+            assert close(net(x), twins[name](x)), name
+
+
+def test_tied_embeddings_stay_whole() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, 64)
+            self.body = make_net(layers=1)
+            self.lm_head = nn.Linear(64, 50, bias=False)
+            self.lm_head.weight = self.embed.weight
+            self.body.lm_head = nn.Identity()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.lm_head(self.body(self.embed(ids)))
+
+    model = Tied().eval()
+    ids = torch.randint(0, 50, (2, 7))
+    recipe = micromix.calibrate(model, [ids])
+    assert "lm_head" in recipe.refused
+    with torch.no_grad():
+        assert close(compiled_with(model, recipe)(ids), fake_quantized(model, recipe)(ids))
+        everything = micromix.calibrate(model, [ids], MicroMixConfig(skip=()))
+        assert "lm_head" in everything.linears
+        packed = micromix.quantize_(copy.deepcopy(model), everything)
+        assert close(packed(ids), fake_quantized(model, everything)(ids))
+        assert packed.embed.weight.shape == (50, 64)
+
+
+def test_a_changed_weight_is_packed_again() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    fast, x = compiled_with(net, recipe), torch.randn(2, 9, 64)
+    with torch.no_grad():
+        before = fast(x)
+        net.layers[0].down.weight.mul_(2.0)  # exact in every format
+        assert close(fast(x), fake_quantized(net, recipe)(x))
+        assert not torch.equal(fast(x), before)
+
+
+def test_gradients_are_not_asked_for() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    out = compiled_with(net, recipe)(torch.randn(2, 9, 64))  # grad mode is on, as users forget to turn it off
+    assert not out.requires_grad
+
+
+def test_other_modules_packed_weights_share_one_quantize() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    packed = micromix.quantize_(copy.deepcopy(net), recipe)
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert close(torch.compile(packed, backend="micromix")(x), fake_quantized(net, recipe)(x))
+        assert close(torch.compile(packed, backend="inductor")(x), fake_quantized(net, recipe)(x))
+
+
+# The one-line form
+
+
+def test_a_model_calibrates_and_converts_itself(caplog: pytest.LogCaptureFixture) -> None:
+    net = make_net()
+    original, inputs = copy.deepcopy(net), batches(4)
+    fast = torch.compile(net, backend="micromix", options={"calibration_batches": 3})
+    with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
+        for x in inputs[:3]:
+            assert close(fast(x), original(x))
+        assert "Net now runs quantized" in caplog.text
+        recipe = micromix.calibrate(original, inputs[:3])
+        assert close(fast(inputs[3]), fake_quantized(original, recipe)(inputs[3]))
+
+
+def test_it_converts_after_enough_tokens() -> None:
+    net = make_net(layers=1)
+    original = copy.deepcopy(net)
+    fast = torch.compile(net, backend="micromix", options={"calibration_tokens": 20})
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, 5, 64)
+            assert close(fast(x), original(x))
+        assert not close(fast(x), original(x))
+
+
+def test_it_converts_itself_across_graph_breaks_and_layers_compiled_alone() -> None:
+    broken, regional = make_net(layers=2, breaks=True), make_net(layers=3)
+    for net in (broken, regional):
+        original, inputs = copy.deepcopy(net), batches(5)
+        options = {"calibration_batches": 3}
+        if net is regional:
+            for layer in net.layers:
+                layer.compile(backend="micromix", options=options)
+            fast: Callable[..., Tensor] = net
+        else:
+            fast = torch.compile(net, backend="micromix", options=options)
+        with torch.no_grad():
+            for x in inputs[:3]:
+                assert close(fast(x), original(x))
+            recipe = micromix.calibrate(original, inputs[:3])
+            assert close(fast(inputs[3]), fake_quantized(original, recipe)(inputs[3]))
+
+
+def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:
+    net = make_net(layers=1)
+    x = torch.randn(2, 6, 64)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    recipe = micromix.calibrate(net, [{"x": x, "attention_mask": mask}])
+    statistics = recipe.linears["layers.0.gate"].group.statistics
+    assert statistics.tokens == 10
+    fast = torch.compile(copy.deepcopy(net), backend="micromix", options={"calibration_batches": 2})
+    with torch.no_grad():
+        fast(x=x, attention_mask=mask)
+    sessions = [s for by_key in backend_module._model_sessions.values() for _, s in by_key.values()]
+    observers = [o for s in sessions if s.recipe is None for o in s.observers()]
+    assert {o.tokens for o in observers} == {10}
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_statistics_equal_those_of_forward_hooks(breaks: bool) -> None:
+    net, inputs = make_net(layers=3, breaks=breaks), batches(4)
+    recipe = micromix.calibrate(net, inputs)
+    assert sorted(recipe.linears) == sorted(f"layers.{i}.{name}" for i in range(3) for name in ("gate", "up", "down"))
+    assert recipe.linears["layers.1.gate"].group is recipe.linears["layers.1.up"].group
+    assert_statistics_equal_hooks(recipe, net, inputs)
+
+
+def test_calibration_leaves_the_model_as_it_was() -> None:
+    net = make_net(layers=1)
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = net(x)
+        micromix.calibrate(net, batches())
+        assert torch.equal(net(x), expected)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_conv1d_weights_are_calibrated_and_quantized() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 48))
+            self.bias = nn.Parameter(torch.randn(48))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.view(-1, 64), self.weight).view(*x.shape[:-1], 48)
+
+    model = nn.Sequential(Conv1D()).eval()
+    recipe = micromix.calibrate(model, [torch.randn(2, 5, 64)])
+    twin = fake_quantized(model, recipe)
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert close(compiled_with(model, recipe)(x), twin(x))
+        assert close(micromix.quantize_(model, recipe)(x), twin(x))
+
+
+# Bad input
+
+
+def test_nan_in_calibration_names_layer_and_batch() -> None:
+    net = make_net(layers=1)
+    bad = torch.randn(2, 5, 64)
+    bad[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"calibration batch 1: the input of layers.0.gate holds a NaN"):
+        micromix.calibrate(net, [torch.randn(2, 5, 64), bad])
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Net is in training mode.*call model.eval\(\)"):
+        micromix.calibrate(Net(), batches())
+    with pytest.raises(BackendCompilerFailed, match="Net is in training mode"):
+        torch.compile(Net(), backend="micromix")(torch.randn(2, 5, 64))
+
+
+def test_a_model_without_linears_is_told_why() -> None:
+    model = nn.Sequential(nn.Linear(64, 8)).eval()
+    with pytest.raises(ValueError, match=r"Sequential has no linear layer to quantize \(0: its name matches skip='0'\)"):
+        micromix.calibrate(model, [torch.randn(2, 64)], MicroMixConfig(skip=("0",)))
+    with pytest.raises(BackendCompilerFailed, match="no 2-dimensional weight"):
+        torch.compile(nn.Conv1d(1, 1, 1).eval(), backend="micromix")(torch.randn(1, 1, 4))
+
+
+def test_no_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="calibration of Net reached no linear layer"):
+        micromix.calibrate(make_net(layers=1), [])
+
+
+def test_a_batch_of_another_type_is_an_error() -> None:
+    with pytest.raises(TypeError, match="a batch must be a tensor or a mapping of keyword arguments, got int"):
+        micromix.calibrate(make_net(layers=1), [3])  # type: ignore[list-item]
+
+
+def test_a_recipe_for_another_model_names_both() -> None:
+    recipe = micromix.calibrate(make_net(layers=1), batches())
+    x = torch.randn(2, 5, 64)
+    with pytest.raises(BackendCompilerFailed, match=r"made for Net, and this model is Net: layers.0.gate has other"):
+        compiled_with(make_net(layers=1), recipe)(x)
+    wide = make_net(layers=1, hidden=128)
+    with pytest.raises(ValueError, match=r"layers.0.gate is \(96, 64\) there and \(128, 64\) here"):
+        micromix.quantize_(wide, recipe)
+    other = nn.Sequential(nn.Linear(64, 64)).eval()
+    with pytest.raises(BackendCompilerFailed, match="made for Net, and this model is Sequential: it has no layers.0"):
+        compiled_with(other, recipe)(x)
+
+
+def test_unknown_options_are_answered_with_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown option 'polcy'; .*recipe, mode, policy, lam, fp6"):
+        parse_options(None, {"polcy": "paper"})
+    with pytest.raises(TypeError, match="recipe must be a Recipe or the path of one, got int"):
+        parse_options(None, {"recipe": 3})
+    with pytest.raises(BackendCompilerFailed, match="granularity must be one of 32, 64, 128, got 48"):
+        torch.compile(make_net(), backend="micromix", options={"granularity": 48})(torch.randn(2, 5, 64))
+
+
+def test_inductors_options_and_modes_pass_through() -> None:
+    parsed = parse_options(None, {"mode": "max-autotune-no-cudagraphs", "epilogue_fusion": False, "lam": 2.0})
+    assert parsed.inductor == {"max_autotune": True, "coordinate_descent_tuning": True, "epilogue_fusion": False}
+    assert parsed.ours == {"lam": 2.0}
+
+
+def test_strict_refuses_plain_pytorch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    missing = native.NativeStatus(available=False, reason="no compiler", isa="", library=None, threads=1)
+    monkeypatch.setattr(native, "load", lambda: False)
+    monkeypatch.setattr(native, "status", lambda: missing)
+    monkeypatch.setattr(backend_module, "_said", set())
+    with pytest.raises(BackendCompilerFailed, match=r"strict=True: the linears run as plain PyTorch.*no compiler"):
+        compiled_with(net, recipe, strict=True)(torch.randn(2, 5, 64))
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
+        compiled_with(net, recipe)(torch.randn(2, 5, 64))
+    assert len(re.findall("plain PyTorch operations", caplog.text)) == 1
+
+
+def test_layers_that_fall_out_of_compilation_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    net = make_net(layers=2, breaks=True)
+    recipe = micromix.calibrate(net, batches())
+    formats = {"0": "mxfp8", "1": "mxfp6"}  # other splits: the second layer needs a graph of its own
+    uniform = {layer: micromix.assign(recipe, MicroMixConfig(policy=name)) for layer, name in formats.items()}
+    linears = {fqn: uniform[fqn.split(".")[1]].linears[fqn] for fqn in recipe.linears}
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad(), caplog.at_level(logging.WARNING):
+        fast = compiled_with(net, dataclasses.replace(recipe, linears=linears))
+        for _ in range(4):
+            fast(torch.randn(2, 5, 64))
+    assert re.search(r"linears of Net have a recipe but never ran quantized \(layers.1", caplog.text)

@@ -1,0 +1,237 @@
+"""Each pass on the smallest graph: what went, what came, with which arguments, and the graph that must not match."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import micromix_compile as micromix
+from micromix_compile import ops
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.passes import CONVERT_PASSES, PassContext, find_linears, insert_observers, run_passes
+from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
+from micromix_compile.passes.rewrite_linears import rewrite_linears
+from micromix_compile.passes.share_activations import share_activations
+from micromix_compile.session import Session, open_graph
+from models import Block, make_net
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+
+def trace(
+    model: Callable[..., Any], *inputs: Tensor, session: Session, dynamic: bool | None = None
+) -> tuple[fx.GraphModule, PassContext, Counter[str]]:
+    """The Dynamo graph of `model`, opened for passes while Dynamo's context is there; runs the given passes on it."""
+    found: list[tuple[fx.GraphModule, PassContext]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(open_graph(session, gm, example_inputs))
+        for graph_pass in session.passes:  # type: ignore[attr-defined]
+            graph_pass(*found[-1])
+        found[-1][0].graph.lint()
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
+    (gm, context) = found[0]
+    return gm, context, Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+
+
+def session_with(*passes: Callable[..., int], model: nn.Module | None = None, recipe: Any = None) -> Session:
+    config = recipe.config if recipe is not None else MicroMixConfig(skip=())
+    session = Session(config, recipe)
+    session.passes = passes  # type: ignore[attr-defined]
+    if model is not None:
+        session.prepare(model)
+    return session
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear: the weight is (C, N)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32))
+        self.bias = nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, 64), self.weight).reshape(*x.shape[:-1], 32)
+
+
+def test_linears_are_found_with_name_operands_and_orientation() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64, bias=False), Conv1D()).eval()
+    session = session_with(find_linears, model=model)
+    _, context, _ = trace(model, torch.randn(3, 64), session=session)
+    assert [session.name_of(site.parameter) for site in context.sites] == ["0", "1", "2"]
+    assert [site.transposed for site in context.sites] == [False, False, True]
+    assert [site.bias is not None for site in context.sites] == [True, False, True]
+    assert [(site.in_features, site.out_features) for site in context.sites] == [(64, 32), (32, 64), (64, 32)]
+    assert not context.refusals
+
+
+@pytest.mark.parametrize("product", [torch.mm, torch.matmul, lambda x, w: x @ w, lambda x, w: torch.mm(x, mat2=w)])
+def test_a_product_with_a_parameter_on_the_right_is_a_linear(product: Callable[..., Tensor]) -> None:
+    weight = nn.Parameter(torch.randn(64, 32))
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session_with(find_linears))
+    assert [(site.in_features, site.transposed) for site in context.sites] == [(64, True)]
+
+
+def test_products_of_activations_are_no_linears() -> None:
+    def attention(x: Tensor) -> Tensor:
+        return torch.matmul(x, x.transpose(1, 2)) @ x
+
+    _, context, _ = trace(attention, torch.randn(2, 4, 32), session=session_with(find_linears))
+    assert not context.sites
+    assert not context.refusals
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype", "reason"),
+    [
+        (lambda: nn.Linear(8, 8, dtype=torch.float64), torch.float64, "torch.float64, not float32"),
+        (lambda: nn.Linear(64, 8), torch.float32, "matches skip='*'"),
+    ],
+)
+def test_a_refused_linear_comes_with_its_reason(build: Callable[[], nn.Linear], dtype: torch.dtype, reason: str) -> None:
+    linear = build()
+    session = session_with(find_linears)
+    session.config = MicroMixConfig(skip=("*",) if "skip" in reason else ())
+    _, context, _ = trace(linear.eval(), torch.randn(2, linear.in_features, dtype=dtype), session=session)
+    assert not context.sites
+    assert reason in next(iter(context.refusals.values()))
+
+
+def test_a_weight_computed_in_the_graph_is_refused() -> None:
+    weight = nn.Parameter(torch.randn(2, 8, 64))
+
+    def expert(x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight[1])
+
+    _, context, _ = trace(expert, torch.randn(3, 64), session=session_with(find_linears))
+    assert list(context.refusals.values()) == ["its weight is computed in the graph, not a Parameter"]
+
+
+def test_an_addmm_with_factors_is_not_taken_for_a_linear() -> None:
+    layer = Conv1D()
+    _, context, _ = trace(
+        lambda x: torch.addmm(layer.bias, x, layer.weight, beta=2.0), torch.randn(2, 64), session=session_with(find_linears)
+    )
+    assert not context.sites
+
+
+def test_linears_that_share_an_input_share_an_observer() -> None:
+    block = Block(64, 96).eval()
+    session = session_with(find_linears, insert_observers, model=block)
+    gm, context, _ = trace(block, torch.randn(2, 5, 64), session=session)
+    observed = [node for node in gm.graph.nodes if node.target == context.owner.observe]
+    assert [len(node.args[1]) for node in observed] == [2, 1]
+    assert {node.args[0] for node in observed} == {context.sites[0].x, context.sites[2].x}
+
+
+def test_rewriting_leaves_no_linear_and_shares_the_order_of_a_group() -> None:
+    block = Block(64, 96).eval()
+    recipe = micromix.calibrate(block, [torch.randn(2, 5, 64)])
+    session = session_with(find_linears, rewrite_linears, model=block, recipe=recipe)
+    gm, context, targets = trace(block, torch.randn(2, 5, 64), session=session)
+    assert targets["micromix.reorder_quantize.default"] == targets["micromix.mixed_mx_mm.default"] == 3
+    assert not any("linear" in target for target in targets)
+    quantizes = [node for node in gm.graph.nodes if node.target is ops.reorder_quantize]
+    assert quantizes[0].args[1] is quantizes[1].args[1] is not quantizes[2].args[1]
+    splits = [recipe.linears[name].split for name in ("gate", "up", "down")]
+    assert [tuple(node.args[2:5]) for node in quantizes] == splits
+    products = [node for node in gm.graph.nodes if node.target is ops.mixed_mx_mm]
+    assert [node.args[8] is not None for node in products] == [True, False, False]
+    assert len(context.inputs) == 3 * 4 + 2
+    assert "stack_trace" in products[0].meta
+
+
+def test_without_a_recipe_for_it_a_linear_stays() -> None:
+    block = Block(64, 96).eval()
+    recipe = micromix.calibrate(block, [torch.randn(2, 5, 64)])
+    del recipe.linears["down"]  # type: ignore[attr-defined]
+    session = session_with(find_linears, rewrite_linears, model=block, recipe=recipe)
+    _, _, targets = trace(block, torch.randn(2, 5, 64), session=session)
+    assert targets["micromix.mixed_mx_mm.default"] == 2
+    assert sum("linear" in target for target in targets) == 1
+
+
+def test_equal_quantizes_of_one_activation_become_one() -> None:
+    block = Block(64, 96).eval()
+    recipe = micromix.calibrate(block, [torch.randn(2, 5, 64)])
+    session = session_with(find_linears, rewrite_linears, share_activations, model=block, recipe=recipe)
+    gm, _, targets = trace(block, torch.randn(2, 5, 64), session=session)
+    assert targets["micromix.reorder_quantize.default"] == 2
+    shared = next(node for node in gm.graph.nodes if node.target is ops.reorder_quantize)
+    assert len({user.args[1] for user in shared.users}) == 4
+
+
+def test_quantizes_in_different_orders_stay_apart() -> None:
+    perm = torch.arange(64, dtype=torch.int32)
+    other = perm.flip(0).contiguous()
+
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.ops.micromix.reorder_quantize(x, perm, 64, 0, 0, "e2m3", "rceil")
+        second = torch.ops.micromix.reorder_quantize(x, other, 64, 0, 0, "e2m3", "rceil")
+        third = torch.ops.micromix.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
+        return first[0], second[0] + third[0].sum()
+
+    gm, context, _ = trace(two, torch.randn(3, 64), session=session_with())
+    assert share_activations(gm, context) == 0
+
+
+def normed_and_quantized(dtype: torch.dtype, *, keep_rows: bool) -> fx.GraphModule:
+    """RMSNorm -> reorder_quantize as it looks after AOTAutograd: functional aten, casts as prims."""
+
+    def convert(x: Tensor, *, dtype: torch.dtype, **_: object) -> Tensor:
+        return torch.ops.prims.convert_element_type(x, dtype)
+
+    def program(x: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
+        h = x.to(torch.float32)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        y = weight * h.to(x.dtype)
+        quantized = ops.reorder_quantize(y.reshape(-1, 64), perm, 32, 0, 32, "e2m3", "rceil")
+        return (y, *quantized) if keep_rows else quantized
+
+    inputs = (torch.randn(2, 3, 64).to(dtype), torch.rand(64).to(dtype), torch.arange(64, dtype=torch.int32))
+    return make_fx(program, {torch.ops.aten._to_copy.default: convert}, tracing_mode="fake")(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_rms_norm_before_a_quantize_joins_it(dtype: torch.dtype) -> None:
+    gm = normed_and_quantized(dtype, keep_rows=False)
+    assert fuse_rms_norm(gm.graph) == 1
+    gm.graph.lint()
+    targets = Counter(str(node.target) for node in gm.graph.nodes)
+    assert targets["micromix.rms_norm_reorder_quantize.default"] == 1
+    assert targets["micromix.reorder_quantize.default"] == targets["aten.rsqrt.default"] == 0
+
+
+def test_a_norm_whose_rows_are_used_elsewhere_stays() -> None:
+    assert fuse_rms_norm(normed_and_quantized(torch.float32, keep_rows=True).graph) == 0
+
+
+def test_graphs_are_dumped_before_and_after_the_named_pass(tmp_path: Path) -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, [torch.randn(2, 5, 64)])
+    session = session_with(model=net, recipe=recipe)
+
+    def dumped(gm: fx.GraphModule, context: PassContext) -> int:
+        context.dump, context.dump_dir = ("rewrite_linears",), str(tmp_path)
+        matches = run_passes(gm, CONVERT_PASSES, context)
+        assert matches == {"find_linears": 3, "rewrite_linears": 3, "share_activations": 1}
+        return 0
+
+    session.passes = (dumped,)  # type: ignore[attr-defined]
+    trace(net, torch.randn(2, 5, 64), session=session)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["0000.before.rewrite_linears.txt", "0001.after.rewrite_linears.txt"]
+    assert "mixed_mx_mm" not in (tmp_path / names[0]).read_text()
+    assert "mixed_mx_mm" in (tmp_path / names[1]).read_text()

@@ -1,0 +1,188 @@
+"""The recipe file: what is saved comes back, what was changed is named."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import micromix_compile as micromix
+from micromix_compile import recipe as recipes
+from micromix_compile.assignment import assign, thresholds_to_count
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.recipe import (
+    ChannelStatistics,
+    GroupRecipe,
+    LinearRecipe,
+    Recipe,
+    same_sample,
+    weight_sample,
+)
+
+
+def make_recipe() -> Recipe:
+    config = MicroMixConfig()
+    statistics = ChannelStatistics(
+        abs_mean=torch.rand(90),
+        abs_max=torch.rand(90),
+        elements=900,
+        tokens=10,
+        batches=1,
+        below={t: 300 * (i + 1) for i, t in enumerate(thresholds_to_count(config))},
+    )
+    perm = torch.cat((torch.full((6,), -1), torch.randperm(90))).int()
+    group = GroupRecipe(name="layers.0.q", channel_perm=perm, split=(32, 32, 32), statistics=statistics)
+    linears = {
+        f"layers.0.{name}": LinearRecipe(
+            fqn=f"layers.0.{name}",
+            in_features=90,
+            out_features=n,
+            group=group,
+            weight_sample=weight_sample(torch.randn(n, 90)),
+        )
+        for name, n in (("q", 64), ("k", 32))
+    }
+    return Recipe(config=config, model_id="Net", linears=linears, refused={"lm_head": "skipped"})
+
+
+def assert_same(a: Recipe, b: Recipe) -> None:
+    assert (a.config, a.model_id, list(a.linears), a.refused) == (b.config, b.model_id, list(b.linears), b.refused)
+    for fqn in a.linears:
+        x, y = a.linears[fqn], b.linears[fqn]
+        assert (x.in_features, x.out_features, x.split) == (y.in_features, y.out_features, y.split)
+        assert torch.equal(x.group.channel_perm, y.group.channel_perm)
+        assert torch.equal(x.weight_sample, y.weight_sample)
+        assert torch.equal(x.group.statistics.abs_mean, y.group.statistics.abs_mean)
+        assert x.group.statistics.below == y.group.statistics.below
+
+
+def test_a_recipe_survives_its_file(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    recipe.save(tmp_path / "r.safetensors")
+    loaded = Recipe.load(tmp_path / "r.safetensors")
+    assert_same(recipe, loaded)
+    assert loaded.linears["layers.0.q"].group is loaded.linears["layers.0.k"].group
+
+
+def test_its_bits_count_elements_scales_padding_and_orders() -> None:
+    recipe = make_recipe()
+    assert recipe.element_bits == (4 + 6 + 8) / 3
+    row = 32 // 2 + 32 * 6 // 8 + 32 + 96 // 32
+    assert recipe.stored_bytes == (64 + 32) * row + 4 * 96
+    assert recipe.stored_bits == 8 * recipe.stored_bytes / (90 * 96)
+    all_fp4 = dataclasses.replace(recipe, config=MicroMixConfig(weights="mxfp4"))
+    assert all_fp4.stored_bytes == 96 * (96 // 2 + 3) + 4 * 96
+
+
+def test_assigning_again_under_another_policy_keeps_statistics() -> None:
+    recipe = assign(make_recipe(), MicroMixConfig(policy="mxfp8"))
+    assert {linear.split for linear in recipe.linears.values()} == {(0, 0, 96)}
+    assert recipe.linears["layers.0.q"].group is recipe.linears["layers.0.k"].group
+
+
+def test_a_file_cut_in_half_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    make_recipe().save(path)
+    content = path.read_bytes()
+    for keep in (0, 5, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:keep])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            Recipe.load(path)
+
+
+def rewrite(path: Path, field: str, value: str | torch.Tensor | None) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if isinstance(value, torch.Tensor):
+        tensors[field] = value
+    elif value is None:
+        metadata.pop(field, None)
+        tensors.pop(field, None)
+    else:
+        metadata[field] = value
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("format", '"other"', "format must be 'micromix-recipe', got 'other'"),
+        ("schema_version", "99", "schema_version must be 1, got 99"),
+        ("model_id", '"Other"', "model_id was changed"),
+        ("config", "{}", "config was changed"),
+        ("groups", "[]", "groups was changed"),
+        ("linears", "[]", "linears was changed"),
+        ("linears", None, "linears is missing"),
+        ("digests", None, "digests is missing"),
+        ("extra", "1", "extra is not part of the recipe"),
+        ("model_id", "{", "metadata is not JSON"),
+        ("layers.0.q.channel_perm", torch.zeros(96, dtype=torch.int32), "layers.0.q.channel_perm was changed"),
+        ("layers.0.q.abs_mean", None, "layers.0.q.abs_mean is missing"),
+    ],
+)
+def test_an_edited_field_is_named(
+    tmp_path: Path, field: str, value: str | torch.Tensor | None, message: str
+) -> None:
+    path = tmp_path / "r.safetensors"
+    make_recipe().save(path)
+    rewrite(path, field, value)
+    with pytest.raises(ValueError, match=message) as error:
+        Recipe.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_bad_split_is_named_even_with_a_right_digest(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    group = dataclasses.replace(recipe.linears["layers.0.q"].group, split=(32, 32, 64))
+    linears = {fqn: dataclasses.replace(linear, group=group) for fqn, linear in recipe.linears.items()}
+    dataclasses.replace(recipe, linears=linears).save(tmp_path / "r.safetensors")
+    with pytest.raises(ValueError, match=r"groups.layers.0.q.split must be three multiples of 32 with sum 96"):
+        Recipe.load(tmp_path / "r.safetensors")
+
+
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no recipe at"):
+        Recipe.load(tmp_path / "none.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.safetensors"
+    make_recipe().save(path)
+    before = path.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        make_recipe().save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["r.safetensors"]
+
+
+def test_the_metadata_is_readable_json(tmp_path: Path) -> None:
+    make_recipe().save(tmp_path / "r.safetensors")
+    with safe_open(tmp_path / "r.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["config"])["policy"] == "mxfp8-anchor"
+    assert json.loads(metadata["groups"])[0]["split"] == [32, 32, 32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_is_recognized_after_rounding_and_told_from_another(dtype: torch.dtype) -> None:
+    weight = torch.randn(48, 64) * 0.02
+    assert same_sample(weight_sample(weight), weight_sample(weight.to(dtype)))
+    assert not same_sample(weight_sample(weight), weight_sample(torch.randn(48, 64) * 0.02))
+
+
+def test_public_names_are_there() -> None:
+    assert micromix.Recipe is recipes.Recipe
+    assert set(micromix.__all__) <= set(dir(micromix))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        micromix.nothing  # noqa: B018
