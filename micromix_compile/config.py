@@ -18,6 +18,9 @@ THRESHOLD_POLICIES: Final = ("mxfp8-anchor", "paper", "released")
 """Policies that split channels by calibrated thresholds; the others give every channel one format."""
 
 WEIGHT_MODES: Final = ("same", "mxfp4")
+DEFAULT_SKIP: Final = ("*lm_head", "*embed_out", "*score", "*router*", "*.mlp.gate", "*_sparse_moe.gate", "*_expert_gate")
+"""Heads, and the routers of mixtures of experts, whose few weights decide much."""
+
 GRANULARITIES: Final = (32, 64, 128)
 
 
@@ -47,7 +50,7 @@ class MicroMixConfig:
     weights: str = "same"
     scale_rounding: ScaleRounding = ScaleRounding.RCEIL
     granularity: int = 32
-    skip: tuple[str, ...] = ("*lm_head", "*embed_out", "*score")
+    skip: tuple[str, ...] = DEFAULT_SKIP
     strict: bool = False
     calibration_batches: int = 32
     calibration_tokens: int = 65_536

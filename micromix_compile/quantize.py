@@ -138,6 +138,9 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
                 swapped[id(owner)] = module
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, swapped[id(owner)])
+    left = len(matched) - len(swapped)
+    if left:
+        logger.warning("%d linears of the recipe are no nn.Linear modules: they run quantized only when compiled", left)
     logger.info("quantized %d linears to %.2f stored bits", len(swapped), recipe.stored_bits)
     return model
 

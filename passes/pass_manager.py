@@ -101,14 +101,14 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], context: PassContext)
         name = graph_pass.__name__
         _dump(gm, context, name, "before")
         matches[name] = graph_pass(gm, context)
-        _clean_up(gm, context)
+        _clean_up(gm)
         _dump(gm, context, name, "after")
     logger.debug("passes: %s", ", ".join(f"{name} {count}" for name, count in matches.items()))
     return matches
 
 
-def _clean_up(gm: fx.GraphModule, context: PassContext) -> None:
-    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target == context.owner.observe)
+def _clean_up(gm: fx.GraphModule) -> None:
+    # No dead code elimination: a Dynamo graph may call in-place methods whose result nobody uses.
     gm.graph.lint()
     gm.recompile()
 

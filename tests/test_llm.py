@@ -1,0 +1,131 @@
+"""Hugging Face models: calls per decoder layer, logits against the eager fake-quantized model, generate."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
+
+import micromix_compile as micromix
+from models import fake_quantized
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LAYERS = 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Every test starts without compiled code."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    sizes = {"hidden_size": 128, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        **{"num_hidden_layers": LAYERS, "vocab_size": 256, "max_position_embeddings": 128, **sizes, **changes}
+    )
+    return AutoModelForCausalLM.from_config(config).eval().to(dtype)
+
+
+def token_batches(count: int = 3, vocabulary: int = 256) -> list[Tensor]:
+    return [torch.randint(0, vocabulary, (2, 16 + 8 * i)) for i in range(count)]
+
+
+def calls_of(run: Callable[[], object]) -> Counter[str]:
+    """How often each of our operations really ran, as the profiler counts it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    counts = Counter({event.key: event.count for event in profile.key_averages()})
+    return Counter({name: count for name, count in counts.items() if name.startswith("micromix::")})
+
+
+def test_a_decoder_layer_quantizes_four_activations_two_of_them_behind_its_norms() -> None:
+    model = llama()
+    recipe = micromix.calibrate(model, token_batches())
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
+    ids = torch.randint(0, 256, (2, 12))
+    with torch.no_grad():
+        fast(ids)
+        calls = calls_of(lambda: fast(ids))
+    assert calls == {
+        "micromix::reorder_quantize": 2 * LAYERS,
+        "micromix::rms_norm_reorder_quantize": 2 * LAYERS,
+        "micromix::mixed_mx_mm": 7 * LAYERS,
+    }
+
+
+@pytest.mark.parametrize("policy", ["mxfp8-anchor", "mxfp4"])
+def test_float32_logits_stay_within_a_thousandth_of_the_eager_models_range(policy: str) -> None:
+    model = llama(tie_word_embeddings=True)
+    recipe = micromix.calibrate(model, token_batches(), micromix.MicroMixConfig(policy=policy))
+    twin = fake_quantized(model, recipe)
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
+    with torch.inference_mode():
+        for shape in ((2, 16), (1, 40)):
+            ids = torch.randint(0, 256, shape)
+            expected, actual = twin(ids).logits, fast(ids).logits
+            spread = expected.max() - expected.min()
+            assert (actual - expected).abs().max() <= 1e-3 * spread
+
+
+def test_generate_with_a_static_cache_gives_the_tokens_of_the_eager_packed_model() -> None:
+    model = llama(torch.bfloat16)
+    recipe = micromix.calibrate(model, token_batches())
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    ids = torch.randint(0, 256, (1, 9))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    expected = packed.generate(ids, **options)
+    model.forward = torch.compile(model.forward, backend="micromix", options={"recipe": recipe})
+    assert torch.equal(model.generate(ids, **options), expected)
+    calls = calls_of(lambda: model.generate(ids, **options))
+    assert calls["micromix::mixed_mx_mm"] == 12 * 7 * LAYERS
+
+
+def test_padding_of_a_tokenized_batch_does_not_reach_the_statistics() -> None:
+    model = llama()
+    ids = torch.randint(1, 256, (2, 10))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    recipe = micromix.calibrate(model, [{"input_ids": ids, "attention_mask": mask, "use_cache": False}])
+    assert {linear.group.statistics.tokens for linear in recipe.linears.values()} == {16}
+    changed = ids.clone()
+    changed[0, 6:] = 7  # other padding, same statistics
+    again = micromix.calibrate(model, [{"input_ids": changed, "attention_mask": mask, "use_cache": False}])
+    first, second = (r.linears["model.layers.1.mlp.down_proj"].group.statistics for r in (recipe, again))
+    torch.testing.assert_close(first.abs_mean, second.abs_mean)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=256, n_positions=64),
+        Qwen2Config(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=256, max_position_embeddings=64,
+        ),
+        MixtralConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=256, max_position_embeddings=64, num_local_experts=2, num_experts_per_tok=1,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures_run_their_linears_quantized(config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    recipe = micromix.calibrate(model, token_batches(2))
+    twin = fake_quantized(model, recipe)
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
+    ids = torch.randint(0, 256, (2, 12))
+    with torch.no_grad():
+        expected, actual = twin(ids).logits, fast(ids).logits
+    assert len(recipe.linears) >= 4
+    assert (actual - expected).abs().max() <= 1e-3 * (expected.max() - expected.min())
