@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class Options:
             return Session(MicroMixConfig(**self.ours))
         recipe = self.recipe if isinstance(self.recipe, Recipe) else Recipe.load(self.recipe)
         config = MicroMixConfig.from_mapping({**recipe.config.to_dict(), **self.ours})
-        return Session(config, assign(recipe, config) if config != recipe.config else recipe)
+        return Session(config, assign(recipe, config) if config != recipe.config else recipe, source=self.recipe)
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -75,9 +75,10 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     return Options(ours=ours, recipe=path, inductor={**from_mode, **given})
 
 
-_Sessions = dict[tuple[MicroMixConfig, object], tuple[Options, Session]]
+_Sessions = WeakValueDictionary[tuple[MicroMixConfig, object], Session]
 _model_sessions: WeakKeyDictionary[nn.Module, _Sessions] = WeakKeyDictionary()
-_function_sessions: _Sessions = {}
+_function_sessions: _Sessions = WeakValueDictionary()
+"""Sessions live as long as a graph that was compiled under them, and take their packed weights with them."""
 
 
 def micromix(
@@ -103,14 +104,13 @@ def _session_of(modules: Sequence[nn.Module], parsed: Options) -> Session:
     """The session of the model whose forward pass is being compiled: `modules`, innermost first, are running."""
     for module in modules:
         if parsed.key in _model_sessions.get(module, {}):
-            return _model_sessions[module][parsed.key][1]
+            return _model_sessions[module][parsed.key]
     if not modules:
-        return _function_sessions.setdefault(parsed.key, (parsed, parsed.make_session()))[1]
+        return _function_sessions.setdefault(parsed.key, parsed.make_session())
     model = torch_compat.original_module(modules[-1])
     session = parsed.make_session()
     session.prepare(model)
-    _model_sessions.setdefault(model, {})[parsed.key] = (parsed, session)
-    return session
+    return _model_sessions.setdefault(model, WeakValueDictionary()).setdefault(parsed.key, session)
 
 
 def compile_quantized(

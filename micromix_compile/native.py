@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 DISABLE_VARIABLE: Final = "MICROMIX_NATIVE"
 """Environment variable: 0 leaves the CPU to the plain PyTorch implementations."""
 
-_COMPILE_FLAGS: Final = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
+_COMPILE_FLAGS: Final = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC", "-fvisibility=hidden")
 _BUILD_TIMEOUT: Final = 600.0  # seconds for one source; a healthy compiler needs about ten
 _ERROR_LINES: Final = 15  # of a failing compiler's messages
 
@@ -121,7 +121,7 @@ def build(flags: tuple[str, ...] = ()) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
             library = _compile(compiler, arguments, Path(scratch))
-            os.rename(library, target)
+            library.rename(target)
     except OSError as error:
         raise NativeBuildError(f"cannot write to {target.parent}: {error}") from error
     return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,15 @@ from micromix_compile.matching import match_linears, model_id, parameter_names
 from micromix_compile.recipe import Recipe, Split, weight_split
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from micromix_compile.config import MicroMixConfig
-    from micromix_compile.recipe import GroupRecipe
+    from micromix_compile.recipe import GroupRecipe, LinearRecipe
 
 logger = logging.getLogger("micromix_compile")
+
+QUANT_METHOD: Final = "micromix"
+SCHEMA_VERSION: Final = 1
 
 
 class PackedWeight(NamedTuple):
@@ -100,6 +105,11 @@ class MicroMixLinear(nn.Module):
         out = torch.ops.micromix.mixed_mx_mm(*quantized, *weight, self.bias, self.fp6, x.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        """As usual, but with an order of its own: checkpoint formats refuse tensors that share memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}channel_perm"] = destination[f"{prefix}channel_perm"].clone()
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         k4, k6, k8 = self.split
@@ -109,40 +119,61 @@ class MicroMixLinear(nn.Module):
 def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by `MicroMixLinear` in place; the original weights are freed. Returns `model`.
 
-    Weights that something else still uses (tied embeddings) stay alive through that user. Raises ValueError if the
-    recipe was made for another model, naming both.
+    Weights that something else still uses (tied embeddings) stay alive through that user. A Hugging Face model can be
+    saved with save_pretrained afterwards. Raises ValueError if the recipe was made for another model, naming both.
     """
     names = parameter_names(model)
     matched = match_linears(recipe, names, model_id=model_id(model))
     modules = dict(model.named_modules(remove_duplicate=False))
-    swapped: dict[int, MicroMixLinear] = {}
-    perms: dict[str, Tensor] = {}
-    for parameter, linear in matched:
-        for name in names[parameter]:
-            owner = modules.get(name)
-            if owner is None or not is_linear_module(owner):
+    described: dict[str, dict[str, Any]] = {}
+    with torch.no_grad():
+        for parameter, linear in matched:
+            own = [name for name in names[parameter] if name in modules and is_linear_module(modules[name])]
+            if not own:
+                logger.warning("%s is no nn.Linear: it stays as it is", linear.fqn)
                 continue
-            if id(owner) not in swapped:
-                weight = parameter.detach() if isinstance(owner, nn.Linear) else parameter.detach().T
-                packed = pack_weight(weight, linear.group, recipe.config)
-                module = MicroMixLinear(
-                    in_features=linear.in_features,
-                    out_features=linear.out_features,
-                    split=linear.split,
-                    config=recipe.config,
-                    bias=_frozen(owner.bias),
-                    device="meta",
-                )
-                perm = perms.setdefault(linear.group.name, linear.group.channel_perm.to(parameter.device))
-                module.load_packed(packed, perm)
-                swapped[id(owner)] = module
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, swapped[id(owner)])
-    left = len(matched) - len(swapped)
-    if left:
-        logger.warning("%d linears of the recipe are no nn.Linear modules: they run quantized only when compiled", left)
-    logger.info("quantized %d linears to %.2f stored bits", len(swapped), recipe.stored_bits)
+            packed = _pack_module(modules[own[0]], linear, recipe)
+            for name in own:
+                parent, _, child = name.rpartition(".")
+                setattr(modules[parent], child, packed)
+                shape = {"in_features": linear.in_features, "out_features": linear.out_features}
+                described[name] = {**shape, "split": list(linear.split), "group": linear.group.name}
+    share_orders(model, {name: str(d["group"]) for name, d in described.items()})
+    _describe(model, recipe.config, described)
+    logger.info("quantized %d linears to %.2f stored bits", len(described), recipe.stored_bits)
     return model
+
+
+def _pack_module(module: nn.Module, linear: LinearRecipe, recipe: Recipe) -> MicroMixLinear:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, nn.Parameter), "a linear module has a weight"
+    packed = MicroMixLinear(
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        split=linear.split,
+        config=recipe.config,
+        bias=nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, nn.Parameter) else None,
+        device="meta",
+    )
+    matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
+    packed.load_packed(pack_weight(matrix, linear.group, recipe.config), linear.group.channel_perm.to(weight.device))
+    return packed.train(module.training)
+
+
+def share_orders(model: nn.Module, groups: Mapping[str, str]) -> None:
+    """Let the packed linears of a group, name -> group, hold one order: sharing is how one quantize serves them all."""
+    first: dict[str, Tensor] = {}
+    for name, group in groups.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, MicroMixLinear), f"{name} is packed"
+        module.channel_perm = first.setdefault(group, module.channel_perm)
+
+
+def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:
+    """Leave what a loader needs in a Hugging Face model's config."""
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_dict()}
+        model.config.quantization_config = {**fields, "linears": linears}  # type: ignore[union-attr]
 
 
 def is_linear_module(module: nn.Module) -> bool:
@@ -150,7 +181,3 @@ def is_linear_module(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (
         type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter)
     )
-
-
-def _frozen(bias: nn.Parameter | None) -> nn.Parameter | None:
-    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

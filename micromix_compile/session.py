@@ -12,7 +12,7 @@ import itertools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +62,24 @@ class LinearState:
 
 
 class Session:
-    """One model's state while it is calibrated and after. It is what the passes call their owner."""
+    """One model's state while it is calibrated and after. It is what the passes call their owner.
 
-    def __init__(self, config: MicroMixConfig, recipe: Recipe | None = None) -> None:
+    source: what the recipe was made from, kept alive so that its identity can name the session.
+    """
+
+    def __init__(self, config: MicroMixConfig, recipe: Recipe | None = None, *, source: object = None) -> None:
         number = next(_numbers)
         self.config = config
         self.recipe = recipe
         self.model_id = "a function"
         self.key_attribute = f"_micromix_key_{number}"
         self._state_attribute = f"_micromix_state_{number}"
+        self._source = source
         self._states: list[LinearState] = []
         self._perms: dict[tuple[str, torch.device], Tensor] = {}
         self._coverage_checked = False
         self._enough_at: int | None = None
+        finalize(self, _forget, self._states, (self.key_attribute, self._state_attribute))
 
     # Names
 
@@ -283,6 +288,14 @@ class Session:
                 "torch.compile gave up on their graph at torch._dynamo.config.recompile_limit=%d",
                 len(idle), self.model_id, idle[0], torch._dynamo.config.recompile_limit,
             )
+
+
+def _forget(states: Sequence[LinearState], attributes: Sequence[str]) -> None:
+    """Take a session's state, packed weights included, off the Parameters that carry it."""
+    for state in states:
+        parameter = state.parameter()
+        for attribute in attributes if parameter is not None else ():
+            vars(parameter).pop(attribute, None)
 
 
 def check_not_training(model: nn.Module) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 if __name__ == "templates":
-    raise ImportError("import micromix_compile.templates: the folder at the repository's root is not a package of its own")
+    message = "import micromix_compile.templates: the folder at the repository's root is not a package of its own"
+    raise ImportError(message)
 
 
 def cpu_sources() -> list[Path]:

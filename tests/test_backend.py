@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import logging
 import re
 from typing import TYPE_CHECKING, Any
@@ -211,6 +212,19 @@ def test_other_modules_packed_weights_share_one_quantize() -> None:
         assert close(torch.compile(packed, backend="inductor")(x), fake_quantized(net, recipe)(x))
 
 
+def test_packed_weights_go_with_the_compiled_code() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    fast = compiled_with(net, recipe)
+    with torch.no_grad():
+        fast(torch.randn(2, 5, 64))
+    assert any("_micromix" in name for name in vars(net.layers[0].down.weight))
+    del fast
+    torch._dynamo.reset()
+    gc.collect()
+    assert not any("_micromix" in name for name in vars(net.layers[0].down.weight))
+
+
 # The one-line form
 
 
@@ -265,7 +279,7 @@ def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:
     fast = torch.compile(copy.deepcopy(net), backend="micromix", options={"calibration_batches": 2})
     with torch.no_grad():
         fast(x=x, attention_mask=mask)
-    sessions = [s for by_key in backend_module._model_sessions.values() for _, s in by_key.values()]
+    sessions = [s for by_key in backend_module._model_sessions.values() for s in by_key.values()]
     observers = [o for s in sessions if s.recipe is None for o in s.observers()]
     assert {o.tokens for o in observers} == {10}
 

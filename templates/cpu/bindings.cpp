@@ -1,6 +1,7 @@
 // The ops of micromix_compile/ops.py for CPU tensors: checks every argument, then calls the kernels.
 #include <limits>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -25,6 +26,17 @@ using micromix::Fp6;
 using micromix::kBlock;
 using micromix::ScaleRounding;
 using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// "torch.float64" and "(3, 4)", as Python's messages have them.
+std::string name_of(const caffe2::TypeMeta dtype) {
+  return "torch." + std::string(c10::getDtypeNames(dtype.toScalarType()).first);
+}
+
+std::string text_of(at::IntArrayRef shape) {
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + (shape.size() == 1 ? ",)" : ")");
+}
 
 Fp6 parse_fp6(std::string_view name) {
   TORCH_CHECK_VALUE(name == "e2m3" || name == "e3m2", "fp6 must be one of e2m3, e3m2, got '", name, "'");
@@ -52,15 +64,17 @@ void check_split(int64_t k4, int64_t k6, int64_t k8, int64_t channels) {
 }
 
 void check_matrix(const Tensor& x) {
-  TORCH_CHECK_TYPE(is_kernel_float(x.scalar_type()), "x must be float32, bfloat16 or float16, got ", x.dtype());
-  TORCH_CHECK_VALUE(x.dim() == 2, "x must be 2-dimensional (M, C), got shape ", x.sizes());
+  TORCH_CHECK_TYPE(is_kernel_float(x.scalar_type()), "x must be float32, bfloat16 or float16, got ",
+                   name_of(x.dtype()));
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must be 2-dimensional (M, C), got shape ", text_of(x.sizes()));
 }
 
 // channel_perm as indices into a row followed by one zero: -1 becomes `channels`.
 std::vector<int32_t> gather_indices(const Tensor& channel_perm, int64_t channels) {
-  TORCH_CHECK_VALUE(channel_perm.dim() == 1, "channel_perm must be 1-dimensional, got shape ", channel_perm.sizes());
+  TORCH_CHECK_VALUE(channel_perm.dim() == 1, "channel_perm must be 1-dimensional, got shape ",
+                    text_of(channel_perm.sizes()));
   TORCH_CHECK_TYPE(at::isIntegralType(channel_perm.scalar_type(), /*includeBool=*/false),
-                   "channel_perm must hold integers, got ", channel_perm.dtype());
+                   "channel_perm must hold integers, got ", name_of(channel_perm.dtype()));
   TORCH_CHECK_VALUE(channels < std::numeric_limits<int32_t>::max(), "x has too many channels: ", channels);
   const Tensor perm = channel_perm.to(at::kLong).contiguous();
   const int64_t* entries = perm.const_data_ptr<int64_t>();
@@ -102,9 +116,9 @@ Quantized rms_norm_reorder_quantize(const Tensor& x, const Tensor& weight, doubl
                                     std::string_view scale_rounding) {
   check_matrix(x);
   TORCH_CHECK_TYPE(is_kernel_float(weight.scalar_type()), "weight must be float32, bfloat16 or float16, got ",
-                   weight.dtype());
+                   name_of(weight.dtype()));
   TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(1), "weight must have shape (", x.size(1),
-                    ",), got ", weight.sizes());
+                    ",), got ", text_of(weight.sizes()));
   const Tensor factors = weight.to(at::kFloat).contiguous();
   const micromix::RmsNorm norm{factors.const_data_ptr<float>(), static_cast<float>(eps), x.scalar_type(),
                                at::promote_types(x.scalar_type(), weight.scalar_type())};
@@ -117,22 +131,24 @@ struct Packed {
   Tensor q4, q6, q8, scale;
 
   void check(const Tensor& tensor, const char* part, int64_t dims, int64_t unit) const {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, name, part, " must be uint8, got ", tensor.dtype());
-    TORCH_CHECK_VALUE(tensor.dim() == dims, name, part, " must be ", dims, "-dimensional, got shape ", tensor.sizes());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, name, part, " must be uint8, got ", name_of(tensor.dtype()));
+    TORCH_CHECK_VALUE(tensor.dim() == dims, name, part, " must be ", dims, "-dimensional, got shape ",
+                      text_of(tensor.sizes()));
     TORCH_CHECK_VALUE(tensor.size(-2) == scale.size(0), name, part, " must have ", scale.size(0),
-                      " rows, as the scale has, got shape ", tensor.sizes());
+                      " rows, as the scale has, got shape ", text_of(tensor.sizes()));
     TORCH_CHECK_VALUE(tensor.size(-1) % unit == 0, name, part, " must hold whole blocks of ", kBlock, ", got shape ",
-                      tensor.sizes());
+                      text_of(tensor.sizes()));
   }
 
   micromix::QuantizedMatrix matrix(Coding fp6) const {
     const bool planes = fp6 != Coding::e4m3;
-    TORCH_CHECK_VALUE(scale.dim() == 2, name, "_scale must be 2-dimensional, got shape ", scale.sizes());
+    TORCH_CHECK_VALUE(scale.dim() == 2, name, "_scale must be 2-dimensional, got shape ", text_of(scale.sizes()));
     check(scale, "_scale", 2, 1);
     check(q4, "4", 2, block_bytes(Coding::fp4));
     check(q6, "6", planes ? 3 : 2, block_bytes(fp6));
     check(q8, "8", 2, kBlock);
-    TORCH_CHECK_VALUE(!planes || q6.size(0) == 3, name, "6 must have three byte planes, got shape ", q6.sizes());
+    TORCH_CHECK_VALUE(!planes || q6.size(0) == 3, name, "6 must have three byte planes, got shape ",
+                      text_of(q6.sizes()));
     micromix::QuantizedMatrix result{scale.size(0), scale.size(1), scale.const_data_ptr<uint8_t>(), {}};
     const std::pair<Coding, const Tensor*> parts[] = {{Coding::fp4, &q4}, {fp6, &q6}, {Coding::e4m3, &q8}};
     int64_t first = 0;
@@ -143,7 +159,7 @@ struct Packed {
       first += blocks;
     }
     TORCH_CHECK_VALUE(first == result.blocks, name, "_scale must have ", first, " columns, one for each block of ",
-                      kBlock, ", got shape ", scale.sizes());
+                      kBlock, ", got shape ", text_of(scale.sizes()));
     return result;
   }
 };
@@ -160,7 +176,7 @@ Tensor mixed_mx_mm(const Tensor& x4, const Tensor& x6, const Tensor& x8, const T
   Tensor offsets;
   if (bias.has_value()) {
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == right.rows, "bias must have shape (", right.rows,
-                      ",), got ", bias->sizes());
+                      ",), got ", text_of(bias->sizes()));
     offsets = bias->to(at::kFloat).contiguous();
   }
   const at::ScalarType kernel_dtype = is_kernel_float(out_dtype) ? out_dtype : at::kFloat;

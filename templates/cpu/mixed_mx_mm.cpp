@@ -22,14 +22,18 @@ namespace {
 constexpr int64_t kMaxDotRows = 8;
 int64_t max_dot_rows() { return amx_permitted() ? kMaxDotRows / 2 : kMaxDotRows; }
 
-constexpr int64_t kBlocksPerTask = 4096;  // of w; below it, waking another thread costs more than it saves
+// Below these, waking another thread costs more than it saves.
+constexpr int64_t kBlocksPerTask = 4096;          // of w, decoded in registers
+constexpr int64_t kArrangedBlocksPerTask = 1024;  // of x
 
-// Two tiles of x along K (40 KiB) stay in the first-level cache, ten pairs of tiles of w (400 KiB) in the second.
+// How much of w is decoded before it is multiplied.
 struct PanelShape {
-  int64_t pairs;
-  int64_t blocks;
+  int64_t pairs;   // of tiles
+  int64_t blocks;  // along K
 };
+// Two tiles of x along 20 blocks (40 KiB) stay in the first-level cache, ten pairs of tiles of w (400 KiB) in the next.
 constexpr PanelShape kPanelForManyTiles{10, 20};
+// Up to 32 rows of x use a panel of w only once: it stays in the first-level cache (16 KiB).
 constexpr PanelShape kPanelForOnePair{1, 8};
 constexpr int64_t kSlabRows = 512;  // rows of x for which a panel of w is decoded once; bounds the scratch memory
 constexpr int64_t kPairRows = 2 * kTileRows;
@@ -94,6 +98,7 @@ void decode_rows(const QuantizedMatrix& matrix, int64_t first, int64_t rows, int
   for (const Segment& segment : matrix.segments) {
     const int64_t from = std::max(begin, segment.first_block);
     const int64_t count = std::min(end, segment.first_block + segment.blocks) - from;
+    if (count <= 0) continue;
     with_coding(segment.coding, [&](auto coding) {
       const int64_t skipped_bytes = (from - segment.first_block) * block_bytes(coding);
       Operand* to = destination.to + (from - begin) * destination.block_stride;
@@ -183,7 +188,8 @@ void multiply_few_rows(const QuantizedMatrix& x, const QuantizedMatrix& w, const
 
 // Tiles of rows x_begin .. x_begin + 16 tiles of x, [tile][block]; rows past the end are zero.
 void arrange_x(const QuantizedMatrix& x, int64_t x_begin, int64_t tiles, Operand* arranged) {
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tiles_per_task = ceil_div(kArrangedBlocksPerTask, std::max<int64_t>(x.blocks * kTileRows, 1));
+  at::parallel_for(0, tiles, tiles_per_task, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<Operand> scratch;
     const int64_t row_stride = x.blocks * kBlock;
     Operand* rows = scratch.at_least(kTileRows * row_stride);

@@ -171,7 +171,8 @@ void vector_tile_product(const TileProduct& p) {
 // A 16x16 matrix of 32-bit elements, `row_stride` elements apart, transposed to 16 vectors.
 void transpose_16x16(const void* from, int64_t row_stride, void* to) {
   const auto quarter = [&](int64_t row, int64_t column) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const int32_t*>(from) + row * row_stride + column));
+    const int32_t* start = static_cast<const int32_t*>(from) + row * row_stride + column;
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(start));
   };
   for (int group = 0; group < 4; ++group) {  // four columns of the source at a time
     __m512i v[4];

@@ -1,0 +1,118 @@
+"""Packed modules: memory, state, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import micromix_compile as micromix
+import micromix_compile.hf
+from micromix_compile.config import MicroMixConfig
+from models import fake_quantized, make_net
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def storages(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("config", [MicroMixConfig(), MicroMixConfig(weights="mxfp4", fp6="e3m2", scale_rounding="even")])
+def test_packed_modules_equal_the_fake_quantized_twin_and_hold_what_the_recipe_says(config: MicroMixConfig) -> None:
+    net = make_net(layers=2, channels=128, hidden=224)
+    recipe = micromix.calibrate(net, [torch.randn(2, 6, 128)], config)
+    packed = micromix.quantize_(copy.deepcopy(net), recipe)
+    x = torch.randn(3, 7, 128)
+    with torch.no_grad():
+        expected, actual = fake_quantized(net, recipe)(x), packed(x)
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert storages(net) - storages(packed) == 4 * recipe.parameters - recipe.stored_bytes
+
+
+def test_linears_of_a_group_hold_one_order() -> None:
+    net = make_net(layers=1)
+    block = micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 6, 64)])).layers[0]
+    assert block.gate.channel_perm is block.up.channel_perm is not block.down.channel_perm
+    assert "mxfp4=" in repr(block.gate)
+
+
+def test_a_state_dict_round_trip_keeps_the_outputs() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, [torch.randn(2, 6, 64)])
+    packed = micromix.quantize_(copy.deepcopy(net), recipe)
+    state = packed.state_dict()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.numel()}) == sum(
+        tensor.numel() > 0 for tensor in state.values()
+    )
+    other = micromix.quantize_(copy.deepcopy(net), recipe)
+    for tensor in other.buffers():
+        tensor.zero_()
+    other.load_state_dict(state)
+    x = torch.randn(2, 6, 64)
+    assert torch.equal(other(x), packed(x))
+
+
+def small_llama(dtype: torch.dtype) -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=64, tie_word_embeddings=True, attention_bias=True)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # .to(dtype) would round rotary buffers too
+
+
+def saved(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Tensor]:
+    model = small_llama(dtype)
+    ids = torch.randint(0, 64, (2, 8))
+    micromix.quantize_(model, micromix.calibrate(model, [ids]))
+    model.save_pretrained(folder)
+    return model, ids
+
+
+def test_a_packed_checkpoint_loads_packed_with_the_same_outputs(tmp_path: Path) -> None:
+    model, ids = saved(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    attention = loaded.model.layers[0].self_attn
+    assert isinstance(attention.q_proj, micromix.MicroMixLinear)
+    assert attention.q_proj.channel_perm is attention.k_proj.channel_perm
+    assert attention.q_proj.weight_q4.dtype is torch.uint8
+    assert attention.q_proj.bias.dtype is torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema_version",), 7, "schema_version must be 1, got 7"),
+        (("linears",), None, "linears must be a mapping, got None"),
+        (("config", "policy"), "best", "policy must be one of .* got 'best'"),
+        (("linears", "model.layers.0.mlp.up_proj", "split"), [32], r"linears\['model.layers.0.mlp.up_proj'\] does not"),
+    ],
+)
+def test_an_edited_checkpoint_config_is_named(tmp_path: Path, path: tuple[str, ...], value: object, message: str) -> None:
+    saved(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    place = content["quantization_config"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_wrong_channel_count_is_refused() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, [torch.randn(2, 6, 64)])
+    with pytest.raises(ValueError, match=r"group layers.0.gate orders 64 channels, but the weight has 96"):
+        micromix_compile.quantize.pack_weight(torch.randn(8, 96), recipe.linears["layers.0.gate"].group, recipe.config)
