@@ -66,6 +66,7 @@ class Decoder:
         self._position = prompt.shape[1]
 
     def __call__(self) -> Tensor:
+        """The logits of one more token."""
         position = torch.tensor([self._position])
         self._position = min(self._position + 1, CACHE_LENGTH - 1)
         logits: Tensor = self._compiled(self._step, past_key_values=self._cache, cache_position=position).logits
@@ -91,7 +92,12 @@ def memory_of_linears(model: nn.Module, recipe: micromix.Recipe) -> dict[str, fl
     }
     promised = recipe.stored_bits * recipe.parameters / 8
     held = sum(storages.values())
-    return {"held_bytes": held, "promised_bytes": promised, "ratio": held / promised, "bf16_bytes": 2 * recipe.parameters}
+    return {
+        "held_bytes": held,
+        "promised_bytes": promised,
+        "ratio": held / promised,
+        "bf16_bytes": 2 * recipe.parameters,
+    }
 
 
 def resident_bytes() -> int:
@@ -147,7 +153,9 @@ def report(results: dict[str, Any], prompt: int) -> None:
     memory = results["memory"]
     mib = 2**20
     held, promised = memory["held_bytes"], memory["promised_bytes"]
-    table.add_row("linears, MiB", f"{memory['bf16_bytes'] / mib:.1f}", f"{held / mib:.1f}", f"{held / memory['bf16_bytes']:.2f}")
+    table.add_row(
+        "linears, MiB", f"{memory['bf16_bytes'] / mib:.1f}", f"{held / mib:.1f}", f"{held / memory['bf16_bytes']:.2f}"
+    )
     table.add_row("linears, held / promised", "", f"{held / promised:.3f}", "")
     table.add_row("compile, s", f"{results['compile_s_bf16']:.0f}", f"{results['compile_s_micromix']:.0f}", "")
     Console().print(table)

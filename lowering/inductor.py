@@ -1,4 +1,4 @@
-"""From a rewritten graph to compiled code: Inductor with our post-grad passes and a cache key that covers our sources."""
+"""From a rewritten graph to compiled code: Inductor with our post-grad passes, and a cache key over our sources."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class PostGradPasses(CustomGraphPass):
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, graph: fx.Graph) -> None:
+        """Run the passes in order."""
         for graph_pass in self._passes:
             graph_pass(graph)
 

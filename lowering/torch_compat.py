@@ -14,8 +14,9 @@ from torch._guards import TracingContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from types import FrameType
 
-    from torch._dynamo.source import Source
+    from torch._guards import Source
 
 
 def source_of(placeholder: fx.Node) -> Source | None:
@@ -56,7 +57,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     output.meta = dict(gm.graph.output_node().meta)
     for old, new in copies.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "_backend_id"):
@@ -70,7 +71,7 @@ def add_static_input(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None, "Dynamo compiles under a fake tensor mode"
@@ -85,7 +86,8 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx
 
     with torch.no_grad():
-        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+        compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    assert callable(compiled), "a graph that is not exported compiles to a function"
     return compiled
 
 
@@ -105,13 +107,17 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 def enclosing_modules() -> list[nn.Module]:
     """The modules whose methods are running on this thread's stack, innermost first."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     found: list[nn.Module] = []
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule) and all(owner is not module for module in found):
+        if (
+            isinstance(owner, nn.Module)
+            and not isinstance(owner, fx.GraphModule)
+            and all(owner is not module for module in found)
+        ):
             found.append(owner)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return found
 
 

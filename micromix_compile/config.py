@@ -18,7 +18,15 @@ THRESHOLD_POLICIES: Final = ("mxfp8-anchor", "paper", "released")
 """Policies that split channels by calibrated thresholds; the others give every channel one format."""
 
 WEIGHT_MODES: Final = ("same", "mxfp4")
-DEFAULT_SKIP: Final = ("*lm_head", "*embed_out", "*score", "*router*", "*.mlp.gate", "*_sparse_moe.gate", "*_expert_gate")
+DEFAULT_SKIP: Final = (
+    "*lm_head",
+    "*embed_out",
+    "*score",
+    "*router*",
+    "*.mlp.gate",
+    "*_sparse_moe.gate",
+    "*_expert_gate",
+)
 """Heads, and the routers of mixtures of experts, whose few weights decide much."""
 
 GRANULARITIES: Final = (32, 64, 128)

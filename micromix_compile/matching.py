@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 from micromix_compile.recipe import LinearRecipe, Recipe, same_sample, weight_sample
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -50,9 +50,7 @@ def match_linears(
     return matched
 
 
-def find_linear(
-    recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *, model_id: str
-) -> LinearRecipe | None:
+def find_linear(recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *, model_id: str) -> LinearRecipe | None:
     """The recipe's linear for one weight, None if it has none. Raises ValueError if the weight is another model's."""
     for name in names:
         linear = recipe.linears.get(name)

@@ -10,6 +10,8 @@ PyTorch implementation for any device. On a CPU the first call loads `native`, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,9 @@ _lib.define(
     "Tensor? bias, str fp6, ScalarType out_dtype) -> Tensor"
 )
 
-reorder_quantize = torch.ops.micromix.reorder_quantize.default
-rms_norm_reorder_quantize = torch.ops.micromix.rms_norm_reorder_quantize.default
-mixed_mx_mm = torch.ops.micromix.mixed_mx_mm.default
+reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.reorder_quantize.default
+rms_norm_reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.rms_norm_reorder_quantize.default
+mixed_mx_mm: Callable[..., Tensor] = torch.ops.micromix.mixed_mx_mm.default
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -55,7 +57,15 @@ def _reorder_quantize(
 
 
 def _rms_norm_reorder_quantize(
-    x: Tensor, weight: Tensor, eps: float, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    channel_perm: Tensor,
+    k4: int,
+    k6: int,
+    k8: int,
+    fp6: str,
+    scale_rounding: str,
 ) -> Quantized:
     if native.takes_over(x):
         return rms_norm_reorder_quantize(x, weight, eps, channel_perm, k4, k6, k8, fp6, scale_rounding)
@@ -95,9 +105,19 @@ def _fake_rms_norm_reorder_quantize(x: Tensor, weight: Tensor, eps: float, *layo
 
 
 def _fake_mixed_mx_mm(
-    x4: Tensor, x6: Tensor, x8: Tensor, x_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, *rest: object
+    x4: Tensor,
+    x6: Tensor,
+    x8: Tensor,
+    x_scale: Tensor,
+    w4: Tensor,
+    w6: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    fp6: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return x_scale.new_empty((x_scale.shape[0], w_scale.shape[0]), dtype=rest[-1])  # type: ignore[arg-type]
+    return x_scale.new_empty((x_scale.shape[0], w_scale.shape[0]), dtype=out_dtype)
 
 
 for _name, _kernel, _fake in (

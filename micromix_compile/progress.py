@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -16,13 +17,19 @@ T = TypeVar("T")
 
 def make_progress(*, show: bool = True) -> Progress:
     """A bar with counts and times."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), disable=not (show and sys.stderr.isatty()))
 
 
 def track(items: Iterable[T], description: str, *, total: int | None = None, show: bool = True) -> Iterator[T]:
     """Yield `items` while a bar counts them. total: their number, if `items` has no length."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with make_progress(show=show) as progress:
         yield from progress.track(items, total=total, description=description)

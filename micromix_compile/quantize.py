@@ -103,9 +103,10 @@ class MicroMixLinear(nn.Module):
         )
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
         out = torch.ops.micromix.mixed_mx_mm(*quantized, *weight, self.bias, self.fp6, x.dtype)
-        return out.reshape(*x.shape[:-1], self.out_features)
+        result: Tensor = out.reshape(*x.shape[:-1], self.out_features)
+        return result
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """As usual, but with an order of its own: checkpoint formats refuse tensors that share memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}channel_perm"] = destination[f"{prefix}channel_perm"].clone()

@@ -116,7 +116,8 @@ def quantize(x: Tensor, fmt: str, *, scale_rounding: ScaleRounding = ScaleRoundi
 def dequantize(codes: Tensor, scale: Tensor, fmt: str) -> Tensor:
     """The values of MX codes: float32 (..., K) from codes (..., K) uint8 and scale (..., K // 32) uint8 (OCP 6.1)."""
     values = decode(codes, elem_format(fmt)).unflatten(-1, (-1, BLOCK_SIZE))
-    return (values * scale_value(scale).unsqueeze(-1)).flatten(-2)
+    scaled: Tensor = values * scale_value(scale).unsqueeze(-1)
+    return scaled.flatten(-2)
 
 
 def check_split(split: tuple[int, int, int], channels: int) -> None:

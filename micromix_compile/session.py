@@ -36,6 +36,7 @@ logger = logging.getLogger("micromix_compile")
 _numbers = itertools.count()
 
 Key = tuple[object, ...]
+PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CALIBRATE: Key = ("calibrate",)
 UNQUANTIZED: Key = ("unquantized",)
 CALLS_BEFORE_COVERAGE = 3
@@ -51,7 +52,7 @@ class LinearState:
     transposed: bool = False
     observer: ChannelObserver | None = None
     linear: LinearRecipe | None = None
-    packed: tuple[Tensor, ...] | None = None
+    packed: PackedTensors | None = None
     version: int | None = None
     calls: int = 0
 
@@ -99,7 +100,9 @@ class Session:
             return
         if all(state.refusal for state in self._states):
             reasons = "; ".join(f"{state.name}: {state.refusal}" for state in self._states)
-            raise ValueError(f"{self.model_id} has no linear layer to quantize ({reasons or 'no 2-dimensional weight'})")
+            raise ValueError(
+                f"{self.model_id} has no linear layer to quantize ({reasons or 'no 2-dimensional weight'})"
+            )
         if self.recipe is not None and not any(state.linear for state in self._states):
             raise ValueError(
                 f"the recipe was made for {self.recipe.model_id}, and this model is {self.model_id}: "
@@ -109,7 +112,9 @@ class Session:
     def adopt(self, parameter: nn.Parameter, name: str) -> None:
         """Take in a weight that belongs to no module known, under the name by which its function reads it."""
         taken = {name for state in self._states for name in state.names}
-        unique = next(n for n in itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1))) if n not in taken)
+        unique = next(
+            n for n in itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1))) if n not in taken
+        )
         self._add(parameter, [unique], is_embedding=False)
 
     def _add(self, parameter: nn.Parameter, names: list[str], *, is_embedding: bool) -> None:
@@ -189,7 +194,7 @@ class Session:
 
     # Packed weights
 
-    def packed(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+    def packed(self, parameter: nn.Parameter) -> PackedTensors:
         """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed."""
         state = self.state(parameter)
         version = None if parameter.is_inference() else parameter._version
@@ -286,7 +291,10 @@ class Session:
             logger.warning(
                 "%d linears of %s have a recipe but never ran quantized (%s, ...): they aren't reached, or "
                 "torch.compile gave up on their graph at torch._dynamo.config.recompile_limit=%d",
-                len(idle), self.model_id, idle[0], torch._dynamo.config.recompile_limit,
+                len(idle),
+                self.model_id,
+                idle[0],
+                torch._dynamo.config.recompile_limit,
             )
 
 

@@ -39,9 +39,7 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
                 continue  # a product of two activations
             context.refusals[name] = reason
             continue
-        site = LinearSite(
-            node=node, x=x, weight=weight, bias=bias, transposed=transposed, parameter=inputs[weight]
-        )
+        site = LinearSite(node=node, x=x, weight=weight, bias=bias, transposed=transposed, parameter=inputs[weight])
         context.sites.append(site)
     return len(context.sites)
 

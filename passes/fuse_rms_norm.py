@@ -16,6 +16,7 @@ from torch._inductor.pattern_matcher import (
     PatternMatcherPass,
     register_graph_pattern,
 )
+from torch.fx import Node
 
 from micromix_compile import ops
 
@@ -68,10 +69,12 @@ def _is_row_norm(match: Match) -> bool:
 
 def _replace(match: Match, **found: Any) -> None:
     quantize = match.output_node()
+    normalized_rows = quantize.args[0]
+    assert isinstance(normalized_rows, Node), "a quantize reads a tensor"
     graph, x = match.graph, found["x"]
     with graph.inserting_before(quantize):
         rows = graph.call_function(aten.reshape.default, (x, found["row_shape"]))
-        rows.meta["val"] = x.meta["val"].reshape(quantize.args[0].meta["val"].shape)
+        rows.meta["val"] = x.meta["val"].reshape(normalized_rows.meta["val"].shape)
         arguments = (rows, found["weight"], found["eps"], *(found[name] for name in LAYOUT))
         fused = graph.call_function(ops.rms_norm_reorder_quantize, arguments)
         fused.meta["val"] = quantize.meta["val"]

@@ -78,7 +78,7 @@ class PassContext:
 
     example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
-    inputs: filled by rewrite_linears: per appended graph input, the Parameter's placeholder and which tensor of its plan.
+    inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
     """
 
     owner: Owner

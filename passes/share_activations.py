@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from micromix_compile.passes.pass_manager import PassContext
 
 
-def share_activations(gm: fx.GraphModule, context: PassContext) -> int:  # noqa: ARG001 (one signature for all passes)
+def share_activations(gm: fx.GraphModule, context: PassContext) -> int:
     """Merge equal micromix::reorder_quantize calls on one activation. Returns how many calls went away."""
     seen: dict[tuple[object, ...], fx.Node] = {}
     merged = 0

@@ -94,7 +94,7 @@ def test_the_split_follows_the_counts() -> None:
 
 
 def test_thresholds_that_were_not_counted_are_named() -> None:
-    counted = statistics({t: 1 for t in thresholds(MicroMixConfig())})
+    counted = statistics(dict.fromkeys(thresholds(MicroMixConfig()), 1))
     with pytest.raises(ValueError, match=r"lam=3.0 needs counts below 0.2188"):
         split_of(counted, MicroMixConfig(lam=3.0))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from models import Net, fake_quantized, make_net
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -19,7 +20,6 @@ from micromix_compile import backend as backend_module
 from micromix_compile import native
 from micromix_compile.backend import parse_options
 from micromix_compile.config import MicroMixConfig
-from models import Net, fake_quantized, make_net
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -346,7 +346,9 @@ def test_training_mode_is_refused() -> None:
 
 def test_a_model_without_linears_is_told_why() -> None:
     model = nn.Sequential(nn.Linear(64, 8)).eval()
-    with pytest.raises(ValueError, match=r"Sequential has no linear layer to quantize \(0: its name matches skip='0'\)"):
+    with pytest.raises(
+        ValueError, match=r"Sequential has no linear layer to quantize \(0: its name matches skip='0'\)"
+    ):
         micromix.calibrate(model, [torch.randn(2, 64)], MicroMixConfig(skip=("0",)))
     with pytest.raises(BackendCompilerFailed, match="no 2-dimensional weight"):
         torch.compile(nn.Conv1d(1, 1, 1).eval(), backend="micromix")(torch.randn(1, 1, 4))
@@ -371,7 +373,7 @@ def test_a_recipe_for_another_model_names_both() -> None:
     with pytest.raises(ValueError, match=r"layers.0.gate is \(96, 64\) there and \(128, 64\) here"):
         micromix.quantize_(wide, recipe)
     other = nn.Sequential(nn.Linear(64, 64)).eval()
-    with pytest.raises(BackendCompilerFailed, match="made for Net, and this model is Sequential: it has no layers.0"):
+    with pytest.raises(BackendCompilerFailed, match=r"this model is Sequential: it has no layers\.0"):
         compiled_with(other, recipe)(x)
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from models import fake_quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 import micromix_compile as micromix
-from models import fake_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,12 +109,24 @@ def test_padding_of_a_tokenized_batch_does_not_reach_the_statistics() -> None:
     [
         GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=256, n_positions=64),
         Qwen2Config(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            vocab_size=256, max_position_embeddings=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=256,
+            max_position_embeddings=64,
         ),
         MixtralConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            vocab_size=256, max_position_embeddings=64, num_local_experts=2, num_experts_per_tok=1,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=256,
+            max_position_embeddings=64,
+            num_local_experts=2,
+            num_experts_per_tok=1,
         ),
     ],
     ids=lambda config: config.model_type,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from models import Block, make_net
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,7 +19,6 @@ from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.rewrite_linears import rewrite_linears
 from micromix_compile.passes.share_activations import share_activations
 from micromix_compile.session import Session, open_graph
-from models import Block, make_net
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,7 +100,9 @@ def test_products_of_activations_are_no_linears() -> None:
         (lambda: nn.Linear(64, 8), torch.float32, "matches skip='*'"),
     ],
 )
-def test_a_refused_linear_comes_with_its_reason(build: Callable[[], nn.Linear], dtype: torch.dtype, reason: str) -> None:
+def test_a_refused_linear_comes_with_its_reason(
+    build: Callable[[], nn.Linear], dtype: torch.dtype, reason: str
+) -> None:
     linear = build()
     session = session_with(find_linears)
     session.config = MicroMixConfig(skip=("*",) if "skip" in reason else ())
@@ -122,7 +124,9 @@ def test_a_weight_computed_in_the_graph_is_refused() -> None:
 def test_an_addmm_with_factors_is_not_taken_for_a_linear() -> None:
     layer = Conv1D()
     _, context, _ = trace(
-        lambda x: torch.addmm(layer.bias, x, layer.weight, beta=2.0), torch.randn(2, 64), session=session_with(find_linears)
+        lambda x: torch.addmm(layer.bias, x, layer.weight, beta=2.0),
+        torch.randn(2, 64),
+        session=session_with(find_linears),
     )
     assert not context.sites
 

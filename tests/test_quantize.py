@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from models import fake_quantized, make_net
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import micromix_compile as micromix
 import micromix_compile.hf
 from micromix_compile.config import MicroMixConfig
-from models import fake_quantized, make_net
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +25,9 @@ def storages(model: nn.Module) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("config", [MicroMixConfig(), MicroMixConfig(weights="mxfp4", fp6="e3m2", scale_rounding="even")])
+@pytest.mark.parametrize(
+    "config", [MicroMixConfig(), MicroMixConfig(weights="mxfp4", fp6="e3m2", scale_rounding="even")]
+)
 def test_packed_modules_equal_the_fake_quantized_twin_and_hold_what_the_recipe_says(config: MicroMixConfig) -> None:
     net = make_net(layers=2, channels=128, hidden=224)
     recipe = micromix.calibrate(net, [torch.randn(2, 6, 128)], config)
@@ -99,7 +101,9 @@ def test_a_packed_checkpoint_loads_packed_with_the_same_outputs(tmp_path: Path) 
         (("linears", "model.layers.0.mlp.up_proj", "split"), [32], r"linears\['model.layers.0.mlp.up_proj'\] does not"),
     ],
 )
-def test_an_edited_checkpoint_config_is_named(tmp_path: Path, path: tuple[str, ...], value: object, message: str) -> None:
+def test_an_edited_checkpoint_config_is_named(
+    tmp_path: Path, path: tuple[str, ...], value: object, message: str
+) -> None:
     saved(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     place = content["quantization_config"]

@@ -97,7 +97,7 @@ def test_a_file_cut_in_half_is_refused(tmp_path: Path) -> None:
 def rewrite(path: Path, field: str, value: str | torch.Tensor | None) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if isinstance(value, torch.Tensor):
         tensors[field] = value
     elif value is None:
@@ -125,9 +125,7 @@ def rewrite(path: Path, field: str, value: str | torch.Tensor | None) -> None:
         ("layers.0.q.abs_mean", None, "layers.0.q.abs_mean is missing"),
     ],
 )
-def test_an_edited_field_is_named(
-    tmp_path: Path, field: str, value: str | torch.Tensor | None, message: str
-) -> None:
+def test_an_edited_field_is_named(tmp_path: Path, field: str, value: str | torch.Tensor | None, message: str) -> None:
     path = tmp_path / "r.safetensors"
     make_recipe().save(path)
     rewrite(path, field, value)

@@ -298,16 +298,33 @@ struct ManyRows {
     }
   }
 
-  // Divides the slab among the threads: along w first, so that no weight is decoded twice.
-  void run_all() const {
-    const int64_t threads = at::get_num_threads();
-    const int64_t w_pairs = ceil_div(w.rows, kPairRows), x_pairs = ceil_div(x_rows, kPairRows);
-    const int64_t w_parts = std::min(w_pairs, ceil_div(ceil_div(w_pairs, shape().pairs), threads) * threads);
-    const int64_t x_parts = std::min(x_pairs, ceil_div(threads, w_parts));
+  int64_t w_pairs() const { return ceil_div(w.rows, kPairRows); }
+  int64_t x_pairs() const { return ceil_div(x_rows, kPairRows); }
+
+  // Dividing along x decodes every weight once a thread, but each thread multiplies the rows of x that it arranged
+  // itself. Fetching a block of them from another core's cache costs about three times what decoding a block does.
+  bool divides_along_x(int64_t threads) const { return x_pairs() >= threads && 3 * x_rows >= w.rows; }
+
+  // arrange(first tile, end): leaves those tiles of x where run reads them.
+  template <typename Arrange>
+  void run_along_x(int64_t threads, Arrange arrange) const {
+    const int64_t panels = ceil_div(w_pairs(), shape().pairs);
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = x_pairs() * begin / threads, last = x_pairs() * end / threads;
+      arrange(2 * first, std::min(2 * last, x_tiles()));
+      for (int64_t i = 0; i < panels; ++i) run(w_pairs() * i / panels, w_pairs() * (i + 1) / panels, first, last);
+    });
+  }
+
+  // As many parts along w as keep every thread busy, and along x what is still missing.
+  void run_along_w(int64_t threads) const {
+    const int64_t w_parts = std::min(w_pairs(), ceil_div(ceil_div(w_pairs(), shape().pairs), threads) * threads);
+    const int64_t x_parts = std::min(x_pairs(), ceil_div(threads, w_parts));
     at::parallel_for(0, w_parts * x_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t i = part / x_parts, j = part % x_parts;
-        run(w_pairs * i / w_parts, w_pairs * (i + 1) / w_parts, x_pairs * j / x_parts, x_pairs * (j + 1) / x_parts);
+        run(w_pairs() * i / w_parts, w_pairs() * (i + 1) / w_parts, x_pairs() * j / x_parts,
+            x_pairs() * (j + 1) / x_parts);
       }
     });
   }
@@ -316,12 +333,22 @@ struct ManyRows {
 template <typename Out>
 void multiply_many_rows(const QuantizedMatrix& x, const QuantizedMatrix& w, const float* bias, Out* out) {
   static thread_local Scratch<Operand> scratch;
+  const int64_t threads = at::get_num_threads();
   for (int64_t begin = 0; begin < x.rows; begin += kSlabRows) {
     const int64_t rows = std::min(kSlabRows, x.rows - begin);
     const int64_t tiles = ceil_div(rows, kTileRows);
     Operand* arranged = scratch.at_least(tiles * x.blocks * kTileOperands);
-    arrange_x(x, begin, tiles, arranged);
-    ManyRows<Out>{w, arranged, rows, bias, out + begin * w.rows}.run_all();
+    const auto arrange = [&](int64_t first_tile, int64_t last_tile) {
+      arrange_x(x, begin + first_tile * kTileRows, last_tile - first_tile,
+                arranged + first_tile * x.blocks * kTileOperands);
+    };
+    const ManyRows<Out> slab{w, arranged, rows, bias, out + begin * w.rows};
+    if (slab.divides_along_x(threads)) {
+      slab.run_along_x(threads, arrange);
+    } else {
+      arrange(0, tiles);
+      slab.run_along_w(threads);
+    }
   }
 }
 
