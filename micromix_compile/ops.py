@@ -10,7 +10,7 @@ PyTorch implementation for any device. On a CPU the first call loads `native`, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from micromix_compile import native, reference
 from micromix_compile.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.reference import QuantizedActivation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
