@@ -32,7 +32,9 @@ def test_every_source_file_counts() -> None:
     assert {path.suffix for path in counted} == {path.suffix for path in sources} == {".py", ".cpp", ".h"}
 
 
-@pytest.mark.parametrize("name", ["reference.py", "passes/fuse_rms_norm.py", "lowering/target.py", "templates/cpu/*.cpp"])
+@pytest.mark.parametrize(
+    "name", ["reference.py", "passes/fuse_rms_norm.py", "lowering/target.py", "templates/cpu/*.cpp"]
+)
 def test_a_changed_source_changes_the_key(tmp_path: Path, name: str) -> None:
     shutil.copytree(PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
     before = fingerprint(tmp_path / "package")
