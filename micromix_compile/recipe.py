@@ -116,6 +116,12 @@ class Recipe:
         return {linear.group.name: linear.group for linear in self.linears.values()}
 
     @property
+    def padded(self) -> dict[str, tuple[int, int]]:
+        """Linears whose input channels are not whole blocks of 32: name -> (C, K); K - C channels are zero."""
+        sizes = {fqn: (linear.in_features, sum(linear.split)) for fqn, linear in self.linears.items()}
+        return {fqn: (channels, padded) for fqn, (channels, padded) in sizes.items() if channels != padded}
+
+    @property
     def parameters(self) -> int:
         """Weights of all linears, without padding."""
         return sum(linear.in_features * linear.out_features for linear in self.linears.values())
@@ -235,6 +241,8 @@ def _from_file(path: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: metadata is not JSON ({error})") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing") from error
 
 
 class _BadFieldError(ValueError):
@@ -268,7 +276,10 @@ def _check_and_build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Reci
         )
         for linear in fields["linears"]
     }
-    config = MicroMixConfig.from_mapping(fields["config"])
+    try:
+        config = MicroMixConfig.from_mapping(fields["config"])
+    except (TypeError, ValueError) as error:
+        raise _BadFieldError(f"config: {error}") from error
     return Recipe(config=config, model_id=fields["model_id"], linears=linears, refused=fields["refused"])
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import make_net
 
 import micromix_compile
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.inductor import PostGradPasses, fingerprint, source_files
-from models import make_net
 
 PACKAGE = Path(micromix_compile.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
