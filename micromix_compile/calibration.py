@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import Tensor
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
-from micromix_compile.observer import token_mask
 from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
 from micromix_compile.session import Session, close_graph, open_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import fx, nn
 
@@ -51,8 +49,8 @@ def calibrate(
     with torch.no_grad():
         for batch in track(batches, "calibrating", show=progress):
             positional, named = _arguments(batch)
-            with _masking(named.get("attention_mask")):
-                observed(*positional, **named)
+            session.token_mask = named.get("attention_mask")
+            observed(*positional, **named)
     return session.convert()
 
 
@@ -62,15 +60,6 @@ def _arguments(batch: Mapping[str, Any] | Tensor) -> tuple[tuple[Tensor, ...], d
     if hasattr(batch, "keys"):  # a dict, or what a tokenizer returns
         return (), dict(batch)
     raise TypeError(f"a batch must be a tensor or a mapping of keyword arguments, got {type(batch).__name__}")
-
-
-@contextmanager
-def _masking(mask: Tensor | None) -> Iterator[None]:
-    previous = token_mask.set(mask)
-    try:
-        yield
-    finally:
-        token_mask.reset(previous)
 
 
 def compile_observed(
@@ -86,12 +75,12 @@ def compile_observed(
     close_graph(session, context)
     names = [torch_compat.source_name(node) for node in placeholders]
     masks = [i for i, name in enumerate(names) if "attention_mask" in name and _is_token_mask(example_inputs[i])]
+    starts_pass = _starts_pass(session, names)
     progress = CallProgress("micromix calibrates", show=convert_by_itself)
-    starts_pass = bool(masks) or any("input_ids" in name or "inputs_embeds" in name for name in names)
 
     def run(*args: Any) -> Any:
-        if convert_by_itself and starts_pass:
-            token_mask.set(args[masks[0]] if masks else None)
+        if convert_by_itself and (masks or starts_pass):
+            session.token_mask = args[masks[0]] if masks else None
         with torch.no_grad():
             result = gm.forward(*args)
         if convert_by_itself and observed and session.recipe is None:
@@ -99,6 +88,14 @@ def compile_observed(
         return result
 
     return run
+
+
+def _starts_pass(session: Session, names: Sequence[str]) -> bool:
+    """Whether a graph with these inputs is the beginning of the model's forward pass, not its rest after a break."""
+    if any("input_ids" in name or "inputs_embeds" in name for name in names):
+        return True
+    running = torch_compat.enclosing_modules()
+    return bool(running) and session.is_model(running[0]) and not any("___stack" in name for name in names)
 
 
 def _is_token_mask(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-token_mask: ContextVar[Tensor | None] = ContextVar("token_mask", default=None)
-"""(B, T) attention mask of the forward pass in progress: tokens where it is 0 are padding and are not counted."""
 
 
 class ChannelObserver:
@@ -32,12 +28,15 @@ class ChannelObserver:
         self._abs_max = torch.zeros(in_features)
         self._below: dict[Threshold, int] = dict.fromkeys(thresholds, 0)
 
-    def update(self, x: Tensor) -> None:
-        """Count one batch. x: (..., C) float, its first dimension the samples if it has three or more.
+    def update(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        """Count one batch.
 
+        x: (..., C) float, its first dimension the samples if it has three or more. token_mask: (B, T) attention mask of
+            the forward pass: tokens where it is 0 are padding and are not counted. Where its shape does not fit x, of
+            shape (B, t, C) with t <= T, it is ignored.
         Raises ValueError if a counted token holds a NaN or an infinity.
         """
-        mask = _mask_for(x)
+        mask = _mask_for(x, token_mask)
         samples = x.detach() if x.dim() >= 3 else x.detach().unsqueeze(0)
         masks = [None] * samples.shape[0] if mask is None else mask
         for sample, keep in zip(samples, masks, strict=True):
@@ -79,9 +78,8 @@ class ChannelObserver:
         )
 
 
-def _mask_for(x: Tensor) -> Tensor | None:
-    """The current attention mask cut to x's tokens, as bool (B, T); None where it does not belong to x."""
-    mask = token_mask.get()
+def _mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The attention mask cut to x's tokens, as bool (B, t); None where it does not belong to x."""
     if mask is None or x.dim() != 3 or mask.dim() != 2:
         return None
     batch, tokens = x.shape[:2]

@@ -49,14 +49,31 @@ def pack_weight(weight: Tensor, group: GroupRecipe, config: MicroMixConfig) -> P
     return PackedWeight(q4, packing.pack_fp6(q6, config.fp6), q8, scale)
 
 
-class MicroMixLinear(nn.Module):
-    """A linear layer that holds packed weights only.
+class ChannelOrder(nn.Module):
+    """The order of one activation's channels: channel_perm (K,) int32.
 
-    Buffers: channel_perm (K,) int32, one tensor shared by all linears of a group; weight_q4, weight_q6, weight_q8 and
-    weight_scale as in `PackedWeight`. bias: (N,) or None. forward: (..., C) float -> (..., N) of the same dtype.
+    A module and not a buffer of each linear, because a move to another device keeps shared modules shared.
     """
 
     channel_perm: Tensor
+
+    def __init__(self, channel_perm: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("channel_perm", channel_perm)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As usual, but a copy for each linear that shares it: checkpoint formats refuse tensors that share memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}channel_perm"] = destination[f"{prefix}channel_perm"].clone()
+
+
+class MicroMixLinear(nn.Module):
+    """A linear layer that holds packed weights only.
+
+    order: one module shared by all linears of a group. Buffers: weight_q4, weight_q6, weight_q8 and weight_scale as in
+    `PackedWeight`. bias: (N,) or None. forward: (..., C) float -> (..., N) of the same dtype.
+    """
+
     weight_q4: Tensor
     weight_q6: Tensor
     weight_q8: Tensor
@@ -80,7 +97,7 @@ class MicroMixLinear(nn.Module):
         self.scale_rounding = str(config.scale_rounding)
         k4, k6, k8 = weight_split(split, config.weights)
         n, channels = out_features, sum(split)
-        self.register_buffer("channel_perm", torch.empty(channels, dtype=torch.int32, device=device))
+        self.order = ChannelOrder(torch.empty(channels, dtype=torch.int32, device=device))
         for name, shape in (
             ("q4", (n, k4 // 2)),
             ("q6", (3, n, k6 // 4)),
@@ -92,24 +109,19 @@ class MicroMixLinear(nn.Module):
 
     def load_packed(self, packed: PackedWeight, channel_perm: Tensor) -> None:
         """Take over packed tensors without a copy."""
-        self.channel_perm = channel_perm
+        self.order.channel_perm = channel_perm
         self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale = packed
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., N)."""
         rows = x.reshape(-1, self.in_features)
         quantized = torch.ops.micromix.reorder_quantize(
-            rows, self.channel_perm, *self.split, self.fp6, self.scale_rounding
+            rows, self.order.channel_perm, *self.split, self.fp6, self.scale_rounding
         )
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
         out = torch.ops.micromix.mixed_mx_mm(*quantized, *weight, self.bias, self.fp6, x.dtype)
         result: Tensor = out.reshape(*x.shape[:-1], self.out_features)
         return result
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As usual, but with an order of its own: checkpoint formats refuse tensors that share memory."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}channel_perm"] = destination[f"{prefix}channel_perm"].clone()
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -163,11 +175,11 @@ def _pack_module(module: nn.Module, linear: LinearRecipe, recipe: Recipe) -> Mic
 
 def share_orders(model: nn.Module, groups: Mapping[str, str]) -> None:
     """Let the packed linears of a group, name -> group, hold one order: sharing is how one quantize serves them all."""
-    first: dict[str, Tensor] = {}
+    first: dict[str, ChannelOrder] = {}
     for name, group in groups.items():
         module = model.get_submodule(name)
         assert isinstance(module, MicroMixLinear), f"{name} is packed"
-        module.channel_perm = first.setdefault(group, module.channel_perm)
+        module.order = first.setdefault(group, module.order)
 
 
 def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:

@@ -73,9 +73,11 @@ class Session:
         self.config = config
         self.recipe = recipe
         self.model_id = "a function"
+        self.token_mask: Tensor | None = None  # (B, T), of the forward pass that is being observed
         self.key_attribute = f"_micromix_key_{number}"
         self._state_attribute = f"_micromix_state_{number}"
         self._source = source
+        self._model: ref[nn.Module] | None = None
         self._states: list[LinearState] = []
         self._perms: dict[tuple[str, torch.device], Tensor] = {}
         self._coverage_checked = False
@@ -90,6 +92,7 @@ class Session:
         Raises ValueError if nothing in `model` can be quantized, or if the recipe is for another model.
         """
         self.model_id = model_id(model)
+        self._model = ref(model)
         check_not_training(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         for parameter, names in parameter_names(model).items():
@@ -108,6 +111,10 @@ class Session:
                 f"the recipe was made for {self.recipe.model_id}, and this model is {self.model_id}: "
                 f"it has no {next(iter(self.recipe.linears), 'linear')}"
             )
+
+    def is_model(self, module: nn.Module) -> bool:
+        """Whether `module` is the model that was prepared."""
+        return self._model is not None and self._model() is module
 
     def adopt(self, parameter: nn.Parameter, name: str) -> None:
         """Take in a weight that belongs to no module known, under the name by which its function reads it."""
@@ -186,7 +193,7 @@ class Session:
             observer = ChannelObserver(states[0].name, x.shape[-1], thresholds_to_count(self.config))
         for state in states:
             state.observer = observer
-        observer.update(x)
+        observer.update(x, self.token_mask)
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""

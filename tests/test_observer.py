@@ -5,16 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from micromix_compile.observer import ChannelObserver, token_mask
+from micromix_compile.observer import ChannelObserver
 from micromix_compile.recipe import Threshold
 
 LOW, HIGH, SIGNED = Threshold(ratio=0.1), Threshold(ratio=0.4), Threshold(ratio=0.1, signed=True)
 
 
-def observe(*batches: torch.Tensor) -> ChannelObserver:
+def observe(*batches: torch.Tensor, mask: torch.Tensor | None = None) -> ChannelObserver:
     observer = ChannelObserver("fc", batches[0].shape[-1], (LOW, HIGH, SIGNED))
     for batch in batches:
-        observer.update(batch)
+        observer.update(batch, mask)
     return observer
 
 
@@ -38,21 +38,13 @@ def test_padding_tokens_are_not_counted() -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     poisoned = x.clone()
     poisoned[0, 3:] = float("nan")
-    previous = token_mask.set(mask)
-    try:
-        masked = observe(poisoned).statistics()
-    finally:
-        token_mask.reset(previous)
+    masked = observe(poisoned, mask=mask).statistics()
     assert masked.tokens == 8
     assert torch.equal(masked.abs_mean, torch.maximum(x[0, :3].abs().mean(0), x[1].abs().mean(0)))
 
 
 def test_a_mask_of_a_longer_context_counts_for_its_last_tokens() -> None:
-    previous = token_mask.set(torch.tensor([[1, 1, 1, 0, 1]]))
-    try:
-        assert observe(torch.randn(1, 2, 8)).tokens == 1
-    finally:
-        token_mask.reset(previous)
+    assert observe(torch.randn(1, 2, 8), mask=torch.tensor([[1, 1, 1, 0, 1]])).tokens == 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
