@@ -14,6 +14,7 @@ from torch._guards import TracingContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from torch._guards import Source
@@ -40,12 +41,13 @@ def parameter_name(placeholder: fx.Node) -> str:
     return ".".join(parts).removesuffix(".weight") or placeholder.name
 
 
-def guard_attribute(placeholder: fx.Node, attribute: str) -> None:
-    """Make Dynamo compile anew when `attribute` of the tensor behind a graph input changes its value."""
+def guard_attribute(placeholder: fx.Node, *path: str) -> None:
+    """Make Dynamo compile anew when the attribute at `path` of the tensor behind a graph input changes its value."""
     source = source_of(placeholder)
     assert source is not None, f"{placeholder.name} has no Dynamo source to guard"
-    guard = AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH)
-    TracingContext.get().guards_context.dynamo_guards.add(guard)
+    for attribute in path:
+        source = AttrSource(source, attribute)
+    TracingContext.get().guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.EQUALS_MATCH))
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -89,6 +91,14 @@ def compile_with_inductor(
         compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
     assert callable(compiled), "a graph that is not exported compiles to a function"
     return compiled
+
+
+def unlimited_recompiles() -> AbstractContextManager[None]:
+    """Within it Dynamo never gives a function up: each calibration of one model adds to its code's count."""
+    patch: AbstractContextManager[None] = torch._dynamo.config.patch(
+        recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
+    )
+    return patch
 
 
 def inductor_options() -> frozenset[str]:

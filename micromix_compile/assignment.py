@@ -101,7 +101,7 @@ def split_of(statistics: ChannelStatistics, config: MicroMixConfig) -> Split:
         )
     below4, below6 = statistics.below[t4], max(statistics.below[t6], statistics.below[t4])
     share6 = (below6 - below4) / statistics.elements
-    share8 = 1.0 - below6 / statistics.elements
+    share8 = (statistics.elements - below6) / statistics.elements
     return solve_split(channels, share6, share8, config.granularity)
 
 

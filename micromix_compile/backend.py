@@ -30,6 +30,9 @@ logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
 
 
+SessionKey = tuple[tuple[str, ...], MicroMixConfig, object]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What torch.compile was given, sorted: fields of `MicroMixConfig`, the recipe, Inductor's."""
@@ -39,9 +42,10 @@ class Options:
     inductor: Mapping[str, Any]
 
     @property
-    def key(self) -> tuple[MicroMixConfig, object]:
-        """Equal for calls that belong to one session."""
-        return MicroMixConfig(**self.ours), id(self.recipe) if isinstance(self.recipe, Recipe) else self.recipe
+    def key(self) -> SessionKey:
+        """Equal for calls that belong to one session. What is left out may mean a default or the recipe's choice."""
+        source = id(self.recipe) if isinstance(self.recipe, Recipe) else self.recipe
+        return tuple(sorted(self.ours)), MicroMixConfig(**self.ours), source
 
     def make_session(self) -> Session:
         """A session that quantizes by the recipe, or calibrates first if there is none."""
@@ -75,9 +79,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     return Options(ours=ours, recipe=path, inductor={**from_mode, **given})
 
 
-_Sessions = WeakValueDictionary[tuple[MicroMixConfig, object], Session]
-_model_sessions: WeakKeyDictionary[nn.Module, _Sessions] = WeakKeyDictionary()
-_function_sessions: _Sessions = WeakValueDictionary()
+_model_sessions: WeakKeyDictionary[nn.Module, WeakValueDictionary[SessionKey, Session]] = WeakKeyDictionary()
+_function_sessions: WeakKeyDictionary[Session, SessionKey] = WeakKeyDictionary()
 """Sessions live as long as a graph that was compiled under them, and take their packed weights with them."""
 
 
@@ -94,23 +97,33 @@ def micromix(
     then the model converts itself. Raises ValueError or TypeError for options, models and recipes that don't fit.
     """
     parsed = parse_options(mode, options)
-    session = _session_of(torch_compat.enclosing_modules(), parsed)
-    if session.recipe is None:
+    modules = torch_compat.enclosing_modules()
+    session = _session_of_model(modules, parsed) if modules else _session_of_weights(example_inputs, parsed)
+    if session.recipe is None and not session.is_packed:
         return compile_observed(session, gm, example_inputs, convert_by_itself=True)
     return compile_quantized(session, gm, example_inputs, parsed.inductor)
 
 
-def _session_of(modules: Sequence[nn.Module], parsed: Options) -> Session:
+def _session_of_model(modules: Sequence[nn.Module], parsed: Options) -> Session:
     """The session of the model whose forward pass is being compiled: `modules`, innermost first, are running."""
     for module in modules:
         if parsed.key in _model_sessions.get(module, {}):
             return _model_sessions[module][parsed.key]
-    if not modules:
-        return _function_sessions.setdefault(parsed.key, parsed.make_session())
     model = torch_compat.original_module(modules[-1])
     session = parsed.make_session()
     session.prepare(model)
     return _model_sessions.setdefault(model, WeakValueDictionary()).setdefault(parsed.key, session)
+
+
+def _session_of_weights(example_inputs: Sequence[Any], parsed: Options) -> Session:
+    """The session of a function that was compiled outside any module: the one that knows its weights, or a new one."""
+    weights = [value for value in example_inputs if isinstance(value, nn.Parameter)]
+    for session, key in list(_function_sessions.items()):
+        if key == parsed.key and any(session.knows(weight) for weight in weights):
+            return session
+    session = parsed.make_session()
+    _function_sessions[session] = parsed.key
+    return session
 
 
 def compile_quantized(
@@ -125,6 +138,8 @@ def compile_quantized(
     products = [node for node in gm.graph.nodes if node.target in (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm)]
     if products:
         _check_target(session.config, example_inputs)
+    elif context.sites and not session.is_packed:
+        logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
     compiled = inductor.compile_graph(
         gm,
         [*example_inputs, *(node.meta["example_value"] for node in appended)],
@@ -137,6 +152,7 @@ def compile_quantized(
     weights = sorted({i for i, _ in inputs})
 
     def run(*args: Any) -> Any:
+        session.check_not_training()
         packed = {i: session.packed(args[i]) for i in weights}
         for i in weights:
             session.count_call(args[i])
@@ -149,8 +165,9 @@ def compile_quantized(
 
 
 def _check_target(config: MicroMixConfig, example_inputs: Sequence[Any]) -> None:
-    device = next(value.device for value in example_inputs if isinstance(value, torch.Tensor))
-    target = target_of(device)
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    on_gpu = [value.device for value in tensors if value.device.type != "cpu"]
+    target = target_of(on_gpu[0] if on_gpu else tensors[0].device)
     if target.emulated is None:
         return
     message = f"the linears run as plain PyTorch operations on {target.name}: {target.emulated}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
@@ -46,11 +47,14 @@ def calibrate(
         return compile_observed(session, gm, example_inputs, convert_by_itself=False)
 
     observed = torch.compile(model, backend=backend)
-    with torch.no_grad():
+    with torch.no_grad(), torch_compat.unlimited_recompiles():
         for batch in track(batches, "calibrating", show=progress):
             positional, named = _arguments(batch)
             session.token_mask = named.get("attention_mask")
-            observed(*positional, **named)
+            try:
+                observed(*positional, **named)
+            except BackendCompilerFailed as error:
+                raise error.inner_exception from None
     return session.convert()
 
 
@@ -79,6 +83,7 @@ def compile_observed(
     progress = CallProgress("micromix calibrates", show=convert_by_itself)
 
     def run(*args: Any) -> Any:
+        session.check_not_training()
         if convert_by_itself and (masks or starts_pass):
             session.token_mask = args[masks[0]] if masks else None
         with torch.no_grad():
@@ -107,11 +112,14 @@ def _convert_when_done(session: Session, progress: CallProgress) -> None:
     progress.update(session.observed_batches, session.config.calibration_batches)
     if session.has_seen_enough():
         progress.stop()
+        left = session.unobserved()
         recipe = session.convert()
         logger.warning(
-            "calibrated on %d batches; %s now runs quantized: %.2f element bits, %.2f stored bits a weight",
+            "calibrated on %d batches; %s now runs quantized: %d linears, %.2f element bits, %.2f stored bits%s",
             session.observed_batches,
             session.model_id,
+            len(recipe.linears),
             recipe.element_bits,
             recipe.stored_bits,
+            f"; {len(left)} were not reached and stay as they are ({left[0]}, ...)" if left else "",
         )

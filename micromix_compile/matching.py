@@ -17,9 +17,18 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     names: dict[nn.Parameter, list[str]] = {}  # tensors hash and compare by identity here
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dim() == 2:
-            clean = name.removeprefix("_orig_mod.").replace("._orig_mod.", ".").removesuffix(".weight")
+            clean = _clean(name).removesuffix(".weight")
             names.setdefault(parameter, []).append(clean)
     return names
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that `parameter_names` uses: torch.compile's wrappers are looked through."""
+    return {_clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def model_id(model: nn.Module) -> str:

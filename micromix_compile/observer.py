@@ -32,13 +32,15 @@ class ChannelObserver:
         """Count one batch.
 
         x: (..., C) float, its first dimension the samples if it has three or more. token_mask: (B, T) attention mask of
-            the forward pass: tokens where it is 0 are padding and are not counted. Where its shape does not fit x, of
-            shape (B, t, C) with t <= T, it is ignored.
+            the forward pass: tokens where it is 0 are padding and are not counted. x of (B * T, C) is taken apart
+            into samples by it; a mask of another size is ignored.
         Raises ValueError if a counted token holds a NaN or an infinity.
         """
-        mask = _mask_for(x, token_mask)
+        if x.dim() == 2 and token_mask is not None and x.shape[0] == token_mask.numel():
+            x = x.unflatten(0, token_mask.shape)
         samples = x.detach() if x.dim() >= 3 else x.detach().unsqueeze(0)
-        masks = [None] * samples.shape[0] if mask is None else mask
+        fits = token_mask is not None and token_mask.shape == samples.shape[:-1]
+        masks = [None] * samples.shape[0] if token_mask is None or not fits else token_mask.to(x.device, torch.bool)
         for sample, keep in zip(samples, masks, strict=True):
             rows = sample.reshape(-1, sample.shape[-1])
             self._add_sample(rows if keep is None else rows[keep])
@@ -76,13 +78,3 @@ class ChannelObserver:
             batches=self.batches,
             below=dict(self._below),
         )
-
-
-def _mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The attention mask cut to x's tokens, as bool (B, t); None where it does not belong to x."""
-    if mask is None or x.dim() != 3 or mask.dim() != 2:
-        return None
-    batch, tokens = x.shape[:2]
-    if mask.shape[0] != batch or mask.shape[1] < tokens:
-        return None
-    return mask[:, mask.shape[1] - tokens :].to(device=x.device, dtype=torch.bool)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from micromix_compile import ops, packing
 from micromix_compile.assignment import padded_channels
-from micromix_compile.matching import match_linears, model_id, parameter_names
+from micromix_compile.matching import match_linears, model_id, named_modules, parameter_names
 from micromix_compile.recipe import Recipe, Split, weight_split
 
 if TYPE_CHECKING:
@@ -135,9 +135,13 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     Weights that something else still uses (tied embeddings) stay alive through that user. A Hugging Face model can be
     saved with save_pretrained afterwards. Raises ValueError if the recipe was made for another model, naming both.
     """
+    wrapped = model
+    model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() before quantize_")
     names = parameter_names(model)
     matched = match_linears(recipe, names, model_id=model_id(model))
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_modules(model)
     described: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         for parameter, linear in matched:
@@ -154,7 +158,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     share_orders(model, {name: str(d["group"]) for name, d in described.items()})
     _describe(model, recipe.config, described)
     logger.info("quantized %d linears to %.2f stored bits", len(described), recipe.stored_bits)
-    return model
+    return wrapped
 
 
 def _pack_module(module: nn.Module, linear: LinearRecipe, recipe: Recipe) -> MicroMixLinear:

@@ -1,8 +1,8 @@
 """All the backend knows of one model under one set of options: names, observers, the recipe, packed weights.
 
 State hangs on the model's Parameters, because a compiled graph knows its weights by identity only: one graph may serve
-many layers. Every Parameter also carries a key that its graphs are guarded by, so that a change of phase, from
-calibrating to quantized, makes torch.compile compile again by itself.
+many layers. Graphs are guarded by a key in that state, so that a change of phase, from calibrating to quantized, makes
+torch.compile compile again by itself.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from micromix_compile.assignment import channel_order, split_of, thresholds_to_count
 from micromix_compile.lowering import torch_compat
-from micromix_compile.matching import find_linear, model_id, parameter_names
+from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
 from micromix_compile.quantize import MicroMixLinear, pack_weight
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe, weight_sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import fx
 
@@ -39,27 +39,39 @@ Key = tuple[object, ...]
 PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CALIBRATE: Key = ("calibrate",)
 UNQUANTIZED: Key = ("unquantized",)
-CALLS_BEFORE_COVERAGE = 3
+COVERAGE_CALLS = frozenset({3, 10, 30, 100, 300, 1000})
 
 
 @dataclass(slots=True)
 class LinearState:
-    """One weight: what it is called, who observes its input, what was decided, its packed form."""
+    """One weight: what it is called, who observes its input, what was decided, its packed form.
+
+    key: phase, split and group; the graphs that use the weight are guarded by it.
+    """
 
     names: list[str]
     parameter: ref[nn.Parameter]
+    key: Key = ()
     refusal: str | None = None
     transposed: bool = False
     observer: ChannelObserver | None = None
     linear: LinearRecipe | None = None
     packed: PackedTensors | None = None
-    version: int | None = None
+    version: tuple[int, int] | None = None
     calls: int = 0
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """A saved model does not take this with it."""
+        return _nothing, ()
 
     @property
     def name(self) -> str:
         """The name it goes by; a tied weight is called after its last use, which is the linear."""
         return self.names[-1]
+
+
+def _nothing() -> None:
+    return None
 
 
 class Session:
@@ -74,15 +86,16 @@ class Session:
         self.recipe = recipe
         self.model_id = "a function"
         self.token_mask: Tensor | None = None  # (B, T), of the forward pass that is being observed
-        self.key_attribute = f"_micromix_key_{number}"
-        self._state_attribute = f"_micromix_state_{number}"
+        self.state_attribute = f"_micromix_{number}"
         self._source = source
         self._model: ref[nn.Module] | None = None
+        self._refusals: dict[str, str] = {}
+        self.is_packed = False  # the model holds packed linears already: nothing is to be calibrated
         self._states: list[LinearState] = []
         self._perms: dict[tuple[str, torch.device], Tensor] = {}
-        self._coverage_checked = False
+        self._coverage_checked: set[int] = set()
         self._enough_at: int | None = None
-        finalize(self, _forget, self._states, (self.key_attribute, self._state_attribute))
+        finalize(self, _forget, self._states, self.state_attribute)
 
     # Names
 
@@ -94,12 +107,9 @@ class Session:
         self.model_id = model_id(model)
         self._model = ref(model)
         check_not_training(model)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for parameter, names in parameter_names(model).items():
-            if not self.knows(parameter):
-                owners = [modules.get(name) for name in names]
-                self._add(parameter, names, is_embedding=all(isinstance(owner, nn.Embedding) for owner in owners))
-        if any(isinstance(module, MicroMixLinear) for module in modules.values()):
+        self._name_parameters(model)
+        self.is_packed = any(isinstance(module, MicroMixLinear) for module in model.modules())
+        if self.is_packed:
             return
         if all(state.refusal for state in self._states):
             reasons = "; ".join(f"{state.name}: {state.refusal}" for state in self._states)
@@ -112,12 +122,28 @@ class Session:
                 f"it has no {next(iter(self.recipe.linears), 'linear')}"
             )
 
+    def _name_parameters(self, model: nn.Module) -> None:
+        self._states[:] = [state for state in self._states if state.parameter() is not None]
+        modules = named_modules(model)
+        for parameter, names in parameter_names(model).items():
+            if not self.knows(parameter):
+                owners = [modules.get(name) for name in names]
+                self._add(parameter, names, is_embedding=all(isinstance(owner, nn.Embedding) for owner in owners))
+
     def is_model(self, module: nn.Module) -> bool:
         """Whether `module` is the model that was prepared."""
         return self._model is not None and self._model() is module
 
     def adopt(self, parameter: nn.Parameter, name: str) -> None:
-        """Take in a weight that belongs to no module known, under the name by which its function reads it."""
+        """Take in a weight that is new: one that replaced another in the model, or one that belongs to no module.
+
+        The latter gets the name by which its function reads it. Raises ValueError if the recipe is for other weights.
+        """
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._name_parameters(model)
+        if self.knows(parameter):
+            return
         taken = {name for state in self._states for name in state.names}
         unique = next(
             n for n in itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1))) if n not in taken
@@ -133,17 +159,18 @@ class Session:
             state.refusal = "it is an embedding"
         elif self.recipe is not None:
             state.linear = find_linear(self.recipe, parameter, names, model_id=self.model_id)
-        setattr(parameter, self._state_attribute, state)
-        setattr(parameter, self.key_attribute, self._key_of(state))
+        state.key = self._key_of(state)
+        setattr(parameter, self.state_attribute, state)
         self._states.append(state)
 
     def knows(self, parameter: nn.Parameter) -> bool:
         """Whether `parameter` has a state here."""
-        return hasattr(parameter, self._state_attribute)
+        state = getattr(parameter, self.state_attribute, None)
+        return isinstance(state, LinearState) and state.parameter() is parameter
 
     def state(self, parameter: nn.Parameter) -> LinearState:
         """The state of a weight that was prepared or adopted."""
-        state = getattr(parameter, self._state_attribute)
+        state = getattr(parameter, self.state_attribute)
         assert isinstance(state, LinearState), "prepare() or adopt() gave every weight its state"
         return state
 
@@ -160,6 +187,21 @@ class Session:
             if linear.group is state.linear.group
         )
         return ("quantized", *state.linear.split, members)
+
+    def note_refusals(self, refusals: Mapping[str, str]) -> None:
+        """Remember why candidates in a graph were left alone."""
+        self._refusals.update(refusals)
+        if self._model is None or self.is_packed or self.recipe is not None:
+            return
+        if refusals and all(s.refusal or s.name in self._refusals for s in self._states):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._refusals.items())
+            raise ValueError(f"{self.model_id} has no linear layer to quantize ({reasons})")
+
+    def check_not_training(self) -> None:
+        """Raise ValueError if the model has been put into training mode."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            check_not_training(model)
 
     # What the passes ask (passes.pass_manager.Owner)
 
@@ -202,9 +244,12 @@ class Session:
     # Packed weights
 
     def packed(self, parameter: nn.Parameter) -> PackedTensors:
-        """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed."""
+        """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed.
+
+        A change in place through `weight.data`, or of an inference tensor, leaves no trace and is not seen.
+        """
         state = self.state(parameter)
-        version = None if parameter.is_inference() else parameter._version
+        version = (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
         if state.packed is None or state.version != version:
             assert state.linear is not None, f"{state.name} has no recipe"
             weight = parameter.detach().T if state.transposed else parameter.detach()
@@ -237,8 +282,18 @@ class Session:
             return False
         if self._enough_at is None:
             self._enough_at = self.observed_batches
-        unseen = any(state.refusal is None and state.observer is None for state in self._states)
+        unseen = bool(self.unobserved())
         return (len(enough) == len(observers) and not unseen) or self.observed_batches > self._enough_at
+
+    def unobserved(self) -> list[str]:
+        """Linears that calibration has not reached."""
+        return [
+            state.name
+            for state in self._states
+            if state.refusal is None
+            and state.name not in self._refusals
+            and (state.observer is None or not state.observer.tokens)
+        ]
 
     def convert(self) -> Recipe:
         """Decide orders and splits from what was observed; graphs compile anew, quantized, at their next call.
@@ -248,9 +303,7 @@ class Session:
         self.recipe = self._decide()
         for state in self._states:
             state.linear = self.recipe.linears.get(state.name)
-            parameter = state.parameter()
-            if parameter is not None:
-                setattr(parameter, self.key_attribute, self._key_of(state))
+            state.key = self._key_of(state)
         return self.recipe
 
     def _decide(self) -> Recipe:
@@ -258,7 +311,7 @@ class Session:
         linears: dict[str, LinearRecipe] = {}
         for state in self._states:
             parameter = state.parameter()
-            if state.observer is None or parameter is None:
+            if state.observer is None or not state.observer.tokens or parameter is None:
                 continue
             if state.observer not in groups:
                 groups[state.observer] = _group_recipe(state.observer, self.config)
@@ -271,32 +324,32 @@ class Session:
                 group=group,
                 weight_sample=weight_sample(parameter),
             )
-        refused = {state.name: self._why_not(state) for state in self._states if state.name not in linears}
+        own = {state.name: self._why_not(state) for state in self._states if state.name not in linears}
+        refused = {**{name: reason for name, reason in self._refusals.items() if name not in linears}, **own}
         if not linears:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"calibration of {self.model_id} reached no linear layer ({reasons or 'it has none'})")
         return Recipe(config=self.config, model_id=self.model_id, linears=linears, refused=refused)
 
-    @staticmethod
-    def _why_not(state: LinearState) -> str:
-        return state.refusal or "calibration did not reach it"
+    def _why_not(self, state: LinearState) -> str:
+        return state.refusal or self._refusals.get(state.name) or "calibration did not reach it"
 
     # Coverage
 
     def count_call(self, parameter: nn.Parameter) -> None:
-        """Note that a linear ran quantized; warn once if others never do while this one runs again and again.
+        """Note that a linear ran quantized; warn if others seldom or never do while this one runs again and again.
 
         torch.compile falls back to eager, unquantized code without an error at its recompile limit.
         """
         state = self.state(parameter)
         state.calls += 1
-        if self._coverage_checked or state.calls < CALLS_BEFORE_COVERAGE:
+        if state.calls not in COVERAGE_CALLS or state.calls in self._coverage_checked:
             return
-        self._coverage_checked = True
-        idle = [other.name for other in self._states if other.linear is not None and not other.calls]
+        self._coverage_checked.add(state.calls)
+        idle = [s.name for s in self._states if s.linear is not None and 2 * s.calls < state.calls]
         if idle:
             logger.warning(
-                "%d linears of %s have a recipe but never ran quantized (%s, ...): they aren't reached, or "
+                "%d linears of %s have a recipe but ran quantized seldom or never (%s, ...): they aren't reached, or "
                 "torch.compile gave up on their graph at torch._dynamo.config.recompile_limit=%d",
                 len(idle),
                 self.model_id,
@@ -305,16 +358,16 @@ class Session:
             )
 
 
-def _forget(states: Sequence[LinearState], attributes: Sequence[str]) -> None:
+def _forget(states: Sequence[LinearState], attribute: str) -> None:
     """Take a session's state, packed weights included, off the Parameters that carry it."""
     for state in states:
         parameter = state.parameter()
-        for attribute in attributes if parameter is not None else ():
+        if parameter is not None:
             vars(parameter).pop(attribute, None)
 
 
 def check_not_training(model: nn.Module) -> None:
-    """Raise ValueError if `model` is in training mode."""
+    """Raise ValueError if `model`, as a whole, is in training mode."""
     if model.training:
         raise ValueError(
             f"{type(model).__name__} is in training mode, where dropout falsifies calibration and quantized linears "
@@ -336,6 +389,7 @@ def open_graph(
     session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> tuple[fx.GraphModule, PassContext]:
     """A copy of a Dynamo graph that passes may change, and their context; every weight in it is known to `session`."""
+    session.check_not_training()
     gm = torch_compat.copy_graph_module(gm)
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, nn.Parameter) and value.dim() >= 2 and not session.knows(value):
@@ -345,8 +399,7 @@ def open_graph(
 
 
 def close_graph(session: Session, context: PassContext) -> None:
-    """Guard what the graph was built on. Raises ValueError if the model is in training mode."""
-    for name, reason in context.refusals.items():
-        logger.debug("%s stays as it is: %s", name, reason)
+    """Guard what the graph was built on. Raises ValueError if it turns out that nothing can be quantized."""
+    session.note_refusals(context.refusals)
     for site in context.sites:
-        torch_compat.guard_attribute(site.weight, session.key_attribute)
+        torch_compat.guard_attribute(site.weight, session.state_attribute, "key")

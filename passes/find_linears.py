@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LINEAR_TARGETS = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
 ADDMM_TARGETS = (torch.addmm, torch.ops.aten.addmm.default)
 MATMUL_TARGETS = (torch.mm, torch.matmul, operator.matmul, torch.ops.aten.mm.default)
+MATMUL_METHODS = ("matmul", "mm", "__matmul__")
 
 _KEYWORDS = {"mat1": "input", "mat2": "weight", "other": "weight"}
 
@@ -28,12 +29,15 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = dict(zip(placeholders, context.example_inputs, strict=True))
+    orientation: dict[fx.Node, bool] = {}
     for node in gm.graph.nodes:
         operands = _operands(node)
         if operands is None:
             continue
         x, weight, bias, transposed = operands
         name, reason = _refusal(weight, x, bias, inputs, context)
+        if reason is None and orientation.setdefault(weight, transposed) != transposed:
+            name, reason = f"{name} (transposed)", "its weight is used both as it is and transposed"
         if reason is not None:
             if transposed and not isinstance(inputs.get(weight), nn.Parameter):
                 continue  # a product of two activations
@@ -46,18 +50,20 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
     """(x, weight, bias, transposed) of a candidate, else None."""
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return None
     names: tuple[str, ...]
     if node.target in LINEAR_TARGETS:
         names, transposed = ("input", "weight", "bias"), False
-    elif node.target in ADDMM_TARGETS and not {"beta", "alpha"} & set(node.kwargs):
+    elif node.target in ADDMM_TARGETS:
         names, transposed = ("bias", "input", "weight"), True
-    elif node.target in MATMUL_TARGETS:
+    elif node.target in MATMUL_TARGETS or (node.op == "call_method" and node.target in MATMUL_METHODS):
         names, transposed = ("input", "weight"), True
     else:
         return None
     found: dict[str, Argument] = dict(zip(names, node.args, strict=False))
+    if not set(node.kwargs) <= {*names, *_KEYWORDS}:
+        return None  # factors, or an output that is given
     found |= {_KEYWORDS.get(key, key): value for key, value in node.kwargs.items()}
     x, weight, bias = found.get("input"), found.get("weight"), found.get("bias")
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
@@ -83,6 +89,6 @@ def _refusal(
     if isinstance(example, torch.Tensor) and example.dtype not in FLOAT_DTYPES:
         return name, f"its input is {example.dtype}, not float32, bfloat16 or float16"
     added = None if bias is None else bias.meta.get("example_value")
-    if isinstance(added, torch.Tensor) and added.dim() != 1:
-        return name, f"its bias has {added.dim()} dimensions, not 1"
+    if isinstance(added, torch.Tensor) and (added.dim() != 1 or added.shape[0] not in parameter.shape):
+        return name, f"its bias has shape {tuple(added.shape)}, not one element per output"
     return name, context.owner.refusal(parameter)

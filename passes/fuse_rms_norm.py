@@ -9,7 +9,6 @@ import torch
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
     CallFunction,
-    Ignored,
     KeywordArg,
     Match,
     PatternExpr,
@@ -42,9 +41,9 @@ def _patterns() -> PatternMatcherPass:
     patterns = PatternMatcherPass(pass_name="micromix_fuse_rms_norm")
     x = KeywordArg("x")
     widened = CallFunction(prims.convert_element_type.default, x, torch.float32, _users=MULTIPLE)
-    rounded = CallFunction(prims.convert_element_type.default, _normalized(widened), Ignored())
-    for normalized in (_normalized(x), rounded):  # float32 models, half-precision models
-        register_graph_pattern(_quantized(normalized), pass_dict=patterns, extra_check=_is_row_norm)(_replace)
+    rounded = CallFunction(prims.convert_element_type.default, _normalized(widened), KeywordArg("rounded_to"))
+    for normalized, check in ((_normalized(x), _is_float32_norm), (rounded, _is_rounded_norm)):
+        register_graph_pattern(_quantized(normalized), pass_dict=patterns, extra_check=check)(_replace)
     return patterns
 
 
@@ -62,9 +61,22 @@ def _quantized(normalized: PatternExpr) -> PatternExpr:
     return CallFunction(ops.reorder_quantize, rows, *(KeywordArg(name) for name in LAYOUT), _users=MULTIPLE)
 
 
+def _is_float32_norm(match: Match) -> bool:
+    return _is_row_norm(match) and match.kwargs["x"].meta["val"].dtype is torch.float32
+
+
+def _is_rounded_norm(match: Match) -> bool:
+    return _is_row_norm(match) and match.kwargs["rounded_to"] is match.kwargs["x"].meta["val"].dtype
+
+
 def _is_row_norm(match: Match) -> bool:
+    """Whether the rows that are normalized are the rows that are quantized, as the op computes them."""
     x, weight = (match.kwargs[name].meta["val"] for name in ("x", "weight"))
-    return bool(weight.dim() == 1 and weight.shape[0] == x.shape[-1] and weight.dtype == x.dtype)
+    rows = match.output_node().args[0]
+    assert isinstance(rows, Node), "a quantize reads a tensor"
+    same_rows = rows.meta["val"].shape[-1] == x.shape[-1]
+    same_type = weight.dim() == 1 and weight.shape[0] == x.shape[-1] and weight.dtype == x.dtype
+    return bool(same_rows and same_type and isinstance(match.kwargs["eps"], float | int))
 
 
 def _replace(match: Match, **found: Any) -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta
+from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta, mutation_epochs
 
 if TYPE_CHECKING:
     from torch import fx
 
 
 def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
-    """Insert owner.observe(x, [weights]) once per distinct x.
+    """Insert owner.observe(x, [weights]) once per distinct value of x.
 
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
     """
-    groups: dict[fx.Node, list[LinearSite]] = {}
+    groups: dict[tuple[fx.Node, int], list[LinearSite]] = {}
+    epochs = mutation_epochs(gm.graph)
     for site in context.sites:
-        groups.setdefault(site.x, []).append(site)
-    for x, sites in groups.items():
+        groups.setdefault((site.x, epochs[site.node]), []).append(site)
+    for (x, _), sites in groups.items():
         first = sites[0].node
         with gm.graph.inserting_before(first):
             weights = list(dict.fromkeys(site.weight for site in sites))

@@ -24,7 +24,7 @@ def rewrite_linears(gm: fx.GraphModule, context: PassContext) -> int:
     """Rewrite every site that has a plan; fills `context.inputs`. Returns how many were rewritten."""
     perms: dict[int, fx.Node] = {}
     weights: dict[fx.Node, list[fx.Node]] = {}
-    count = 0
+    replaced: dict[fx.Node, fx.Node] = {}  # a linear may read another one's output
     for site in context.sites:
         plan = context.owner.plan(site.parameter, transposed=site.transposed)
         if plan is None:
@@ -33,9 +33,9 @@ def rewrite_linears(gm: fx.GraphModule, context: PassContext) -> int:
             perms[plan.group] = _lift(gm.graph, context, site, plan, 0)
         if site.weight not in weights:
             weights[site.weight] = [_lift(gm.graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
-        _replace(gm.graph, site, plan, perms[plan.group], weights[site.weight])
-        count += 1
-    return count
+        x = replaced.get(site.x, site.x)
+        replaced[site.node] = _replace(gm.graph, site, x, plan, perms[plan.group], weights[site.weight])
+    return len(replaced)
 
 
 def _lift(graph: fx.Graph, context: PassContext, site: LinearSite, plan: LinearPlan, index: int) -> fx.Node:
@@ -44,8 +44,10 @@ def _lift(graph: fx.Graph, context: PassContext, site: LinearSite, plan: LinearP
     return node
 
 
-def _replace(graph: fx.Graph, site: LinearSite, plan: LinearPlan, perm: fx.Node, weights: list[fx.Node]) -> None:
-    node, x = site.node, site.x
+def _replace(
+    graph: fx.Graph, site: LinearSite, x: fx.Node, plan: LinearPlan, perm: fx.Node, weights: list[fx.Node]
+) -> fx.Node:
+    node = site.node
     example = node.meta["example_value"]
     with graph.inserting_before(node):
 
@@ -56,8 +58,9 @@ def _replace(graph: fx.Graph, site: LinearSite, plan: LinearPlan, perm: fx.Node,
         layout = (perm, *plan.split, plan.fp6, plan.scale_rounding)
         quantized = call(ops.reorder_quantize, rows, *layout)
         parts = [call(operator.getitem, quantized, i) for i in range(4)]
-        out = call(ops.mixed_mx_mm, *parts, *weights, site.bias, plan.fp6, example.dtype)
+        product = call(ops.mixed_mx_mm, *parts, *weights, site.bias, plan.fp6, example.dtype)
         leading = [call(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
-        out = call(aten.reshape.default, out, [*leading, site.out_features])
+        out = call(aten.reshape.default, product, [*leading, site.out_features])
     node.replace_all_uses_with(out)
     graph.erase_node(node)
+    return out

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from micromix_compile import ops
+from micromix_compile.passes.pass_manager import mutation_epochs
 
 if TYPE_CHECKING:
     from torch import fx
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 def share_activations(gm: fx.GraphModule, context: PassContext) -> int:
     """Merge equal micromix::reorder_quantize calls on one activation. Returns how many calls went away."""
     seen: dict[tuple[object, ...], fx.Node] = {}
+    epochs = mutation_epochs(gm.graph)
     merged = 0
     for node in list(gm.graph.nodes):
         if not is_quantize(node):
             continue
         x, *layout = node.args
-        key = (_activation(x), *layout)
+        key = (epochs[node], _activation(x), *layout)
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)

@@ -424,4 +424,4 @@ def test_layers_that_fall_out_of_compilation_are_reported(caplog: pytest.LogCapt
         fast = compiled_with(net, dataclasses.replace(recipe, linears=linears))
         for _ in range(4):
             fast(torch.randn(2, 5, 64))
-    assert re.search(r"linears of Net have a recipe but never ran quantized \(layers.1", caplog.text)
+    assert re.search(r"linears of Net have a recipe but ran quantized seldom or never \(layers.1", caplog.text)

@@ -43,8 +43,15 @@ def test_padding_tokens_are_not_counted() -> None:
     assert torch.equal(masked.abs_mean, torch.maximum(x[0, :3].abs().mean(0), x[1].abs().mean(0)))
 
 
-def test_a_mask_of_a_longer_context_counts_for_its_last_tokens() -> None:
-    assert observe(torch.randn(1, 2, 8), mask=torch.tensor([[1, 1, 1, 0, 1]])).tokens == 1
+def test_a_mask_of_other_tokens_is_ignored() -> None:
+    assert observe(torch.randn(1, 2, 8), mask=torch.tensor([[1, 1, 1, 0, 1]])).tokens == 2
+
+
+def test_flattened_rows_are_taken_apart_by_the_mask() -> None:
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    flat, whole = (observe(rows, mask=mask).statistics() for rows in (x.flatten(0, 1), x))
+    assert flat.tokens == whole.tokens == 8
+    assert torch.equal(flat.abs_mean, whole.abs_mean)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

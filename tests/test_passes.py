@@ -191,14 +191,14 @@ def test_quantizes_in_different_orders_stay_apart() -> None:
     assert share_activations(gm, context) == 0
 
 
-def normed_and_quantized(dtype: torch.dtype, *, keep_rows: bool) -> fx.GraphModule:
+def normed_and_quantized(dtype: torch.dtype, *, keep_rows: bool, widen: bool = True) -> fx.GraphModule:
     """RMSNorm -> reorder_quantize as it looks after AOTAutograd: functional aten, casts as prims."""
 
     def convert(x: Tensor, *, dtype: torch.dtype, **_: object) -> Tensor:
         return torch.ops.prims.convert_element_type(x, dtype)
 
     def program(x: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
-        h = x.to(torch.float32)
+        h = x.to(torch.float32) if widen else x
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
         y = weight * h.to(x.dtype)
         quantized = ops.reorder_quantize(y.reshape(-1, 64), perm, 32, 0, 32, "e2m3", "rceil")
@@ -220,6 +220,10 @@ def test_an_rms_norm_before_a_quantize_joins_it(dtype: torch.dtype) -> None:
 
 def test_a_norm_whose_rows_are_used_elsewhere_stays() -> None:
     assert fuse_rms_norm(normed_and_quantized(torch.float32, keep_rows=True).graph) == 0
+
+
+def test_a_norm_computed_in_half_precision_stays() -> None:
+    assert fuse_rms_norm(normed_and_quantized(torch.bfloat16, keep_rows=False, widen=False).graph) == 0
 
 
 def test_graphs_are_dumped_before_and_after_the_named_pass(tmp_path: Path) -> None:
