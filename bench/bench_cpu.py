@@ -73,13 +73,19 @@ class Decoder:
         return logits
 
 
-def check(model: nn.Module, compiled: Callable[..., Any], prompt: Tensor) -> None:
-    """The compiled packed model must give the logits of the eager one to the bit: rounding is where eager rounds."""
+def check(model: nn.Module, compiled: Callable[..., Any], prompt: Tensor) -> float:
+    """Mean difference of compiled from eager logits, as a share of their range; ends the run if it is large.
+
+    An ulp of a norm or an activation may move an MX code and so a logit by a percent; a wrong weight, order or scale
+    moves all of them by a tenth or more.
+    """
     if not native.load():
         raise SystemExit(f"no compiled CPU kernels: {native.status().reason}")
-    expected, actual = (run(prompt, use_cache=False).logits for run in (model, compiled))
-    if not torch.equal(actual, expected):
-        raise SystemExit("compiled logits differ from eager ones: nothing to time")
+    expected, actual = (run(prompt, use_cache=False).logits.float() for run in (model, compiled))
+    off = float((actual - expected).abs().mean() / (expected.max() - expected.min()))
+    if off > 0.02:
+        raise SystemExit(f"compiled logits are off by {off:.3f} of their range: nothing to time")
+    return off
 
 
 def memory_of_linears(model: nn.Module, recipe: micromix.Recipe) -> dict[str, float]:
@@ -123,18 +129,19 @@ def main() -> None:
     results: dict[str, Any] = {"memory": memory_of_linears(packed, recipe)}
     with torch.no_grad():
         compiled: dict[str, Callable[..., Any]] = {}
-        for name, own, backend in (("bf16", model, "inductor"), ("micromix", packed, "micromix")):
-            compiled[name] = torch.compile(own, backend=backend)
+        models = {"bf16": model, "micromix": packed}
+        for name, backend in (("bf16", "inductor"), ("micromix", "micromix")):
+            compiled[name] = torch.compile(models[name], backend=backend)
             start = time.perf_counter()
             compiled[name](prompt, use_cache=False)
             results[f"compile_s_{name}"] = time.perf_counter() - start
-        check(packed, compiled["micromix"], prompt)
+        results["logits_off"] = {name: check(m, compiled[name], prompt) for name, m in models.items()}
         prefill = {name: (lambda f=f: f(prompt, use_cache=False)) for name, f in compiled.items()}
         results["prefill_ms"] = time_side_by_side(prefill, arguments.repeats)
-        decoders = {name: Decoder(f, m, prompt) for (name, f), m in zip(compiled.items(), (model, packed), strict=True)}
+        decoders = {name: Decoder(compiled[name], models[name], prompt) for name in models}
         results["decode_ms"] = time_side_by_side(decoders, 2 * arguments.repeats)
     before = resident_bytes()
-    del model, compiled, decoders, prefill
+    del model, models, compiled, decoders, prefill
     results["memory"]["resident_freed_by_dropping_bf16"] = before - resident_bytes()
     report(results, arguments.prompt)
     if arguments.json:
