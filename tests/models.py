@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from micromix_compile.recipe import LinearRecipe, Recipe
 
 
+EXACT_DTYPE = torch.bfloat16 if torch.__version__ >= "2.13" else torch.float32
+"""A dtype in which compiled small models equal eager ones; before 2.13 Inductor keeps bfloat16 chains in float32."""
+
+
 class RMSNorm(nn.Module):
     """As in Hugging Face's Llama."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from models import Net, fake_quantized, make_net
+from models import EXACT_DTYPE, Net, fake_quantized, make_net
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -92,11 +92,11 @@ def test_a_compiled_model_equals_its_fake_quantized_twin(weights: str, fp6: str)
         assert not close(compiled_with(net, recipe)(x), net(x))
 
 
-def test_a_bfloat16_model_gives_the_bits_of_eager_packed_modules() -> None:
-    net = make_net(torch.bfloat16)
-    recipe = micromix.calibrate(net, [x.bfloat16() for x in batches()])
+def test_a_compiled_model_gives_the_bits_of_eager_packed_modules() -> None:
+    net = make_net(EXACT_DTYPE)
+    recipe = micromix.calibrate(net, [x.to(EXACT_DTYPE) for x in batches()])
     packed = micromix.quantize_(copy.deepcopy(net), recipe)
-    x = torch.randn(2, 9, 64, dtype=torch.bfloat16)
+    x = torch.randn(2, 9, 64).to(EXACT_DTYPE)
     with torch.no_grad():
         assert torch.equal(compiled_with(net, recipe)(x), packed(x))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import micromix_compile
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import inductor
-from micromix_compile.lowering.inductor import PostGradPasses, fingerprint, source_files
+from micromix_compile.lowering.inductor import SOURCE_SUFFIXES, PostGradPasses, fingerprint, source_files
 
 PACKAGE = Path(micromix_compile.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -22,14 +21,11 @@ REPOSITORY = Path(__file__).parents[1]
 
 def test_every_source_file_counts() -> None:
     counted = {path.resolve() for path in source_files(PACKAGE)}
-    listed = subprocess.run(
-        ["git", "ls-files", "micromix_compile", "passes", "lowering", "templates"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    sources = {(REPOSITORY / name).resolve() for name in listed if not (REPOSITORY / name).is_symlink()}
-    sources = {path for path in sources if path.name != "py.typed" and path.exists()}
-    assert sources <= counted
-    assert {path.suffix for path in counted} == {path.suffix for path in sources} == {".py", ".cpp", ".h"}
+    folders = [REPOSITORY / name for name in ("micromix_compile", "passes", "lowering", "templates")]
+    sources = {path.resolve() for folder in folders for path in folder.rglob("*") if path.suffix in SOURCE_SUFFIXES}
+    assert sources == counted
+    assert {path.parts[-2] for path in counted} == {"micromix_compile", "passes", "lowering", "templates", "cpu"}
+    assert {path.suffix for path in counted} == {".py", ".cpp", ".h"}
 
 
 @pytest.mark.parametrize(

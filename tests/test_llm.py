@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from models import fake_quantized
+from models import EXACT_DTYPE, fake_quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
@@ -42,7 +42,7 @@ def token_batches(count: int = 3, vocabulary: int = 256) -> list[Tensor]:
 
 def calls_of(run: Callable[[], object]) -> Counter[str]:
     """How often each of our operations really ran, as the profiler counts it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         run()
     counts = Counter({event.key: event.count for event in profile.key_averages()})
     return Counter({name: count for name, count in counts.items() if name.startswith("micromix::")})
@@ -78,7 +78,7 @@ def test_float32_logits_stay_within_a_thousandth_of_the_eager_models_range(polic
 
 
 def test_generate_with_a_static_cache_gives_the_tokens_of_the_eager_packed_model() -> None:
-    model = llama(torch.bfloat16)
+    model = llama(EXACT_DTYPE)
     recipe = micromix.calibrate(model, token_batches())
     packed = micromix.quantize_(copy.deepcopy(model), recipe)
     ids = torch.randint(0, 256, (1, 9))
