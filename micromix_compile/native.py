@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,7 +112,7 @@ def build(flags: tuple[str, ...] = ()) -> Path:
 
     Several processes may build at once: each writes its own file, and the last rename wins. Raises NativeBuildError.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    compiler = shlex.split(os.environ.get("CXX", "")) or [_default_compiler()]
     arguments = [*_COMPILE_FLAGS, *_machine_flags(), *flags]
     target = _cache_dir() / f"micromix-{_digest(compiler, arguments)}.so"
     if target.exists():
@@ -125,6 +126,11 @@ def build(flags: tuple[str, ...] = ()) -> Path:
     except OSError as error:
         raise NativeBuildError(f"cannot write to {target.parent}: {error}") from error
     return target
+
+
+def _default_compiler() -> str:
+    """g++ before c++, as Inductor has it: c++ may be a wrapper whose static libstdc++ clashes with torch's."""
+    return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), "c++")
 
 
 def _attempt() -> _Outcome:

@@ -18,6 +18,11 @@
 #define MICROMIX_NAMESPACE micromix
 #endif
 
+// Messages are put together without iostream: where a toolchain links libstdc++ statically, its locales are not those
+// of the libstdc++ that torch loaded, and a stream crashes.
+#define CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, concat(__VA_ARGS__))
+#define CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, concat(__VA_ARGS__))
+
 namespace {
 
 using at::Tensor;
@@ -26,6 +31,16 @@ using micromix::Fp6;
 using micromix::kBlock;
 using micromix::ScaleRounding;
 using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+void append(std::string& text, std::string_view part) { text += part; }
+void append(std::string& text, int64_t number) { text += std::to_string(number); }
+
+template <typename... Parts>
+std::string concat(const Parts&... parts) {
+  std::string text;
+  (append(text, parts), ...);
+  return text;
+}
 
 // "torch.float64" and "(3, 4)", as Python's messages have them.
 std::string name_of(const caffe2::TypeMeta dtype) {
@@ -39,14 +54,14 @@ std::string text_of(at::IntArrayRef shape) {
 }
 
 Fp6 parse_fp6(std::string_view name) {
-  TORCH_CHECK_VALUE(name == "e2m3" || name == "e3m2", "fp6 must be one of e2m3, e3m2, got '", name, "'");
+  CHECK_VALUE(name == "e2m3" || name == "e3m2", "fp6 must be one of e2m3, e3m2, got '", name, "'");
   return name == "e2m3" ? Fp6::e2m3 : Fp6::e3m2;
 }
 
 ScaleRounding parse_rounding(std::string_view name) {
   if (name == "floor") return ScaleRounding::floor;
   if (name == "rceil") return ScaleRounding::rceil;
-  TORCH_CHECK_VALUE(name == "even", "'", name, "' is not a valid ScaleRounding");
+  CHECK_VALUE(name == "even", "'", name, "' is not a valid ScaleRounding");
   return ScaleRounding::even;
 }
 
@@ -57,30 +72,30 @@ bool is_kernel_float(at::ScalarType dtype) {
 void check_split(int64_t k4, int64_t k6, int64_t k8, int64_t channels) {
   const std::pair<const char*, int64_t> parts[] = {{"k4", k4}, {"k6", k6}, {"k8", k8}};
   for (const auto& [name, k] : parts) {
-    TORCH_CHECK_VALUE(k >= 0 && k % kBlock == 0, name, " must be a non-negative multiple of ", kBlock, ", got ", k);
+    CHECK_VALUE(k >= 0 && k % kBlock == 0, name, " must be a non-negative multiple of ", kBlock, ", got ", k);
   }
-  TORCH_CHECK_VALUE(k4 + k6 + k8 == channels, "split (", k4, ", ", k6, ", ", k8, ") sums to ", k4 + k6 + k8,
+  CHECK_VALUE(k4 + k6 + k8 == channels, "split (", k4, ", ", k6, ", ", k8, ") sums to ", k4 + k6 + k8,
                     ", but channel_perm has ", channels, " entries");
 }
 
 void check_matrix(const Tensor& x) {
-  TORCH_CHECK_TYPE(is_kernel_float(x.scalar_type()), "x must be float32, bfloat16 or float16, got ",
+  CHECK_TYPE(is_kernel_float(x.scalar_type()), "x must be float32, bfloat16 or float16, got ",
                    name_of(x.dtype()));
-  TORCH_CHECK_VALUE(x.dim() == 2, "x must be 2-dimensional (M, C), got shape ", text_of(x.sizes()));
+  CHECK_VALUE(x.dim() == 2, "x must be 2-dimensional (M, C), got shape ", text_of(x.sizes()));
 }
 
 // channel_perm as indices into a row followed by one zero: -1 becomes `channels`.
 std::vector<int32_t> gather_indices(const Tensor& channel_perm, int64_t channels) {
-  TORCH_CHECK_VALUE(channel_perm.dim() == 1, "channel_perm must be 1-dimensional, got shape ",
+  CHECK_VALUE(channel_perm.dim() == 1, "channel_perm must be 1-dimensional, got shape ",
                     text_of(channel_perm.sizes()));
-  TORCH_CHECK_TYPE(at::isIntegralType(channel_perm.scalar_type(), /*includeBool=*/false),
+  CHECK_TYPE(at::isIntegralType(channel_perm.scalar_type(), /*includeBool=*/false),
                    "channel_perm must hold integers, got ", name_of(channel_perm.dtype()));
-  TORCH_CHECK_VALUE(channels < std::numeric_limits<int32_t>::max(), "x has too many channels: ", channels);
+  CHECK_VALUE(channels < std::numeric_limits<int32_t>::max(), "x has too many channels: ", channels);
   const Tensor perm = channel_perm.to(at::kLong).contiguous();
   const int64_t* entries = perm.const_data_ptr<int64_t>();
   std::vector<int32_t> indices(perm.numel());
   for (size_t i = 0; i < indices.size(); ++i) {
-    TORCH_CHECK_VALUE(entries[i] >= -1 && entries[i] < channels, "channel_perm[", i, "] must be in [-1, ", channels,
+    CHECK_VALUE(entries[i] >= -1 && entries[i] < channels, "channel_perm[", i, "] must be in [-1, ", channels,
                       "), got ", entries[i]);
     indices[i] = static_cast<int32_t>(entries[i] < 0 ? channels : entries[i]);
   }
@@ -115,9 +130,9 @@ Quantized rms_norm_reorder_quantize(const Tensor& x, const Tensor& weight, doubl
                                     int64_t k4, int64_t k6, int64_t k8, std::string_view fp6,
                                     std::string_view scale_rounding) {
   check_matrix(x);
-  TORCH_CHECK_TYPE(is_kernel_float(weight.scalar_type()), "weight must be float32, bfloat16 or float16, got ",
+  CHECK_TYPE(is_kernel_float(weight.scalar_type()), "weight must be float32, bfloat16 or float16, got ",
                    name_of(weight.dtype()));
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(1), "weight must have shape (", x.size(1),
+  CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(1), "weight must have shape (", x.size(1),
                     ",), got ", text_of(weight.sizes()));
   const Tensor factors = weight.to(at::kFloat).contiguous();
   const micromix::RmsNorm norm{factors.const_data_ptr<float>(), static_cast<float>(eps), x.scalar_type(),
@@ -131,23 +146,23 @@ struct Packed {
   Tensor q4, q6, q8, scale;
 
   void check(const Tensor& tensor, const char* part, int64_t dims, int64_t unit) const {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, name, part, " must be uint8, got ", name_of(tensor.dtype()));
-    TORCH_CHECK_VALUE(tensor.dim() == dims, name, part, " must be ", dims, "-dimensional, got shape ",
+    CHECK_TYPE(tensor.scalar_type() == at::kByte, name, part, " must be uint8, got ", name_of(tensor.dtype()));
+    CHECK_VALUE(tensor.dim() == dims, name, part, " must be ", dims, "-dimensional, got shape ",
                       text_of(tensor.sizes()));
-    TORCH_CHECK_VALUE(tensor.size(-2) == scale.size(0), name, part, " must have ", scale.size(0),
+    CHECK_VALUE(tensor.size(-2) == scale.size(0), name, part, " must have ", scale.size(0),
                       " rows, as the scale has, got shape ", text_of(tensor.sizes()));
-    TORCH_CHECK_VALUE(tensor.size(-1) % unit == 0, name, part, " must hold whole blocks of ", kBlock, ", got shape ",
+    CHECK_VALUE(tensor.size(-1) % unit == 0, name, part, " must hold whole blocks of ", kBlock, ", got shape ",
                       text_of(tensor.sizes()));
   }
 
   micromix::QuantizedMatrix matrix(Coding fp6) const {
     const bool planes = fp6 != Coding::e4m3;
-    TORCH_CHECK_VALUE(scale.dim() == 2, name, "_scale must be 2-dimensional, got shape ", text_of(scale.sizes()));
+    CHECK_VALUE(scale.dim() == 2, name, "_scale must be 2-dimensional, got shape ", text_of(scale.sizes()));
     check(scale, "_scale", 2, 1);
     check(q4, "4", 2, block_bytes(Coding::fp4));
     check(q6, "6", planes ? 3 : 2, block_bytes(fp6));
     check(q8, "8", 2, kBlock);
-    TORCH_CHECK_VALUE(!planes || q6.size(0) == 3, name, "6 must have three byte planes, got shape ",
+    CHECK_VALUE(!planes || q6.size(0) == 3, name, "6 must have three byte planes, got shape ",
                       text_of(q6.sizes()));
     micromix::QuantizedMatrix result{scale.size(0), scale.size(1), scale.const_data_ptr<uint8_t>(), {}};
     const std::pair<Coding, const Tensor*> parts[] = {{Coding::fp4, &q4}, {fp6, &q6}, {Coding::e4m3, &q8}};
@@ -158,7 +173,7 @@ struct Packed {
       result.segments[i] = {coding, tensor->const_data_ptr<uint8_t>(), first, blocks, width, result.rows * width};
       first += blocks;
     }
-    TORCH_CHECK_VALUE(first == result.blocks, name, "_scale must have ", first, " columns, one for each block of ",
+    CHECK_VALUE(first == result.blocks, name, "_scale must have ", first, " columns, one for each block of ",
                       kBlock, ", got shape ", text_of(scale.sizes()));
     return result;
   }
@@ -171,11 +186,11 @@ Tensor mixed_mx_mm(const Tensor& x4, const Tensor& x6, const Tensor& x8, const T
   const Packed x{"x", x4.contiguous(), x6.contiguous(), x8.contiguous(), x_scale.contiguous()};
   const Packed w{"w", w4.contiguous(), w6.contiguous(), w8.contiguous(), w_scale.contiguous()};
   const micromix::QuantizedMatrix left = x.matrix(Coding::e4m3), right = w.matrix(planes);
-  TORCH_CHECK_VALUE(left.blocks == right.blocks, "x has K = ", left.blocks * kBlock, ", but w has K = ",
+  CHECK_VALUE(left.blocks == right.blocks, "x has K = ", left.blocks * kBlock, ", but w has K = ",
                     right.blocks * kBlock);
   Tensor offsets;
   if (bias.has_value()) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == right.rows, "bias must have shape (", right.rows,
+    CHECK_VALUE(bias->dim() == 1 && bias->size(0) == right.rows, "bias must have shape (", right.rows,
                       ",), got ", text_of(bias->sizes()));
     offsets = bias->to(at::kFloat).contiguous();
   }
