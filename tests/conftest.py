@@ -33,6 +33,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Start without compiled code and leave none; nothing in the product needs it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def nan_filled_memory() -> Iterator[None]:
     """Fill `torch.empty` with NaN (integers: the largest value), so that reading what nobody wrote shows.

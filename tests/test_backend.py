@@ -22,18 +22,12 @@ from micromix_compile.backend import parse_options
 from micromix_compile.config import MicroMixConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from micromix_compile.recipe import Recipe
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """Every test starts without compiled code; nothing in the product needs it."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def batches(count: int = 3, channels: int = 64) -> list[Tensor]:

@@ -18,15 +18,9 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """Every test starts without compiled code."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled_with(model: Callable[..., Any], recipe: micromix.Recipe, **options: Any) -> Callable[..., Tensor]:

@@ -15,17 +15,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 import micromix_compile as micromix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 LAYERS = 2
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """Every test starts without compiled code."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
