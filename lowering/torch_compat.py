@@ -136,3 +136,35 @@ def original_module(module: nn.Module) -> nn.Module:
     original = getattr(module, "_orig_mod", module)
     assert isinstance(original, nn.Module), "torch.compile wraps a module"
     return original
+
+
+def size_hint(sizevars: Any, size: Any) -> int:
+    """A likely value of a dimension that Inductor compiles for, symbolic or not."""
+    return int(sizevars.optimization_hint(size, fallback=1))
+
+
+def select_algorithm(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:
+    """The fastest of Inductor's choices for an operation, or the only one without a measurement."""
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    selected = autotune_select_algorithm(name, choices, inputs, layout)
+    return selected[0] if isinstance(selected, tuple) else selected  # (node, choice) from 2.12 on
+
+
+def lower_kernel_launch(
+    kernel: Any, grid: Sequence[Any], args: Mapping[str, Any], constexprs: Mapping[str, Any]
+) -> None:
+    """Add one launch of a user-defined Triton kernel to the graph that Inductor is lowering.
+
+    args: nodes of its IR and integers by name, those that the kernel writes included. grid: up to three extents.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+    from torch._inductor.lowering import lowerings
+
+    lowerings[triton_kernel_wrapper_mutation](
+        kernel_idx=kernel_side_table.add_kernel(kernel),
+        constant_args_idx=kernel_side_table.add_constant_args(dict(constexprs)),
+        grid=[(*grid, 1, 1)[:3]],
+        tma_descriptor_metadata={},
+        kwargs=dict(args),
+    )

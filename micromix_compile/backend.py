@@ -16,10 +16,10 @@ from micromix_compile.assignment import assign
 from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import inductor, torch_compat
-from micromix_compile.lowering.target import target_of
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, run_passes
 from micromix_compile.recipe import Recipe
 from micromix_compile.session import Session, close_graph, open_graph
+from micromix_compile.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -293,8 +293,7 @@ def doctor() -> None:
     """
     import torch._dynamo
 
-    from micromix_compile import evaluation, native
-    from micromix_compile.lowering import target
+    from micromix_compile import evaluation, native, target
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (*evaluation.versions().items(), *evaluation.hardware().items()):

@@ -2,10 +2,12 @@
 
     micromix::reorder_quantize(x, channel_perm, k4, k6, k8, fp6, scale_rounding) -> (q4, q6, q8, scale)
     micromix::rms_norm_reorder_quantize(x, weight, eps, channel_perm, ...)       -> (q4, q6, q8, scale)
+    micromix::silu_mul_reorder_quantize(gate, up, channel_perm, ...)             -> (q4, q6, q8, scale)
     micromix::mixed_mx_mm(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype) -> (M, N)
 
 Layouts are in `packing`, arithmetic in `reference`. Here each op gets its schema, its shapes for tracing, and its plain
-PyTorch implementation for any device. On a CPU the first call loads `native`, whose kernels then take the ops over.
+PyTorch implementation for any device. On a CPU the first call loads `native`, whose kernels then take the ops over; on
+a GPU `gpu` launches Triton kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from micromix_compile import native, reference
+from micromix_compile import gpu, native, reference, target
 from micromix_compile.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.reference import QuantizedActivation
 
@@ -30,6 +32,7 @@ _QUANTIZED = "(Tensor q4, Tensor q6, Tensor q8, Tensor scale)"
 _lib = torch.library.Library("micromix", "DEF")
 _lib.define(f"reorder_quantize(Tensor x, {_LAYOUT_ARGS}) -> {_QUANTIZED}")
 _lib.define(f"rms_norm_reorder_quantize(Tensor x, Tensor weight, float eps, {_LAYOUT_ARGS}) -> {_QUANTIZED}")
+_lib.define(f"silu_mul_reorder_quantize(Tensor gate, Tensor up, {_LAYOUT_ARGS}) -> {_QUANTIZED}")
 _lib.define(
     "mixed_mx_mm(Tensor x4, Tensor x6, Tensor x8, Tensor x_scale, Tensor w4, Tensor w6, Tensor w8, Tensor w_scale, "
     "Tensor? bias, str fp6, ScalarType out_dtype) -> Tensor"
@@ -37,6 +40,7 @@ _lib.define(
 
 reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.reorder_quantize.default
 rms_norm_reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.rms_norm_reorder_quantize.default
+silu_mul_reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.silu_mul_reorder_quantize.default
 mixed_mx_mm: Callable[..., Tensor] = torch.ops.micromix.mixed_mx_mm.default
 
 
@@ -55,6 +59,8 @@ def _reorder_quantize(
 ) -> Quantized:
     if native.takes_over(x):
         return reorder_quantize(x, channel_perm, k4, k6, k8, fp6, scale_rounding)
+    if target.triton_family(x):
+        return gpu.reorder_quantize(x, channel_perm, k4, k6, k8, fp6, scale_rounding)
     rounding = ScaleRounding(scale_rounding)
     return reference.reorder_quantize(x, channel_perm, (k4, k6, k8), fp6=fp6, scale_rounding=rounding)
 
@@ -72,7 +78,18 @@ def _rms_norm_reorder_quantize(
 ) -> Quantized:
     if native.takes_over(x):
         return rms_norm_reorder_quantize(x, weight, eps, channel_perm, k4, k6, k8, fp6, scale_rounding)
+    if target.triton_family(x):
+        return gpu.rms_norm_reorder_quantize(x, weight, eps, channel_perm, k4, k6, k8, fp6, scale_rounding)
     return _reorder_quantize(rms_norm(x, weight, eps), channel_perm, k4, k6, k8, fp6, scale_rounding)
+
+
+def _silu_mul_reorder_quantize(
+    gate: Tensor, up: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
+) -> Quantized:
+    if target.triton_family(gate):
+        return gpu.silu_mul_reorder_quantize(gate, up, channel_perm, k4, k6, k8, fp6, scale_rounding)
+    product = torch.nn.functional.silu(gate) * up
+    return reorder_quantize(product, channel_perm, k4, k6, k8, fp6, scale_rounding)
 
 
 def _mixed_mx_mm(
@@ -90,6 +107,9 @@ def _mixed_mx_mm(
 ) -> Tensor:
     if native.takes_over(x_scale):
         return mixed_mx_mm(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype)
+    family = target.triton_family(x_scale)
+    if family:
+        return gpu.mixed_mx_mm(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype, family)
     x = QuantizedActivation(x4, x6, x8, x_scale)
     return reference.mixed_mx_mm(x, w4, w6, w8, w_scale, bias, fp6=fp6, out_dtype=out_dtype)
 
@@ -105,6 +125,10 @@ def _fake_reorder_quantize(
 
 def _fake_rms_norm_reorder_quantize(x: Tensor, weight: Tensor, eps: float, *layout: object) -> Quantized:
     return _fake_reorder_quantize(x, *layout)  # type: ignore[arg-type]
+
+
+def _fake_silu_mul_reorder_quantize(gate: Tensor, up: Tensor, *layout: object) -> Quantized:
+    return _fake_reorder_quantize(gate, *layout)  # type: ignore[arg-type]
 
 
 def _fake_mixed_mx_mm(
@@ -126,6 +150,7 @@ def _fake_mixed_mx_mm(
 for _name, _kernel, _fake in (
     ("reorder_quantize", _reorder_quantize, _fake_reorder_quantize),
     ("rms_norm_reorder_quantize", _rms_norm_reorder_quantize, _fake_rms_norm_reorder_quantize),
+    ("silu_mul_reorder_quantize", _silu_mul_reorder_quantize, _fake_silu_mul_reorder_quantize),
     ("mixed_mx_mm", _mixed_mx_mm, _fake_mixed_mx_mm),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")

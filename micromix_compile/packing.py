@@ -105,6 +105,23 @@ def unpack_fp6(planes: Tensor, fp6: str) -> Tensor:
     return torch.stack((*(blocks & layout.used).unbind(0), fourth), dim=2).flatten(1)
 
 
+def swizzle_scale(scale: Tensor, split: tuple[int, int, int]) -> Tensor:
+    """Plain scales in the order in which tcgen05 copies them to tensor memory (PTX ISA, block scaling, scale_vec).
+
+    scale: (R, K // 32) uint8. split: (k4, k6, k8), the channels of each segment. Returns uint8
+    (ceil(R / 128), tiles, 512): tiles of 128 rows by 4 blocks, those of a segment side by side; rows and segments are
+    padded to whole tiles with zeros. In a tile, row 32 i + r and block c lie at byte 16 r + 4 i + c.
+    """
+    rows = -(-scale.shape[0] // 128) * 128
+    padded = []
+    for segment in scale.split([k // BLOCK_SIZE for k in split], dim=1):
+        blocks = -(-segment.shape[1] // 4) * 4
+        padded.append(segment.new_zeros((rows, blocks)))
+        padded[-1][: segment.shape[0], : segment.shape[1]] = segment
+    tiles = torch.cat(padded, 1).reshape(rows // 128, 4, 32, -1, 4)  # (row tile, i, r, tile, c)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows // 128, -1, 512)
+
+
 def _fp6_format(fp6: str) -> ElemFormat:
     if fp6 not in FP6_FORMATS:
         raise ValueError(f"fp6 must be one of {', '.join(FP6_FORMATS)}, got {fp6!r}")

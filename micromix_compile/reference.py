@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from micromix_compile import packing
-from micromix_compile.formats import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, ElemFormat, ScaleRounding, elem_format
+from micromix_compile.formats import (
+    BLOCK_SIZE,
+    E8M0_BIAS,
+    E8M0_NAN,
+    FP6_FORMATS,
+    ElemFormat,
+    ScaleRounding,
+    elem_format,
+)
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
@@ -129,6 +137,21 @@ def check_split(split: tuple[int, int, int], channels: int) -> None:
         raise ValueError(f"split {split} sums to {sum(split)}, but channel_perm has {channels} entries")
 
 
+def check_reorder_quantize(
+    x: Tensor, channel_perm: Tensor, split: tuple[int, int, int], fp6: str, scale_rounding: str
+) -> None:
+    """Raise TypeError or ValueError for arguments that `reorder_quantize` does not take."""
+    _check_float(x)
+    if channel_perm.dtype not in INDEX_DTYPES:
+        raise TypeError(f"channel_perm must be int16, int32 or int64, got {channel_perm.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"x must be 2-dimensional (M, C), got shape {tuple(x.shape)}")
+    check_split(split, channel_perm.shape[0])
+    if fp6 not in FP6_FORMATS:
+        raise ValueError(f"fp6 must be one of {', '.join(FP6_FORMATS)}, got {fp6!r}")
+    ScaleRounding(scale_rounding)
+
+
 def reorder(x: Tensor, channel_perm: Tensor) -> Tensor:
     """x[:, channel_perm], where an index of -1 reads as zero (the padding of a K that is not a multiple of 32)."""
     index = channel_perm.to(torch.int64)
@@ -152,12 +175,7 @@ def reorder_quantize(
     Raises TypeError or ValueError for another dtype, shape, split or name. The entries of channel_perm are not
     checked (that would wait for the device): one past C is `index_select`'s to report.
     """
-    _check_float(x)
-    if channel_perm.dtype not in INDEX_DTYPES:
-        raise TypeError(f"channel_perm must be int16, int32 or int64, got {channel_perm.dtype}")
-    if x.dim() != 2:
-        raise ValueError(f"x must be 2-dimensional (M, C), got shape {tuple(x.shape)}")
-    check_split(split, channel_perm.shape[0])
+    check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
     k4, k6, _ = split
     y = reorder(x, channel_perm)
     codes4, scale4 = quantize(y[:, :k4], "e2m1", scale_rounding=scale_rounding)

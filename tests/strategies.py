@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from micromix_compile.formats import BLOCK_SIZE, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
-from micromix_compile.reference import FLOAT_DTYPES
+from micromix_compile.reference import FLOAT_DTYPES, INDEX_DTYPES
 
 Block = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -22,6 +22,7 @@ elem_formats = st.sampled_from(tuple(ELEM_FORMATS))
 fp6_formats = st.sampled_from(FP6_FORMATS)
 scale_roundings = st.sampled_from(tuple(ScaleRounding))
 float_dtypes = st.sampled_from(FLOAT_DTYPES)
+index_dtypes = st.sampled_from(INDEX_DTYPES)
 
 NAN_AND_INF_BITS = (0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000)
 """float32 NaNs (quiet, signalling, both signs) and both infinities."""
@@ -170,3 +171,22 @@ def matmul_cases(draw: st.DrawFn) -> MatmulCase:
     row = st.lists(elements, min_size=weight.shape[0], max_size=weight.shape[0])
     bias = draw(st.none() | row.map(lambda values: torch.tensor(values, dtype=torch.float32)))
     return MatmulCase(x, weight, bias, draw(splits(channels)), draw(fp6_formats))
+
+
+def hostile_rows(rows: int, channels: int, dtype: torch.dtype, seed: int, center: int) -> Tensor:
+    """(rows, channels) of magnitudes around 2**center, with zeros, ties, subnormals, NaN and infinities among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def chance(probability: float) -> Tensor:
+        return torch.rand(rows, channels, generator=generator) < probability
+
+    exponent = center + torch.randint(-9, 4, (rows, channels), generator=generator)
+    mantissa = 1 + torch.randint(0, 64, (rows, channels), generator=generator) / 64  # often exactly between two codes
+    x = torch.where(chance(0.5), mantissa, -1 - torch.rand(rows, channels, generator=generator))
+    x = torch.ldexp(x, exponent).to(dtype)
+    x[chance(0.05)] = 0.0
+    x[chance(0.05)] = -0.0
+    x[chance(0.02)] = torch.finfo(dtype).smallest_normal / 4
+    for special in (torch.finfo(dtype).max, torch.nan, torch.inf, -torch.inf):
+        x[chance(0.002)] = special
+    return x

@@ -1,20 +1,46 @@
-"""On a GPU the same operations run as plain PyTorch until there are kernels: the same bytes, said in the log."""
+"""Whole models on a GPU: the same bytes as on a CPU, few launches, CUDA graphs, streams, any number of rows."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 
 import pytest
 import torch
 from models import make_net
+from test_llm import LAYERS, llama, token_batches
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
-from micromix_compile import ops
+from micromix_compile import ops, target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
+
+
+def launches(run: object, *arguments: object) -> list[str]:
+    """Names of the kernels that a call runs on the GPU."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        run(*arguments)  # type: ignore[operator]
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    return [event.name for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]
+
+
+def compiled(model: nn.Module, recipe: micromix.Recipe, **options: object) -> nn.Module:
+    return torch.compile(model, backend="micromix", options={"recipe": recipe, **options})
+
+
+def norm_free(net: nn.Module) -> nn.Module:
+    """Without sums whose order is each compiler's own (norms, the plain head), compiled equals eager to the bit."""
+    for layer in net.layers:  # type: ignore[union-attr]
+        layer.norm = nn.Identity()
+    net.lm_head = nn.Identity()
+    return net
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -31,7 +57,7 @@ def test_quantized_bytes_equal_those_of_the_cpu(dtype: torch.dtype, fp6: str, sc
         assert torch.equal(cpu, gpu.cpu())
 
 
-def test_a_model_calibrates_and_runs_on_the_gpu_and_says_how(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_calibrates_and_runs_on_the_gpu_natively(caplog: pytest.LogCaptureFixture) -> None:
     net = make_net()
     batches = [torch.randn(2, 5 + i, 64) for i in range(3)]
     recipe = micromix.calibrate(net, batches)
@@ -42,16 +68,123 @@ def test_a_model_calibrates_and_runs_on_the_gpu_and_says_how(caplog: pytest.LogC
             linear.group.statistics.abs_mean, again.linears[fqn].group.statistics.abs_mean, rtol=1e-5, atol=1e-6
         )
     x = torch.randn(2, 9, 64)
-    backend_module._said.clear()
     with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
-        expected = torch.compile(net, backend="micromix", options={"recipe": recipe})(x)
-        actual = torch.compile(on_gpu, backend="micromix", options={"recipe": recipe})(x.cuda()).cpu()
+        expected = compiled(net, recipe)(x)
+        actual = compiled(on_gpu, recipe, strict=True)(x.cuda()).cpu()
     # A producer may differ by an ulp between devices and move a code; a wrong weight or order moves everything.
     assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().max()
-    assert "plain PyTorch operations on cuda" in caplog.text
+    assert "plain PyTorch" not in caplog.text
+
+
+def test_a_gpu_without_kernels_is_said_once_and_refused_when_strict(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = make_net(layers=1).cuda()
+    x = torch.randn(2, 5, 64, device="cuda")
+    recipe = micromix.calibrate(net, [x])
+    with torch.no_grad():
+        expected = compiled(net, recipe)(x)
+    poor = dataclasses.replace(target.target_of(x.device), emulated="no bfloat16 MMA", family=None)
+    monkeypatch.setattr(target, "_gpu_target", lambda _: poor)
+    backend_module._said.clear()
     torch._dynamo.reset()
-    with pytest.raises(BackendCompilerFailed, match="strict=True"):
-        torch.compile(on_gpu, backend="micromix", options={"recipe": recipe, "strict": True})(x.cuda())
+    with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
+        actual = compiled(net, recipe, fx_graph_cache=False)(x)
+    assert caplog.text.count("plain PyTorch operations") == 1
+    assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().max()
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed, match=r"strict=True.*no bfloat16 MMA"):
+        compiled(net, recipe, strict=True)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["same", "mxfp4"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_compiled_equals_eager_to_the_bit(dtype: torch.dtype, weights: str, mode: str) -> None:
+    net = norm_free(make_net(dtype)).cuda()
+    config = micromix.MicroMixConfig(weights=weights)
+    recipe = micromix.calibrate(net, [torch.randn(2, 7, 64, dtype=dtype, device="cuda")], config)
+    packed = micromix.quantize_(copy.deepcopy(net), recipe)
+    fast = compiled(net, recipe, mode=mode)
+    with torch.no_grad():
+        for _ in range(4):  # a CUDA graph records in the second and replays from the third on
+            x = torch.randn(3, 11, 64, dtype=dtype, device="cuda")
+            assert torch.equal(fast(x).clone(), packed(x))
+
+
+def test_rows_from_1_to_5000_recompile_once(recwarn: pytest.WarningsRecorder) -> None:
+    net = norm_free(make_net(torch.bfloat16)).cuda()
+    recipe = micromix.calibrate(net, [torch.randn(1, 64, 64, dtype=torch.bfloat16, device="cuda")])
+    packed = micromix.quantize_(copy.deepcopy(net), recipe)
+    fast = compiled(net, recipe)
+    counters.clear()
+    with torch.no_grad():
+        for rows in (7, 64, 1, 5000, 2, 63, 65, 128, 129, 1000, 3333, 17, 0):
+            x = torch.randn(1, rows, 64, dtype=torch.bfloat16, device="cuda")
+            assert torch.equal(fast(x), packed(x)), rows
+    # 7 rows, any number of rows, and at most the two that Dynamo compiles for themselves: 1 and 0.
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+def test_two_streams_do_not_disturb_each_other() -> None:
+    net = norm_free(make_net(torch.bfloat16)).cuda()
+    recipe = micromix.calibrate(net, [torch.randn(1, 64, 64, dtype=torch.bfloat16, device="cuda")])
+    packed, fast = micromix.quantize_(copy.deepcopy(net), recipe), compiled(net, recipe)
+    inputs = [torch.randn(1, 256, 64, dtype=torch.bfloat16, device="cuda") for _ in range(16)]
+    with torch.no_grad():
+        expected = [packed(x) for x in inputs]
+        fast(inputs[0])
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        outputs: list[Tensor] = []
+        for i, x in enumerate(inputs):
+            with torch.cuda.stream(streams[i % 2]):
+                torch.cuda._sleep(100_000)
+                outputs.append(fast(x) if i % 4 < 2 else packed(x))
+        torch.cuda.synchronize()
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu_runs_there() -> None:
+    net = norm_free(make_net(torch.bfloat16))
+    x = torch.randn(2, 7, 64, dtype=torch.bfloat16)
+    recipe = micromix.calibrate(net, [x])
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        fast = compiled(copy.deepcopy(net).to(device), recipe)
+        packed = micromix.quantize_(copy.deepcopy(net), recipe).to(device)
+        with torch.no_grad():
+            assert torch.equal(fast(x.to(device)), packed(x.to(device)))
+            results.append(packed(x.to(device)).cpu())
+    assert torch.equal(*results)
+
+
+def test_a_decoder_layer_quantizes_in_4_launches_and_multiplies_in_7() -> None:
+    model = llama(torch.bfloat16).cuda()
+    recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
+    fast = compiled(model, recipe)
+    ids = torch.randint(0, 256, (2, 12), device="cuda")
+    with torch.no_grad():
+        fast(ids)
+        names = launches(fast, ids)
+    assert sum("reorder_quantize" in name for name in names) == 4 * LAYERS
+    assert sum("mixed_mx_mm" in name for name in names) == 7 * LAYERS
+    assert not any("silu" in name and "mixed_mx_mm" not in name for name in names)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_generate_gives_the_tokens_of_the_eager_packed_model(mode: str) -> None:
+    model = llama(torch.float32).cuda()
+    recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    ids = torch.randint(0, 256, (1, 9), device="cuda")
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    options["disable_compile"] = True
+    expected = packed.generate(ids, **options)
+    model.forward = compiled(model.forward, recipe, mode=mode)
+    assert torch.equal(model.generate(ids, **options), expected)
 
 
 def test_packed_modules_move_between_devices() -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from products import assert_product_is_exact, packed_rows, quantized_rows
+from strategies import hostile_rows
 from torch import Tensor
 
 from micromix_compile import native, ops, packing, reference, templates
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     Split = tuple[int, int, int]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 VARIANTS = {
     "micromix": (),
     "micromix_avx512": ("-DMICROMIX_NO_AMX", "-DMICROMIX_NAMESPACE=micromix_avx512"),
@@ -57,25 +58,6 @@ def variant(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def equal_bytes(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
-
-
-def hostile_rows(rows: int, channels: int, dtype: torch.dtype, seed: int, center: int) -> Tensor:
-    """(rows, channels) of magnitudes around 2**center, with zeros, ties, subnormals, NaN and infinities among them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def chance(probability: float) -> Tensor:
-        return torch.rand(rows, channels, generator=generator) < probability
-
-    exponent = center + torch.randint(-9, 4, (rows, channels), generator=generator)
-    mantissa = 1 + torch.randint(0, 64, (rows, channels), generator=generator) / 64  # often exactly between two codes
-    x = torch.where(chance(0.5), mantissa, -1 - torch.rand(rows, channels, generator=generator))
-    x = torch.ldexp(x, exponent).to(dtype)
-    x[chance(0.05)] = 0.0
-    x[chance(0.05)] = -0.0
-    x[chance(0.02)] = torch.finfo(dtype).smallest_normal / 4
-    for special in (torch.finfo(dtype).max, torch.nan, torch.inf, -torch.inf):
-        x[chance(0.002)] = special
-    return x
 
 
 @st.composite
@@ -193,38 +175,6 @@ def test_norm_accepts_a_float32_weight_for_a_bfloat16_model() -> None:
 
 
 # ---- The product
-
-
-def quantized_rows(rows: int, split: Split, fp6: str, magnitude: float = 1.0) -> QuantizedActivation:
-    k = sum(split)
-    x = torch.randn(rows, k) * torch.exp2(torch.randint(-6, 3, (rows, k))) * magnitude
-    return reference.reorder_quantize(x, torch.arange(k), split, fp6=fp6)
-
-
-def packed_rows(rows: int, split: Split, fp6: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q = quantized_rows(rows, split, fp6)
-    return q.q4, packing.pack_fp6(q.q6, fp6), q.q8, q.scale
-
-
-def assert_product_is_exact(
-    got: Tensor, x: QuantizedActivation, weight: tuple[Tensor, Tensor, Tensor, Tensor], bias: Tensor | None, fp6: str
-) -> None:
-    """|got - exact| stays below what float32 accumulation and one final rounding can do.
-
-    The operands and their products are exact, so only the additions round: K of them and the bias, each by at most
-    u = 2**-24 of a partial sum, which |X| |W|^T + |b| bounds. Hence gamma_(K + 1) (|X| |W|^T + |b|) with gamma_n =
-    n u / (1 - n u) (Higham, Accuracy and Stability, lemma 3.1), for any order of summation. bf16 instructions flush
-    results below 2**-126, at most K times. The rounding to the output type adds its unit roundoff of the value.
-    """
-    left = reference.dequantize_activation(*x).double()
-    right = reference.dequantize_weight(*weight, fp6).double().T
-    offset = torch.zeros(right.shape[1], dtype=torch.float64) if bias is None else bias.double()
-    exact, magnitude = left @ right + offset, left.abs() @ right.abs() + offset.abs()
-    n = (left.shape[1] + 1) * 2.0**-24
-    accumulated = n / (1 - n) * magnitude + left.shape[1] * 2.0**-126
-    bound = accumulated + UNIT_ROUNDOFF[got.dtype] * (exact.abs() + accumulated)
-    assert got.shape == exact.shape
-    assert bool(((got.double() - exact).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("fp6", FP6_FORMATS)

@@ -1,0 +1,119 @@
+"""Inductor's lowering of micromix::mixed_mx_mm: a Triton template with fused epilogues, or the op itself elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final
+
+import sympy
+from torch._inductor import config, ir
+from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
+from torch._inductor.virtualized import V
+
+from micromix_compile import gpu, ops, target, templates
+from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.lowering import torch_compat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from micromix_compile.templates.tiles import Family, Tile
+
+TEMPLATE: Final = "mixed_mx_mm.py.jinja"
+
+
+class _MixedKernel(TritonTemplateKernel):
+    """Adds what templates lack: integers of one call as run-time arguments of the kernel."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._register_extra_template_env_fns(self.segment_blocks)
+
+    def segment_blocks(self) -> str:
+        """Template hook: the blocks of 32 channels in each segment, as a tuple expression.
+
+        As literals they would make one kernel a layer, for each layer has its own split. Kernels are specialized on
+        arguments that are 1, equal, or multiples of 16, too; odd numbers that ascend from 3 are none of these.
+        """
+        widths = {"X4": BLOCK_SIZE // 2, "X6": BLOCK_SIZE, "X8": BLOCK_SIZE}  # bytes a block
+        arguments, value = [], 1
+        for name, width in widths.items():
+            value += 2 * (int(self.named_input_nodes[name].get_size()[1]) // width + 1)
+            arguments.append(self.args._lookup("ks", self.args.sizevars, sympy.Integer(value)))
+        first, second, third = arguments
+        return f"({first} - 3) // 2, ({second} - {first}) // 2 - 1, ({third} - {second}) // 2 - 1"
+
+
+class _MixedTemplate(TritonTemplate):
+    kernel_type = _MixedKernel
+
+
+@SymbolicGridFn
+def _grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Callable[[Any, int], Any]) -> tuple[Any, Any, Any]:
+    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+
+
+@cache
+def _template() -> TritonTemplate:
+    source = resources.files(templates).joinpath(TEMPLATE).read_text()
+    return _MixedTemplate(name="mixed_mx_mm", grid=_grid, source=source)
+
+
+_call_op = fallback_handler(ops.mixed_mx_mm, add_to_fallback_set=False)
+
+
+@register_lowering(ops.mixed_mx_mm, type_promotion_kind=None)
+def _lower_mixed_mx_mm(
+    x4: Any, x6: Any, x8: Any, x_scale: Any, w4: Any, w6: Any, w8: Any, w_scale: Any, bias: Any, fp6: str,
+    out_dtype: torch.dtype,
+) -> Any:  # fmt: skip
+    family = target.target_of(x_scale.get_device()).family
+    if family is None:
+        return _call_op(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype)
+    tensors = [x4, x6, x8, x_scale, w4, w6, w8, w_scale] + ([] if bias is None else [bias])
+    operands = [_in_memory(tensor) for tensor in tensors]
+    size = [x_scale.get_size()[0], w_scale.get_size()[0]]
+    layout = ir.FixedLayout(x_scale.get_device(), out_dtype, size)
+    split, w_split = _split(x4, x6, x8), _split(w4, w6, w8)
+    tiles = family.tiles_for(torch_compat.size_hint(V.graph.sizevars, size[0]))
+    choices: list[Any] = []
+    for tile in tiles if config.max_autotune or config.max_autotune_gemm else tiles[:1]:
+        options = _options(
+            family,
+            tile,
+            fp6=fp6,
+            w_fp4=gpu.weights_are_fp4(split, w_split),
+            has_bias=bias is not None,
+            out_dtype=out_dtype,
+        )
+        error = _template().maybe_append_choice(choices, input_nodes=tuple(operands), layout=layout, **options)
+        assert error is None, f"the template takes every tile of the table: {error}"
+    return torch_compat.select_algorithm("mixed_mx_mm", choices, operands, layout)
+
+
+def _in_memory(tensor: Any) -> Any:
+    """An operand as the kernel reads it: in memory, row after row. What is empty is never read."""
+    if 0 not in tensor.get_size():
+        tensor = ir.ExternKernel.require_contiguous(tensor)
+    return ir.ExternKernel.realize_input(tensor)
+
+
+def _split(q4: Any, q6: Any, q8: Any) -> gpu.Split:
+    """(k4, k6, k8) of an activation, or of a weight, whose MXFP6 part is three byte planes."""
+    k6 = q6.get_size()[-1] * (4 if len(q6.get_size()) == 3 else 1)
+    return int(q4.get_size()[1]) * 2, int(k6), int(q8.get_size()[1])
+
+
+def _options(
+    family: Family, tile: Tile, *, fp6: str, w_fp4: bool, has_bias: bool, out_dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a choice of the template is made of: launch options and compile-time constants, as source text."""
+    constants = {"FP6": fp6, "MODE": family.mode, "WIDEN_FP4": family.widen_fp4, "W_FP4": w_fp4, "HAS_BIAS": has_bias}
+    triton_dtype = "tl." + str(out_dtype).removeprefix("torch.")
+    return {**asdict(tile), **{k: repr(v) if isinstance(v, str) else v for k, v in constants.items()},
+            "OUT_DTYPE": triton_dtype}  # fmt: skip

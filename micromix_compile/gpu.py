@@ -1,0 +1,266 @@
+"""Launches of the Triton kernels: from shapes and dtypes to grid, arguments and tile sizes.
+
+`KernelCall` is a launch as data; what builds one needs only shapes, of which M may be symbolic. The functions named
+as ops allocate, launch on the current stream of x's device, and return. Triton is imported at the first call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from micromix_compile import reference
+from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.reference import QuantizedActivation
+
+Split = tuple[int, int, int]
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+
+    from micromix_compile.templates.tiles import Family, Tile
+
+# Swept on an H200 at 8192 x 4096 and 4096 x 14336, bfloat16: 32 channels a thread in one tile beat 16 by a tenth.
+MAX_ROW_BYTES = 32768
+MAX_BLOCK_K = 16384
+CHANNELS_PER_THREAD = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelCall:
+    """One launch of a Triton kernel.
+
+    kernel: the `triton.jit` function. grid: one to three extents, the first of them M or ceil(M / something).
+    args: run-time arguments by name, tensors and integers. constexprs: compile-time arguments by name.
+    """
+
+    kernel: Any
+    grid: tuple[Any, ...]
+    args: Mapping[str, Any]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+
+    def launch(self) -> None:
+        """Run on the current stream of the current device."""
+        self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
+
+
+def reorder_quantize(
+    x: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
+) -> QuantizedActivation:
+    """`reference.reorder_quantize` in one launch: the same bytes, the same errors. x: (M, C)."""
+    return _quantize("none", x, None, 0.0, channel_perm, (k4, k6, k8), fp6, scale_rounding)
+
+
+def rms_norm_reorder_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    channel_perm: Tensor,
+    k4: int,
+    k6: int,
+    k8: int,
+    fp6: str,
+    scale_rounding: str,
+) -> QuantizedActivation:
+    """`reorder_quantize` of `ops.rms_norm(x, weight, eps)` in one launch; only the order of the row's sum differs.
+
+    x: (M, C). weight: (C,) float32, bfloat16 or float16. Raises TypeError or ValueError for another weight.
+    """
+    if weight.dtype not in reference.FLOAT_DTYPES:
+        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    _check_shape("weight", weight, x.shape[1:])
+    return _quantize("rms_norm", x, weight, eps, channel_perm, (k4, k6, k8), fp6, scale_rounding)
+
+
+def silu_mul_reorder_quantize(
+    gate: Tensor, up: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
+) -> QuantizedActivation:
+    """`reorder_quantize` of `silu(gate) * up` in one launch, rounded to the dtype after each of the two steps.
+
+    gate, up: (M, C) of one dtype. Raises TypeError or ValueError otherwise. The exponential is the device's own, good
+    to a few units in the last place of float32.
+    """
+    if up.dtype != gate.dtype:
+        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
+    _check_shape("up", up, gate.shape)
+    return _quantize("silu_mul", gate, up, 0.0, channel_perm, (k4, k6, k8), fp6, scale_rounding)
+
+
+def reorder_quantize_call(
+    producer: str,
+    x: Tensor,
+    other: Tensor | None,
+    eps: float,
+    channel_perm: Tensor,
+    outputs: QuantizedActivation,
+    *,
+    fp6: str,
+    scale_rounding: str,
+) -> KernelCall:
+    """The launch that fills `outputs` from x: (M, C), with unit column stride, as `other`.
+
+    producer: "none" (other unused), "rms_norm" (other is the weight) or "silu_mul" (x is the gate, other is up).
+    Only shapes, strides and dtypes are read here; M may be symbolic.
+    """
+    from micromix_compile.templates.reorder_quantize import reorder_quantize_kernel
+
+    q4, q6, q8, scale = outputs
+    rows, channels = x.shape
+    itemsize = max(tensor.element_size() for tensor in (x, other) if tensor is not None)
+    block_c = _power_of_two(channels, MAX_ROW_BYTES // itemsize)
+    # Several chunks of a row need registers for what was gathered from the earlier ones.
+    block_k = _power_of_two(channel_perm.shape[0], MAX_BLOCK_K if channels <= block_c else MAX_BLOCK_K // 2)
+    return KernelCall(
+        kernel=reorder_quantize_kernel,
+        grid=(rows, -(-channel_perm.shape[0] // block_k)),
+        args={
+            "x_ptr": x,
+            "other_ptr": other,
+            "channel_perm_ptr": channel_perm,
+            "q4_ptr": q4,
+            "q6_ptr": q6,
+            "q8_ptr": q8,
+            "scale_ptr": scale,
+            "C": channels,
+            "stride_x": x.stride(0),
+            "stride_other": other.stride(0) if producer == "silu_mul" and other is not None else 0,
+            "odd4": 2 * (q4.shape[1] * 2 // BLOCK_SIZE) + 3,
+            "odd6": 2 * (q6.shape[1] // BLOCK_SIZE) + 3,
+            "odd8": 2 * (q8.shape[1] // BLOCK_SIZE) + 3,
+        },
+        constexprs={
+            "PRODUCER": producer,
+            "EPS": eps,
+            "FP6": fp6,
+            "SCALE_ROUNDING": str(scale_rounding),
+            "BLOCK_C": block_c,
+            "ROW_CHUNKS": -(-channels // block_c),
+            "BLOCK_K": block_k,
+        },
+        num_warps=min(max(max(block_c, block_k) // (32 * CHANNELS_PER_THREAD), 4), 16),
+    )
+
+
+def _quantize(
+    producer: str,
+    x: Tensor,
+    other: Tensor | None,
+    eps: float,
+    channel_perm: Tensor,
+    split: tuple[int, int, int],
+    fp6: str,
+    scale_rounding: str,
+) -> QuantizedActivation:
+    reference.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
+    widths = (split[0] // 2, split[1], split[2], sum(split) // BLOCK_SIZE)
+    outputs = QuantizedActivation(*(x.new_empty((x.shape[0], width), dtype=torch.uint8) for width in widths))
+    if outputs.scale.numel():
+        call = reorder_quantize_call(
+            producer,
+            _unit_column_stride(x),
+            None if other is None else _unit_column_stride(other),
+            eps,
+            channel_perm.contiguous(),
+            outputs,
+            fp6=fp6,
+            scale_rounding=scale_rounding,
+        )
+        with _current_device(x):
+            call.launch()
+    return outputs
+
+
+def mixed_mx_mm(
+    x4: Tensor,
+    x6: Tensor,
+    x8: Tensor,
+    x_scale: Tensor,
+    w4: Tensor,
+    w6: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    fp6: str,
+    out_dtype: torch.dtype,
+    family: Family,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`reference.mixed_mx_mm` in one launch. Scales are plain, or as `packing.swizzle_scale` returns them.
+
+    family: the kernels of x's device. tile: one of its tiles, by default the first for M. Raises ValueError for weights
+    that are neither split as the activations nor all MXFP4.
+    """
+    from micromix_compile.templates.mixed_mx_mm import mixed_mx_mm_kernel
+
+    rows, columns = x4.shape[0], w4.shape[0]
+    split = (2 * x4.shape[1], x6.shape[1], x8.shape[1])
+    w_fp4 = weights_are_fp4(split, (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1]))
+    tile = tile or family.tiles_for(rows)[0]
+    out = x4.new_empty((rows, columns), dtype=out_dtype)
+    tensors = [tensor.contiguous() for tensor in (x4, x6, x8, x_scale, w4, w6, w8, w_scale)]
+    call = KernelCall(
+        kernel=mixed_mx_mm_kernel,
+        grid=(-(-rows // tile.BLOCK_M) * -(-columns // tile.BLOCK_N),),
+        args={
+            **dict(zip(("x4", "x6", "x8", "x_scale", "w4", "w6", "w8", "w_scale"), tensors, strict=True)),
+            "bias": None if bias is None else bias.contiguous(),
+            "out": out,
+            "M": rows,
+            "N": columns,
+            **dict(zip(("blocks4", "blocks6", "blocks8"), (k // BLOCK_SIZE for k in split), strict=True)),
+        },
+        constexprs={
+            "FP6": fp6,
+            "W_FP4": w_fp4,
+            "HAS_BIAS": bias is not None,
+            "MODE": family.mode,
+            "SWAP": tile.SWAP,
+            "WIDEN_FP4": family.widen_fp4,
+            "X_SWIZZLED": x_scale.dim() == 3,
+            "W_SWIZZLED": w_scale.dim() == 3,
+            "BLOCK_M": tile.BLOCK_M,
+            "BLOCK_N": tile.BLOCK_N,
+            "BLOCK_K": tile.BLOCK_K,
+            "GROUP_M": tile.GROUP_M,
+            "num_stages": tile.num_stages,
+        },
+        num_warps=tile.num_warps,
+    )
+    if out.numel():
+        with _current_device(out):
+            call.launch()
+    return out
+
+
+def weights_are_fp4(split: Split, w_split: Split) -> bool:
+    """Whether the weights are all MXFP4, as against split like the activations. Raises ValueError for any other."""
+    if w_split == split:
+        return False
+    if w_split == (sum(split), 0, 0):
+        return True
+    raise ValueError(f"weights must be split like the activations, {split}, or all MXFP4, got {w_split}")
+
+
+def _check_shape(name: str, operand: Tensor, shape: torch.Size) -> None:
+    if operand.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(operand.shape)}")
+
+
+def _current_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes x's GPU the current device; nothing for a CPU tensor, which Triton's interpreter takes."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _unit_column_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _power_of_two(size: int, largest: int) -> int:
+    """The smallest power of two that holds `size`, between one block and `largest`."""
+    return min(max(1 << (size - 1).bit_length(), BLOCK_SIZE), largest) if size else BLOCK_SIZE

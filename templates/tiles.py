@@ -1,0 +1,114 @@
+"""Tiles of the mixed matmul, per GPU family and number of rows; the first of each list is the default.
+
+With Inductor's max_autotune every tile of a list is a choice; otherwise the first is taken, so that a cold compile
+builds one kernel a shape of output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One program's share: (BLOCK_M, BLOCK_N) of the output in steps of BLOCK_K.
+
+    SWAP: the weights are the left operand, for few rows. GROUP_M: rows of tiles that run together, for L2.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    SWAP: bool = False
+    GROUP_M: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """GPUs that run the same kernels.
+
+    mma: for people. mode: `MODE` of templates/mixed_mx_mm.py. widen_fp4: MXFP4 weights meet MXFP8 activations as
+    MXFP8, because the compiler has no block-scaled MMA of two element families. shared_memory: bytes a program may use.
+    tiles: (largest M, tiles), ascending; the last holds for every M.
+    """
+
+    mma: str
+    mode: str
+    widen_fp4: bool
+    shared_memory: int
+    tiles: tuple[tuple[int, tuple[Tile, ...]], ...]
+
+    def tiles_for(self, rows: int) -> tuple[Tile, ...]:
+        """The tiles for M = rows, the default first."""
+        return next((tiles for most, tiles in self.tiles if rows <= most), self.tiles[-1][1])
+
+
+_ANY: Final = 1 << 62
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    # tcgen05: at least 128 rows on the left, 4 or 8 warps; anything else falls silently back to bfloat16.
+    "sm_100": Family(
+        mma="block-scaled MMA",
+        mode="scaled",
+        widen_fp4=False,
+        shared_memory=232_448,
+        tiles=(
+            (16, (Tile(16, 128, 128, 4, 3, SWAP=True), Tile(16, 128, 256, 4, 3, SWAP=True))),
+            (32, (Tile(32, 128, 128, 4, 4, SWAP=True), Tile(32, 128, 256, 4, 3, SWAP=True))),
+            (64, (Tile(64, 128, 128, 4, 4, SWAP=True), Tile(64, 128, 256, 4, 3, SWAP=True))),
+            (_ANY, (Tile(128, 128, 128, 4, 3), Tile(128, 256, 128, 8, 3))),
+        ),
+    ),
+    # mma.sync with block scales: both operands of one element family, 4 warps spill at 128 by 128.
+    "sm_120": Family(
+        mma="block-scaled MMA",
+        mode="scaled",
+        widen_fp4=True,
+        shared_memory=101_376,
+        tiles=(
+            (16, (Tile(16, 64, 128, 4, 3), Tile(16, 128, 128, 4, 3))),
+            (64, (Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 2))),
+            (_ANY, (Tile(128, 128, 128, 8, 2), Tile(128, 64, 128, 8, 2))),
+        ),
+    ),
+    # Defaults from a sweep on an H200: N x K of 28672 x 4096 and 4096 x 4096, M from 1 to 2048, a 75/20/5 split.
+    "sm_90": Family(
+        mma="bfloat16 MMA of exactly dequantized operands",
+        mode="bf16",
+        widen_fp4=False,
+        shared_memory=232_448,
+        tiles=(
+            (16, (Tile(16, 64, 64, 4, 4, SWAP=True), Tile(16, 64, 128, 4, 3, SWAP=True))),
+            (32, (Tile(32, 64, 128, 4, 3, SWAP=True), Tile(32, 128, 64, 8, 3, SWAP=True))),
+            (64, (Tile(64, 128, 64, 8, 3, SWAP=True), Tile(64, 64, 128, 4, 3, SWAP=True))),
+            (512, (Tile(128, 128, 64, 8, 3), Tile(256, 128, 64, 8, 3))),
+            (_ANY, (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3))),
+        ),
+    ),
+    # bfloat16 MMA of any GPU that has one.
+    "bf16": Family(
+        mma="bfloat16 MMA of exactly dequantized operands",
+        mode="bf16",
+        widen_fp4=False,
+        shared_memory=65_536,
+        tiles=((16, (Tile(16, 64, 64, 4, 2),)), (_ANY, (Tile(64, 64, 64, 4, 2),))),
+    ),
+}
+
+
+def family_of(capability: tuple[int, int] | None) -> str | None:
+    """The family of an NVIDIA compute capability, "bf16" for None (another vendor's); None where none serves."""
+    if capability is None:
+        return "bf16"
+    if capability < (8, 0):
+        return None
+    # Triton 3.6 emulates tl.dot_scaled on 12.1, for it takes block-scaled MMA for 12.0's alone.
+    if capability == (12, 1):
+        return "bf16"
+    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(capability[0], "bf16")

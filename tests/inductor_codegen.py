@@ -1,0 +1,111 @@
+"""What Inductor generates for a CUDA target, as JSON: a process of its own for `tests/test_codegen.py`.
+
+    python tests/inductor_codegen.py '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}'
+
+Writes {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}}.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fake_cuda import fake_cuda, generate
+from torch import Tensor
+from torch._inductor import config
+
+import micromix_compile.lowering.mixed_mx_mm
+import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
+from micromix_compile import ops
+from micromix_compile.lowering.offline import mma_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+C, HIDDEN = 256, 352
+SPLITS = ((96, 96, 64), (32, 128, 96), (128, 224, 0))
+LAYOUT = ("e2m3", "rceil")
+
+
+def weight_specs(rows: int, split: Sequence[int], *, fp4: bool) -> list[Spec]:
+    k4, k6, k8 = (sum(split), 0, 0) if fp4 else split
+    shapes = ((rows, k4 // 2), (3, rows, k6 // 4), (rows, k8), (rows, sum(split) // 32))
+    return [(shape, torch.uint8) for shape in shapes]
+
+
+def mlp(
+    x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, bias: Tensor, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    """Two MLPs of a decoder that differ in their splits: norm, gate (with a bias), up, SiLU·mul, down, residual."""
+    for split in SPLITS[:2]:
+        gate, up, down = weights[:4], weights[4:8], weights[8:12]
+        q = ops.rms_norm_reorder_quantize(x, norm, 1e-6, perm, *split, *LAYOUT)
+        g = ops.mixed_mx_mm(*q, *gate, bias, LAYOUT[0], x.dtype)
+        u = ops.mixed_mx_mm(*q, *up, None, LAYOUT[0], x.dtype)
+        h = ops.silu_mul_reorder_quantize(g, u, hidden_perm, *SPLITS[2], *LAYOUT)
+        x = x + ops.mixed_mx_mm(*h, *down, None, LAYOUT[0], x.dtype)
+        weights = weights[12:]
+    return (x,)
+
+
+def gelu(x: Tensor, perm: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """A producer without a kernel of its own, and an activation behind the product."""
+    q = ops.reorder_quantize(torch.nn.functional.gelu(x), perm, *SPLITS[0], *LAYOUT)
+    return (torch.nn.functional.gelu(ops.mixed_mx_mm(*q, *weights, bias, LAYOUT[0], x.dtype), approximate="tanh"),)
+
+
+def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callable[..., Any], list[Spec]]:
+    if name == "gelu":
+        specs: list[Spec] = [((rows, C), dtype), ((C,), torch.int32), ((HIDDEN,), dtype)]
+        return gelu, specs + weight_specs(HIDDEN, SPLITS[0], fp4=fp4)
+    specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int32), ((HIDDEN,), torch.int32), ((HIDDEN,), dtype)]
+    for split in SPLITS[:2]:
+        specs += weight_specs(HIDDEN, split, fp4=fp4) * 2 + weight_specs(C, SPLITS[2], fp4=fp4)
+    return mlp, specs
+
+
+def compiled_ptx(name: str, source: str) -> list[str]:
+    """PTX of every configuration of a generated kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        function = re.search(r"^def (\w+)\(", source[source.index("@triton_heuristics") :], re.M)
+        assert function is not None
+        tuner = getattr(module, function[1])
+        return [tuner._precompile_config(configuration).kernel.asm["ptx"] for configuration in tuner.configs]
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    function, specs = case(request["case"], request["rows"], getattr(torch, request["dtype"]), fp4=request["fp4"])
+    kernels: dict[str, str] = {}
+    mma: dict[str, list[str]] = {}
+    with fake_cuda(tuple(request["capability"])), config.patch(use_static_triton_launcher=False):
+        code = generate(function, specs, dynamic_rows=request["dynamic"])
+        for name, source in re.findall(
+            r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", code, re.M | re.S
+        ):
+            kernels[name] = source
+            if request["compile"]:
+                instructions = [i for ptx in compiled_ptx(name, source) for i in re.findall(r"\S*mma\S*", ptx)]
+                mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
+    launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(torch\.ops\.micromix\.\w+)", code, re.M)
+    json.dump({"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

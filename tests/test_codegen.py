@@ -1,0 +1,126 @@
+"""Inductor's code for CUDA targets, generated and compiled where there is no GPU: launches, fusions, MMA kinds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+import torch
+from inductor_codegen import SPLITS, C
+from products import assert_product_is_exact, packed_rows, quantized_rows
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, test_gpu.py runs the code")
+
+SCRIPT = Path(__file__).with_name("inductor_codegen.py")
+KINDS = {
+    (9, 0): {"wgmma bf16"},
+    (10, 0): {"tcgen05.mma mxf4", "tcgen05.mma mxf8f6f4"},
+    (12, 0): {"mma.sync mxf4nvf4", "mma.sync mxf8f6f4"},
+}
+
+
+def generated(case: str, capability: tuple[int, int], **changes: Any) -> dict[str, Any]:
+    """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter."""
+    request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, **changes}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), json.dumps({"case": case, "capability": capability, **request})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def is_matmul(name: str) -> bool:
+    return name.startswith("triton_tem_fused") and "mixed_mx_mm" in name
+
+
+def is_quantizer(name: str) -> bool:
+    return name.startswith("reorder_quantize_kernel")
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes"),
+    [
+        pytest.param((9, 0), {"rows": 1}, id="sm_90-decode"),
+        pytest.param((10, 0), {"dynamic": True}, id="sm_100-any-rows"),
+        pytest.param((10, 0), {"rows": 1, "fp4": True}, id="sm_100-decode-fp4-weights"),
+        pytest.param((12, 0), {"rows": 300}, id="sm_120-prefill"),
+        pytest.param((12, 0), {"fp4": True, "dtype": "float16"}, id="sm_120-fp4-weights"),
+    ],
+)
+def test_an_mlp_is_two_quantizers_and_three_products_with_everything_else_inside(
+    capability: tuple[int, int], changes: dict[str, Any]
+) -> None:
+    code = generated("mlp", capability, compile=True, **changes)
+    kinds = ["quantize" if is_quantizer(name) else "matmul" if is_matmul(name) else name for name in code["launches"]]
+    assert kinds == ["quantize", "matmul", "matmul", "quantize", "matmul"] * 2
+    matmuls = [name for name in code["kernels"] if is_matmul(name)]
+    # Layers that differ in their splits run the same kernels. Inductor names a quantizer for every launch, though.
+    assert len(matmuls) == 3
+    quantizers = {re.sub(r"_kernel_\d+", "", code["kernels"][name]) for name in code["kernels"] if is_quantizer(name)}
+    assert len(quantizers) == 2
+    for name in matmuls:
+        assert set(code["mma"][name]) == KINDS[capability]
+        assert ("M = ks" in code["kernels"][name]) == changes.get("dynamic", False)
+
+
+def test_a_producer_without_a_kernel_is_one_launch_and_an_activation_none() -> None:
+    launches = generated("gelu", (10, 0))["launches"]
+    producer, quantizer, matmul = launches
+    assert producer.startswith("triton_poi_fused_gelu")
+    assert is_quantizer(quantizer)
+    assert is_matmul(matmul)
+    assert "gelu" in matmul
+
+
+def load(name: str, source: str, folder: Path) -> ModuleType:
+    """The generated kernel as a function of Triton's interpreter, in its float32 arithmetic."""
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
+
+    path = folder / f"{name}.py"
+    path.write_text(re.sub(r"MODE : tl.constexpr = '\w+'", "MODE : tl.constexpr = 'f32'", source))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    unwrapped = mock.patch.object(triton_heuristics, "template", return_value=lambda function: function)
+    with unwrapped, mock.patch.object(triton_helpers, "set_driver_to_gpu"):
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("capability", KINDS)
+@pytest.mark.parametrize("rows", [5, 140])
+def test_the_generated_kernel_computes_the_product_and_its_epilogue(
+    capability: tuple[int, int], rows: int, tmp_path: Path
+) -> None:
+    code = generated("mlp", capability, rows=rows, dtype="float32")
+    name = code["launches"][4]
+    source = code["kernels"][name]
+    kernel = getattr(load(name, source, tmp_path), name)
+    x, w = quantized_rows(rows, SPLITS[2], "e2m3"), packed_rows(C, SPLITS[2], "e2m3")
+    addend, out = torch.randn(C), torch.full((rows, C), torch.nan)  # a residual that is the same in every row
+    operands = dict(zip(("X4", "X6", "X8", "X_SCALE", "W4", "W6", "W8", "W_SCALE"), (*x, *w), strict=True))
+    arguments: dict[str, Any] = {f"arg_{key}": value for key, value in operands.items()}
+    blocks = [k // 32 for k in SPLITS[2]]
+    ends = [2 * (sum(blocks[: i + 1]) + i) + 3 for i in range(3)]
+    arguments |= {f"ks{i}": value for i, value in enumerate(ends)}
+    names = kernel.arg_names
+    arguments |= dict(
+        zip((n for n in names if n.startswith(("in_", "out_"))), (addend.repeat(rows, 1), out), strict=True)
+    )
+    tile = {key: int(value) for key, value in re.findall(r"(BLOCK_[MN]) : tl.constexpr = (\d+)", source)}
+    grid = (-(-rows // tile["BLOCK_M"]) * -(-C // tile["BLOCK_N"]),)
+    kernel[grid](*(arguments[name] for name in names))
+    assert_product_is_exact(out, x, w, addend, "e2m3")
