@@ -70,7 +70,7 @@ def _values(byte, scale, SHIFT: tl.constexpr, MODE: tl.constexpr):
     """
     rows: tl.constexpr = byte.shape[0]
     blocks: tl.constexpr = scale.shape[1]
-    value = _e4m3_to_float32(byte) * 2.0**SHIFT
+    value = _e4m3_to_float32(byte, SHIFT)
     value = tl.reshape(value, (rows, blocks, BLOCK_SIZE)) * _e8m0_to_float32(scale)[:, :, None]
     if MODE == "bf16":
         value = value.to(tl.bfloat16)
@@ -78,8 +78,8 @@ def _values(byte, scale, SHIFT: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _e4m3_to_float32(byte):
-    """E4M3 bytes by integer operations, which every GPU and the interpreter have.
+def _e4m3_to_float32(byte, SHIFT: tl.constexpr):
+    """E4M3 bytes times 2**SHIFT by integer operations, which every GPU and the interpreter have.
 
     A magnitude, moved to the place of float32's exponent and mantissa, is its value times 2**(7 - 127), subnormals
     included; the multiplication by 2**120 is exact. The conversion instruction of sm_89 and sm_90 is slower: 116
@@ -87,7 +87,7 @@ def _e4m3_to_float32(byte):
     """
     byte = byte.to(tl.uint32)
     bits = tl.where(byte & 0x7F == 0x7F, 0x7FC00000, (byte & 0x7F) << 20) | ((byte & 0x80) << 24)
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True) * 2.0**120
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True) * 2.0 ** (120 + SHIFT)
 
 
 @triton.jit
