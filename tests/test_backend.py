@@ -378,7 +378,7 @@ def test_a_recipe_for_another_model_names_both() -> None:
 
 
 def test_unknown_options_are_answered_with_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown option 'polcy'; .*recipe, mode, policy, lam, fp6"):
+    with pytest.raises(ValueError, match=r"unknown option 'polcy'; .*recipe, mode, policy, target_bits, target_kind"):
         parse_options(None, {"polcy": "paper"})
     with pytest.raises(TypeError, match="recipe must be a Recipe or the path of one, got int"):
         parse_options(None, {"recipe": 3})

@@ -157,7 +157,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("calibrate", "--out", "r", "--policy", "best"), 2, "policy must be one of mxfp8-anchor, "),
+        (("calibrate", "--out", "r", "--policy", "best"), 2, "policy must be one of budget, mxfp8-anchor, "),
         (("calibrate", "--out", "r", "--lam", "-1"), 2, "lam must be a positive finite number, got -1.0"),
         (("calibrate", "--out", "r", "--granularity", "48"), 2, "granularity must be one of 32, 64, 128, got 48"),
         (
