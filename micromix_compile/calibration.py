@@ -39,13 +39,29 @@ def calibrate(
 ) -> Recipe:
     """Run `batches` through `model` and decide the order and split of every linear's input channels.
 
+    The policy "budget" also runs the first batches backward; rounded weights keep K * K numbers a group meanwhile.
+
     batches: mappings of keyword arguments (input_ids, attention_mask, ...), or single tensors passed as they are.
         Tokens where a 2-dimensional attention_mask is 0 are not counted.
     Returns a `Recipe`. The model is not changed. Raises ValueError if the model is in training mode, if no batch or no
     linear was reached, or if an activation holds a NaN (naming the linear and the batch); TypeError for other batches.
     """
+    return next(calibrate_each(model, batches, [config or MicroMixConfig()], progress=progress))
+
+
+def calibrate_each(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    configs: Sequence[MicroMixConfig],
+    *,
+    progress: bool = True,
+) -> Iterator[Recipe]:
+    """One recipe per config from a single calibration, made when it is asked for. Otherwise like `calibrate`.
+
+    The first config's seed and scale_rounding hold for the measurement of sensitivities.
+    """
     model = torch_compat.original_module(model)
-    session = Session(config or MicroMixConfig())
+    session = Session(configs[0], also=configs[1:])
     session.prepare(model)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -59,9 +75,9 @@ def calibrate(
             for batch in track(batches, "calibrating", show=progress):
                 first.add(batch)
                 _observe(session, observed, batch)
-        if session.config.policy == "budget":
+        if session.needs_costs:
             _measure_costs(session, model, observed, first.batches, progress)
-    return session.convert()
+    yield from session.recipes()
 
 
 def _observe(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:

@@ -70,7 +70,7 @@ def _choices(values: Sequence[object]) -> str:
 
 
 Model = Annotated[str, typer.Option(help=f"{zoo.DEFAULT_MODEL}, or a local Hugging Face directory.")]
-Data = Annotated[str, typer.Option(help="Text: wiki, c4, or a local .txt, .jsonl, .json or .parquet file.")]
+Data = Annotated[str, typer.Option(help="Text: wiki, c4, technical, or a local .txt, .jsonl, .json or .parquet file.")]
 Column = Annotated[str, typer.Option(help="The column that holds the text, for files of rows.")]
 DType = Annotated[str, typer.Option(help=f"{_choices(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]

@@ -18,7 +18,8 @@ from weakref import finalize, ref
 import torch
 from torch import Tensor, nn
 
-from micromix_compile.assignment import channel_order, thresholds_to_count, with_splits
+from micromix_compile.assignment import assign, channel_order, thresholds_to_count
+from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
 from micromix_compile.observer import ChannelObserver
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from micromix_compile.config import MicroMixConfig
     from micromix_compile.recipe import PackedWeight
 
 logger = logging.getLogger("micromix_compile")
@@ -41,6 +41,9 @@ _numbers = itertools.count()
 Key = tuple[object, ...]
 PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CALIBRATE: Key = ("calibrate",)
+UNDECIDED = MicroMixConfig(policy="mxfp8")
+"""The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
+
 UNQUANTIZED: Key = ("unquantized",)
 COVERAGE_CALLS = frozenset({3, 10, 30, 100, 300, 1000})
 
@@ -82,11 +85,20 @@ class Session:
     """One model's state while it is calibrated and after. It is what the passes call their owner.
 
     source: what the recipe was made from, kept alive so that its identity can name the session.
+    also: further configs that recipes are to be made for from the same calibration.
     """
 
-    def __init__(self, config: MicroMixConfig, recipe: Recipe | None = None, *, source: object = None) -> None:
+    def __init__(
+        self,
+        config: MicroMixConfig,
+        recipe: Recipe | None = None,
+        *,
+        source: object = None,
+        also: Sequence[MicroMixConfig] = (),
+    ) -> None:
         number = next(_numbers)
         self.config = config
+        self.configs = (config, *also)
         self.recipe = recipe
         self.model_id = "a function"
         self.token_mask: Tensor | None = None  # (B, T), of the forward pass that is being observed
@@ -95,7 +107,7 @@ class Session:
         self._model: ref[nn.Module] | None = None
         self._refusals: dict[str, str] = {}
         self.takes_statistics = True
-        self.takes_costs = config.policy == "budget"
+        self.takes_costs = self.needs_costs
         self.takes_gradients = False
         self.is_packed = False  # the model holds packed linears already: nothing is to be calibrated
         self._states: list[LinearState] = []
@@ -241,8 +253,8 @@ class Session:
             state.transposed = flipped
         observer = next((state.observer for state in states if state.observer is not None), None)
         if observer is None:
-            with_moment = self.config.rounds_weights
-            counted = thresholds_to_count(self.config)
+            with_moment = any(config.rounds_weights for config in self.configs)
+            counted = tuple(dict.fromkeys(t for config in self.configs for t in thresholds_to_count(config)))
             observer = ChannelObserver(states[0].name, x.shape[-1], counted, with_moment=with_moment)
         for state in states:
             state.observer = observer
@@ -268,6 +280,11 @@ class Session:
     def _mask_of(self, x: Tensor) -> Tensor | None:
         mask = self.token_mask
         return mask if mask is not None and mask.numel() == x.shape[:-1].numel() else None
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether a config spends a budget."""
+        return any(config.policy == "budget" for config in self.configs)
 
     def probes(self) -> list[CostProbe]:
         """The distinct probes made so far."""
@@ -345,13 +362,24 @@ class Session:
 
         Raises ValueError if no linear was reached.
         """
-        self.recipe = self._decide()
+        self.recipe = next(self.recipes())
         for state in self._states:
             state.linear = self.recipe.linears.get(state.name)
             state.key = self._key_of(state)
         return self.recipe
 
-    def _decide(self) -> Recipe:
+    def recipes(self) -> Iterator[Recipe]:
+        """What was observed, decided for each of `configs` in turn. Raises ValueError if no linear was reached."""
+        observed, members = self._observed()
+        for config in self.configs:
+            recipe = assign(observed, config)
+            if config.rounds_weights:
+                is_last = config is self.configs[-1]
+                recipe = dataclasses.replace(recipe, packed=self._round(recipe, members, keep_moments=not is_last))
+            yield recipe
+
+    def _observed(self) -> tuple[Recipe, dict[str, list[LinearState]]]:
+        """All that was observed as a recipe that decides nothing yet, and the members of its groups by name."""
         groups: dict[ChannelObserver, GroupRecipe] = {}
         members: dict[str, list[LinearState]] = {}
         linears: dict[str, LinearRecipe] = {}
@@ -376,24 +404,22 @@ class Session:
         if not linears:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"calibration of {self.model_id} reached no linear layer ({reasons or 'it has none'})")
-        recipe = Recipe(config=self.config, model_id=self.model_id, linears=linears, refused=refused)
-        recipe = with_splits(recipe)
-        if not self.config.rounds_weights:
-            return recipe
-        return dataclasses.replace(recipe, packed=self._round(recipe, members))
+        return Recipe(config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused), members
 
     def _group_recipe(self, observer: ChannelObserver) -> GroupRecipe:
-        """One group, its split still open."""
+        """One group, its order and split still open."""
         members = [state for state in self._states if state.observer is observer]
         weights = {state.name: weight for state in members if (weight := _matrix(state)) is not None}
         probe = next((state.probe for state in members if state.probe is not None), None)
         costs = None if probe is None else probe.costs(weights, observer.order())
         statistics = observer.statistics(costs)
-        perm = channel_order(statistics, self.config)
-        return GroupRecipe(name=observer.name, channel_perm=perm, split=(perm.numel(), 0, 0), statistics=statistics)
+        perm = channel_order(statistics, UNDECIDED)
+        return GroupRecipe(name=observer.name, channel_perm=perm, split=(0, 0, perm.numel()), statistics=statistics)
 
-    def _round(self, recipe: Recipe, members: Mapping[str, list[LinearState]]) -> dict[str, PackedWeight]:
-        """Round all weights, group by group; frees the second moments on the way."""
+    def _round(
+        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool
+    ) -> dict[str, PackedWeight]:
+        """Round all weights, group by group; frees the second moments on the way unless they are still needed."""
         packed: dict[str, PackedWeight] = {}
         for name, group in recipe.groups.items():
             observer = members[name][0].observer
@@ -401,7 +427,8 @@ class Session:
             assert observer.moment is not None, "moments are kept where weights are rounded"
             weights = {state.name: weight for state in members[name] if (weight := _matrix(state)) is not None}
             packed |= round_weights(weights, group, observer.moment, recipe.config)
-            observer.moment = None
+            if not keep_moments:
+                observer.moment = None
         return packed
 
     def _why_not(self, state: LinearState) -> str:
