@@ -33,27 +33,28 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Config = micromix.MicroMixConfig
-AUTHORS = Config(fp6="e3m2", granularity=128)
-BEST = Config(policy="budget", weight_rounding="gptq", scale_search=True)
-PLAIN = Config(policy="budget")
+BEST = Config()
+PLAIN = Config(weight_rounding="nearest", scale_search=False)
+ANCHOR = replace(PLAIN, policy="mxfp8-anchor")
+AUTHORS = replace(ANCHOR, fp6="e3m2", granularity=128)
 
 TABLE = {
-    "mxfp8": Config(policy="mxfp8"),
-    "mxfp6 e2m3": Config(policy="mxfp6"),
-    "mxfp6 e3m2": Config(policy="mxfp6", fp6="e3m2"),
-    "mxfp4": Config(policy="mxfp4"),
+    "mxfp8": replace(PLAIN, policy="mxfp8"),
+    "mxfp6 e2m3": replace(PLAIN, policy="mxfp6"),
+    "mxfp6 e3m2": replace(PLAIN, policy="mxfp6", fp6="e3m2"),
+    "mxfp4": replace(PLAIN, policy="mxfp4"),
     "paper": replace(AUTHORS, policy="paper"),
     "released": replace(AUTHORS, policy="released"),
     "mxfp8-anchor": AUTHORS,
-    "mxfp8-anchor, e2m3, granularity 32": Config(),
+    "mxfp8-anchor, e2m3, granularity 32": ANCHOR,
     "mxfp8-anchor, W4": replace(AUTHORS, weights="mxfp4"),
     "budget 5.48": replace(BEST, target_bits=5.48),
     "budget 5.0": replace(BEST, target_bits=5.0),
     "budget 4.5": replace(BEST, target_bits=4.5),
     "budget 5.48, W4": replace(BEST, target_bits=5.48, weights="mxfp4"),
-    "mxfp8, better rounding": Config(policy="mxfp8", weight_rounding="gptq", scale_search=True),
-    "mxfp6 e2m3, better rounding": Config(policy="mxfp6", weight_rounding="gptq", scale_search=True),
-    "mxfp4, better rounding": Config(policy="mxfp4", weight_rounding="gptq", scale_search=True),
+    "mxfp8, better rounding": replace(BEST, policy="mxfp8"),
+    "mxfp6 e2m3, better rounding": replace(BEST, policy="mxfp6"),
+    "mxfp4, better rounding": replace(BEST, policy="mxfp4"),
 }
 CURVE = {
     **{f"budget {bits}": replace(PLAIN, target_bits=bits) for bits in (4.25, 4.5, 5.0, 5.5, 6.0, 7.0)},
@@ -73,7 +74,7 @@ ABLATION = {
     }.items()
 } | {
     "mxfp8-anchor+gptq+search": replace(AUTHORS, weight_rounding="gptq", scale_search=True),
-    "mxfp8-anchor e2m3/32+gptq+search": Config(weight_rounding="gptq", scale_search=True),
+    "mxfp8-anchor e2m3/32+gptq+search": replace(BEST, policy="mxfp8-anchor"),
 }
 KEY = {name: TABLE[name] for name in ("budget 5.48", "budget 4.5")}
 

@@ -66,15 +66,15 @@ class MicroMixConfig:
     Raises ValueError or TypeError that names the field, its value and what is accepted.
     """
 
-    policy: str = "mxfp8-anchor"
+    policy: str = "budget"
     target_bits: float = 5.5
     target_kind: str = "element"
     lam: float = 1.0
     fp6: str = "e2m3"
     weights: str = "same"
     scale_rounding: ScaleRounding = ScaleRounding.RCEIL
-    weight_rounding: str = "nearest"
-    scale_search: bool = False
+    weight_rounding: str = "gptq"
+    scale_search: bool = True
     granularity: int = 32
     skip: tuple[str, ...] = DEFAULT_SKIP
     strict: bool = False

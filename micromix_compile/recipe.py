@@ -260,7 +260,9 @@ def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
         shape = {"in_features": linear.in_features, "out_features": linear.out_features}
         linears.append({"fqn": linear.fqn, "group": linear.group.name, **shape})
         if linear.fqn in recipe.packed:
-            tensors |= {f"{linear.fqn}.{name}": part for name, part in recipe.packed[linear.fqn]._asdict().items()}
+            tensors |= {
+                f"{linear.fqn}.{name}": part.cpu() for name, part in recipe.packed[linear.fqn]._asdict().items()
+            }
     fields: dict[str, Any] = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,

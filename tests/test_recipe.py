@@ -24,7 +24,7 @@ from micromix_compile.recipe import (
 
 
 def make_recipe() -> Recipe:
-    config = MicroMixConfig()
+    config = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
     statistics = ChannelStatistics(
         abs_mean=torch.rand(90),
         abs_max=torch.rand(90),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from micromix_compile.formats import ELEM_FORMATS, ScaleRounding, elem_format
 from micromix_compile.quantize import round_weights
 from micromix_compile.recipe import ChannelStatistics, GroupRecipe
 
+NEAREST = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
+GPTQ = dataclasses.replace(NEAREST, weight_rounding="gptq")
 KEPT_FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3")
 moderate = st.one_of(lattice_blocks(min_exponent=-20, max_exponent=10), bell_blocks().map(lambda b: b % 16))
 
@@ -121,7 +124,7 @@ def test_a_poisoned_weight_poisons_its_own_blocks_only() -> None:
     group = GroupRecipe(name="g", channel_perm=perm, split=(32, 0, 32), statistics=statistics)
     good, bad = torch.randn(8, 64), torch.randn(8, 64)
     bad[3, 5] = float("nan")
-    config = MicroMixConfig(weight_rounding="gptq")
+    config = GPTQ
     moment = torch.randn(64, 64)
     packed = round_weights({"good": good, "bad": bad}, group, moment @ moment.T, config)
     alone = round_weights({"good": good}, group, moment @ moment.T, config)
@@ -136,14 +139,24 @@ def test_rounded_weights_reach_every_way_of_running(options: dict[str, object], 
     """Packed modules, the compiled model and the saved recipe hold the same bytes, which aren't those of nearest."""
     net = make_net(layers=1)
     batches = [torch.randn(2, 16, 64) for _ in range(3)]
-    recipe = micromix.calibrate(net, batches, MicroMixConfig(**options))
+    recipe = micromix.calibrate(net, batches, dataclasses.replace(NEAREST, **options))
     recipe.save(f"{tmp_path}/r.safetensors")
     loaded = micromix.Recipe.load(f"{tmp_path}/r.safetensors")
     assert set(loaded.packed) == set(recipe.linears)
     packed = micromix.quantize_(copy.deepcopy(net), loaded)
     compiled = torch.compile(net, backend="micromix", options={"recipe": recipe})
-    itself = torch.compile(copy.deepcopy(net), backend="micromix", options={**options, "calibration_batches": 3})
-    plain = micromix.quantize_(copy.deepcopy(net), micromix.calibrate(net, batches))
+    itself = torch.compile(
+        copy.deepcopy(net),
+        backend="micromix",
+        options={
+            "policy": "mxfp8-anchor",
+            "weight_rounding": "nearest",
+            "scale_search": False,
+            **options,
+            "calibration_batches": 3,
+        },
+    )
+    plain = micromix.quantize_(copy.deepcopy(net), micromix.calibrate(net, batches, NEAREST))
     x = torch.randn(2, 7, 64)
     with torch.no_grad():
         for batch in batches:
@@ -156,23 +169,32 @@ def test_rounded_weights_reach_every_way_of_running(options: dict[str, object], 
 
 def test_a_recipe_without_rounded_weights_says_what_to_do() -> None:
     net = make_net(layers=1)
-    recipe = micromix.calibrate(net, [torch.randn(2, 8, 64)])
-    asked = micromix.assign(recipe, MicroMixConfig(weight_rounding="gptq"))
+    recipe = micromix.calibrate(net, [torch.randn(2, 8, 64)], NEAREST)
+    asked = micromix.assign(recipe, GPTQ)
     with pytest.raises(ValueError, match=r"no rounded weight for layers.0.gate: weight_rounding='gptq' .* calibrate"):
         micromix.quantize_(net, asked)
 
 
 def test_options_that_change_no_number_keep_the_rounded_weights() -> None:
     net = make_net(layers=1)
-    recipe = micromix.calibrate(net, [torch.randn(2, 8, 64)], MicroMixConfig(weight_rounding="gptq"))
-    assert micromix.assign(recipe, MicroMixConfig(weight_rounding="gptq", strict=True)).packed is recipe.packed
-    assert not micromix.assign(recipe, MicroMixConfig(policy="mxfp8")).packed
+    recipe = micromix.calibrate(net, [torch.randn(2, 8, 64)], GPTQ)
+    assert micromix.assign(recipe, dataclasses.replace(GPTQ, strict=True)).packed is recipe.packed
+    assert not micromix.assign(recipe, dataclasses.replace(GPTQ, policy="mxfp8")).packed
+
+
+def test_other_splits_round_to_nearest_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, [torch.randn(2, 8, 64)], GPTQ)
+    other = micromix.assign(recipe, dataclasses.replace(GPTQ, policy="mxfp8"))
+    assert other.config.weight_rounding == "nearest"
+    assert "rounded for other options" in caplog.text
+    micromix.quantize_(net, other)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_weight_that_changed_after_calibration_is_rounded_to_nearest() -> None:
     net = make_net(layers=1)
-    recipe = micromix.calibrate(net, [torch.randn(2, 8, 64)], MicroMixConfig(weight_rounding="gptq"))
+    recipe = micromix.calibrate(net, [torch.randn(2, 8, 64)], GPTQ)
     compiled = torch.compile(net, backend="micromix", options={"recipe": recipe})
     x = torch.randn(2, 8, 64)
     with torch.no_grad():
