@@ -13,6 +13,7 @@ import copy
 import csv
 import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,7 +224,7 @@ def main() -> None:
         table.add_column(key)
     for result in results:
         table.add_row(*(str(result[key]) for key in shown))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
     if arguments.plot:
         plot(results, arguments.plot)
 

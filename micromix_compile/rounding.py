@@ -7,7 +7,8 @@ the block's largest elements and halves the step of the others.
 
 Error compensation (GPTQ, arXiv 2210.17323): channels are rounded in order, and the error of each is made up for by the
 channels that follow, so that the *output* error tr(E H E^T), with E the weights' error and H the second moment of the
-inputs, becomes small, not E itself.
+inputs, becomes small, not E itself. Then every channel is rounded again, given all the others, a few times over
+(coordinate descent, as in QuantEase, arXiv 2309.01885).
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ from torch import Tensor
 from micromix_compile.formats import BLOCK_SIZE, ElemFormat, ScaleRounding, elem_format
 from micromix_compile.reference import scale_byte, scale_value
 
+SWEEPS = 4
+"""How often every channel is rounded again after compensation. On the default model with MXFP4 weights, 12 windows of
+calibration articles that were not calibrated on: divergence .394 with 0, .314 with 2; with 128 calibration windows .284
+with 2, .275 with 6. A sweep costs a fifth of the compensation."""
+
 DAMPING = 0.1
-"""Added to H's diagonal, as a share of its mean. See the README for what it was chosen on."""
+"""Added to H's diagonal, as a share of its mean. Same windows, 4.5 bits: divergence .228 with 0.03, .225 with 0.1, .219
+with 0.3; the spread of such figures is about .006."""
 
 
 def round_elements(values: Tensor, fmt: ElemFormat) -> Tensor:
@@ -78,7 +85,8 @@ def round_weight(
         return nearest
     damped = _damp(moment)
     factor = _inverse_factor(damped)
-    rounded = _compensate(weight, formats, factor, scale_rounding, search)
+    rounded, scales = _compensate(weight, formats, factor, scale_rounding, search)
+    rounded = _descend(weight, rounded, scales, formats, damped.to(torch.float32))
     is_worse = _output_error(rounded - weight, damped) > _output_error(nearest - weight, damped)
     return torch.where(is_worse, nearest, rounded)
 
@@ -117,14 +125,17 @@ def _inverse_factor(damped: Tensor) -> Tensor:
 
 def _compensate(
     weight: Tensor, formats: list[str], factor: Tensor, scale_rounding: ScaleRounding, search: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The rounded weight (N, K) and the scales (N, K // 32) that it was rounded with."""
     left = weight.clone()  # the weights, with what the channels before ask them to make up for
     rounded = torch.empty_like(weight)
+    scales = weight.new_empty(len(weight), len(formats))
     for block, name in enumerate(formats):
         start, stop = block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE
         fmt, part, inner = elem_format(name), left[:, start:stop].clone(), factor[start:stop, start:stop]
         pivots = torch.diagonal(inner)
         scale = block_scales(part, fmt, pivots**-2, scale_rounding=scale_rounding, search=search)
+        scales[:, block : block + 1] = scale
         errors = torch.empty_like(part)
         for j in range(BLOCK_SIZE):
             value = round_elements(part[:, j : j + 1] / scale, fmt) * scale
@@ -132,6 +143,24 @@ def _compensate(
             errors[:, j : j + 1] = (part[:, j : j + 1] - value) / pivots[j]
             part[:, j + 1 :] -= errors[:, j : j + 1] * inner[j, j + 1 :]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return rounded, scales
+
+
+def _descend(weight: Tensor, rounded: Tensor, scales: Tensor, formats: list[str], damped: Tensor) -> Tensor:
+    """Round every channel again, given all others as they now are; each step can only lower e H e^T."""
+    rounded = rounded.clone()
+    slopes = (rounded - weight) @ damped  # half the gradient of e H e^T
+    for block, name in [*enumerate(formats)] * SWEEPS:
+        here = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+        fmt, scale, inner = elem_format(name), scales[:, block : block + 1], damped[here, here]
+        part, slope = rounded[:, here].clone(), slopes[:, here].clone()
+        for j in range(BLOCK_SIZE):
+            now = part[:, j : j + 1]
+            better = round_elements((now - slope[:, j : j + 1] / inner[j, j]) / scale, fmt) * scale
+            slope += (better - now) * inner[j]
+            part[:, j : j + 1] = better
+        slopes += (part - rounded[:, here]) @ damped[here]
+        rounded[:, here] = part
     return rounded
 
 
