@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from micromix_compile.assignment import assign
-    from micromix_compile.calibration import calibrate
+    from micromix_compile.calibration import calibrate, calibrate_each
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["MicroMixConfig", "MicroMixLinear", "Recipe", "assign", "calibrate", "quantize_"]
+__all__ = ["MicroMixConfig", "MicroMixLinear", "Recipe", "assign", "calibrate", "calibrate_each", "quantize_"]
 
 _HOMES = {
     "MicroMixConfig": "config",
@@ -29,6 +29,7 @@ _HOMES = {
     "Recipe": "recipe",
     "assign": "assignment",
     "calibrate": "calibration",
+    "calibrate_each": "calibration",
     "quantize_": "quantize",
 }
 

@@ -53,7 +53,8 @@ class Options:
             return Session(MicroMixConfig(**self.ours))
         recipe = self.recipe if isinstance(self.recipe, Recipe) else Recipe.load(self.recipe)
         config = MicroMixConfig.from_mapping({**recipe.config.to_dict(), **self.ours})
-        return Session(config, assign(recipe, config) if config != recipe.config else recipe, source=self.recipe)
+        assigned = assign(recipe, config) if config != recipe.config else recipe
+        return Session(assigned.config, assigned, source=self.recipe)
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:

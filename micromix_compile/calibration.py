@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -13,16 +14,20 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
 from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
+from micromix_compile.sensitivity import pull_back
 from micromix_compile.session import Session, close_graph, open_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import fx, nn
 
     from micromix_compile.recipe import Recipe
 
 logger = logging.getLogger("micromix_compile")
+
+SENSITIVITY_TOKENS: Final = 4096
+"""Tokens of the first batches that are also run backward."""
 
 
 def calibrate(
@@ -34,28 +39,118 @@ def calibrate(
 ) -> Recipe:
     """Run `batches` through `model` and decide the order and split of every linear's input channels.
 
+    The policy "budget" also runs the first batches backward; rounded weights keep K * K numbers a group meanwhile.
+
     batches: mappings of keyword arguments (input_ids, attention_mask, ...), or single tensors passed as they are.
         Tokens where a 2-dimensional attention_mask is 0 are not counted.
     Returns a `Recipe`. The model is not changed. Raises ValueError if the model is in training mode, if no batch or no
     linear was reached, or if an activation holds a NaN (naming the linear and the batch); TypeError for other batches.
     """
+    return next(calibrate_each(model, batches, [config or MicroMixConfig()], progress=progress))
+
+
+def calibrate_each(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    configs: Sequence[MicroMixConfig],
+    *,
+    progress: bool = True,
+) -> Iterator[Recipe]:
+    """One recipe per config from a single calibration, made when it is asked for. Otherwise like `calibrate`.
+
+    The first config's seed and scale_rounding hold for the measurement of sensitivities.
+    """
     model = torch_compat.original_module(model)
-    session = Session(config or MicroMixConfig())
+    session = Session(configs[0], also=configs[1:])
     session.prepare(model)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_observed(session, gm, example_inputs, convert_by_itself=False)
 
     observed = torch.compile(model, backend=backend)
-    with torch.no_grad(), torch_compat.unlimited_recompiles():
-        for batch in track(batches, "calibrating", show=progress):
+    first = _FirstTokens(SENSITIVITY_TOKENS)
+    session.takes_costs = False
+    with torch_compat.unlimited_recompiles():
+        with torch.no_grad():
+            for batch in track(batches, "calibrating", show=progress):
+                first.add(batch)
+                _observe(session, observed, batch)
+        if session.needs_costs:
+            _measure_costs(session, model, observed, first.batches, progress)
+    yield from session.recipes()
+
+
+def _observe(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:
+    """The output of one batch through the observed model."""
+    positional, named = _arguments(batch)
+    session.token_mask = named.get("attention_mask")
+    try:
+        return observed(*positional, **named)
+    except BackendCompilerFailed as error:
+        raise error.inner_exception from None
+
+
+class _FirstTokens:
+    """Keeps the first batches, as many as hold `tokens` tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.batches: list[Mapping[str, Any] | Tensor] = []
+        self._left = tokens
+
+    def add(self, batch: Mapping[str, Any] | Tensor) -> None:
+        if self._left > 0:
+            self.batches.append(batch)
             positional, named = _arguments(batch)
-            session.token_mask = named.get("attention_mask")
-            try:
-                observed(*positional, **named)
-            except BackendCompilerFailed as error:
-                raise error.inner_exception from None
-    return session.convert()
+            sizes = [value.shape[:2].numel() for value in (*positional, *named.values()) if isinstance(value, Tensor)]
+            self._left -= max(sizes, default=1)
+
+
+def _measure_costs(
+    session: Session,
+    model: nn.Module,
+    observed: Callable[..., Any],
+    batches: Sequence[Mapping[str, Any] | Tensor],
+    progress: bool,
+) -> None:
+    """What each channel costs in each format, from gradients where the model has them, else without."""
+    session.takes_statistics, session.takes_costs, session.takes_gradients = False, True, True
+    generator = torch.Generator().manual_seed(session.config.seed)
+    try:
+        with torch.enable_grad(), _frozen(model):
+            for batch in track(batches, "measuring sensitivity", show=progress):
+                output = _observe(session, observed, batch)
+                if not pull_back(output, session.token_mask, generator):
+                    raise RuntimeError("its output has no gradient")
+                for probe in session.probes():
+                    probe.release()
+        return
+    except RuntimeError as error:
+        logger.warning(
+            "%s has no usable gradient (%s): each linear's own output decides where bits go, which is less accurate",
+            session.model_id,
+            error,
+        )
+    finally:
+        for probe in session.probes():
+            probe.release()
+        session.takes_gradients = False
+    session.forget_costs()
+    with torch.no_grad():
+        for batch in batches:
+            _observe(session, observed, batch)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of `model` asks for a gradient: only activations do."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def _arguments(batch: Mapping[str, Any] | Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -86,7 +181,7 @@ def compile_observed(
         session.check_not_training()
         if convert_by_itself and (masks or starts_pass):
             session.token_mask = args[masks[0]] if masks else None
-        with torch.no_grad():
+        with torch.set_grad_enabled(session.takes_gradients):
             result = gm.forward(*args)
         if convert_by_itself and observed and session.recipe is None:
             _convert_when_done(session, progress)

@@ -20,7 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from micromix_compile import texts, zoo
-from micromix_compile.config import GRANULARITIES, POLICIES, WEIGHT_MODES, MicroMixConfig
+from micromix_compile.config import (
+    GRANULARITIES,
+    POLICIES,
+    TARGET_KINDS,
+    WEIGHT_MODES,
+    WEIGHT_ROUNDINGS,
+    MicroMixConfig,
+)
 from micromix_compile.formats import FP6_FORMATS, ScaleRounding
 
 if TYPE_CHECKING:
@@ -45,6 +52,12 @@ DTYPES: Final = ("float32", "bfloat16", "float16")
 EVALUATION_WINDOWS: Final = 12
 CALIBRATION_WINDOWS: Final = 32
 DEMO_PROMPT: Final = "Explain in two sentences why the sky is blue."
+CONFIG_OPTIONS: Final = (
+    *("policy", "target_bits", "target_kind", "lam", "fp6", "weights", "scale_rounding", "weight_rounding"),
+    *("scale_search", "granularity", "skip"),
+)
+"""The fields of the config that commands take, in the order in which they take them."""
+
 USER_ERRORS: Final = (ValueError, OSError, ModuleNotFoundError)
 
 
@@ -57,7 +70,7 @@ def _choices(values: Sequence[object]) -> str:
 
 
 Model = Annotated[str, typer.Option(help=f"{zoo.DEFAULT_MODEL}, or a local Hugging Face directory.")]
-Data = Annotated[str, typer.Option(help="Text: wiki, c4, or a local .txt, .jsonl, .json or .parquet file.")]
+Data = Annotated[str, typer.Option(help="Text: wiki, c4, technical, or a local .txt, .jsonl, .json or .parquet file.")]
 Column = Annotated[str, typer.Option(help="The column that holds the text, for files of rows.")]
 DType = Annotated[str, typer.Option(help=f"{_choices(DTYPES)}.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]
@@ -67,6 +80,12 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe to u
 Prompt = Annotated[str, typer.Option(help="What to continue or, with a chat template, to answer.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate.")]
 Policy = Annotated[str | None, typer.Option(help=f"How channels are split: {_choices(POLICIES)}.")]
+TargetBits = Annotated[float | None, typer.Option(help="What the policy budget may spend on average.")]
+TargetKind = Annotated[str | None, typer.Option(help=f"The bits that the target counts: {_choices(TARGET_KINDS)}.")]
+WeightRounding = Annotated[str | None, typer.Option(help=f"How weights are rounded: {_choices(WEIGHT_ROUNDINGS)}.")]
+ScaleSearch = Annotated[
+    bool | None, typer.Option("--scale-search/--no-scale-search", help="Choose the scales of weights by error.")
+]
 Lam = Annotated[float | None, typer.Option(help="Factor on the thresholds; larger means more MXFP4.")]
 FP6 = Annotated[str | None, typer.Option(help=f"The MXFP6 element format: {_choices(FP6_FORMATS)}.")]
 Weights = Annotated[str | None, typer.Option(help=f"Formats of the weights: {_choices(WEIGHT_MODES)}.")]
@@ -130,17 +149,22 @@ def calibrate(
     dtype: DType = "bfloat16",
     device: Device = "cpu",
     policy: Policy = None,
+    target_bits: TargetBits = None,
+    target_kind: TargetKind = None,
     lam: Lam = None,
     fp6: FP6 = None,
     weights: Weights = None,
     scale_rounding: Rounding = None,
+    weight_rounding: WeightRounding = None,
+    scale_search: ScaleSearch = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
     """Measure activations on text; write a recipe."""
     if out.is_dir():
         raise UsageError(f"--out must be a file, and {out} is a directory")
-    config = _config(MicroMixConfig(), policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
+    config = _config(MicroMixConfig(), *chosen, granularity, skip)
     loaded = _load(model, dtype, device)
     recipe = _decide(None, config, loaded, data, column, windows, window_length)
     recipe.save(out)
@@ -160,10 +184,14 @@ def quantize(
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
     policy: Policy = None,
+    target_bits: TargetBits = None,
+    target_kind: TargetKind = None,
     lam: Lam = None,
     fp6: FP6 = None,
     weights: Weights = None,
     scale_rounding: Rounding = None,
+    weight_rounding: WeightRounding = None,
+    scale_search: ScaleSearch = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -177,7 +205,8 @@ def quantize(
         raise UsageError(f"{out} exists; --overwrite replaces it")
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
-    config = _config(base, policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
+    config = _config(base, *chosen, granularity, skip)
     loaded = _load(model, dtype, device)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
     with _status("packing"), zoo.replace_directory(out) as directory:
@@ -203,10 +232,14 @@ def eval_(
     device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
     policy: Policy = None,
+    target_bits: TargetBits = None,
+    target_kind: TargetKind = None,
     lam: Lam = None,
     fp6: FP6 = None,
     weights: Weights = None,
     scale_rounding: Rounding = None,
+    weight_rounding: WeightRounding = None,
+    scale_search: ScaleSearch = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -220,7 +253,8 @@ def eval_(
     names = _rows(rows, dtype)
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
-    config = _config(base, policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
+    config = _config(base, *chosen, granularity, skip)
     loaded = _load(model, dtype, device)
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
@@ -260,10 +294,14 @@ def generate(
     dtype: DType = "bfloat16",
     device: Device = "cpu",
     policy: Policy = None,
+    target_bits: TargetBits = None,
+    target_kind: TargetKind = None,
     lam: Lam = None,
     fp6: FP6 = None,
     weights: Weights = None,
     scale_rounding: Rounding = None,
+    weight_rounding: WeightRounding = None,
+    scale_search: ScaleSearch = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -272,7 +310,8 @@ def generate(
         raise UsageError(f"--which must be full, micromix or both, got {which!r}")
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
-    config = _config(base, policy, lam, fp6, weights, scale_rounding, granularity, skip)
+    chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
+    config = _config(base, *chosen, granularity, skip)
     loaded = _load(model, dtype, device)
     if _is_packed(model):
         _print_text("packed", _generate(loaded, prompt, max_new_tokens))
@@ -335,27 +374,10 @@ def demo(
 DEMO_ROWS: Final = ("bf16", "mxfp8", "mxfp6-e2m3", "mxfp4", "micromix")
 
 
-def _config(
-    base: MicroMixConfig,
-    policy: str | None,
-    lam: float | None,
-    fp6: str | None,
-    weights: str | None,
-    scale_rounding: str | None,
-    granularity: int | None,
-    skip: Sequence[str] | None,
-) -> MicroMixConfig:
-    """`base` with the options that were given. Raises UsageError."""
-    given = {
-        "policy": policy,
-        "lam": lam,
-        "fp6": fp6,
-        "weights": weights,
-        "scale_rounding": scale_rounding,
-        "granularity": granularity,
-        "skip": tuple(skip) if skip else None,
-    }
-    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+def _config(base: MicroMixConfig, *given: object) -> MicroMixConfig:
+    """`base` with the options that were given, in the order of CONFIG_OPTIONS; None is none. Raises UsageError."""
+    options = dict(zip(CONFIG_OPTIONS, given, strict=True))
+    values: dict[str, Any] = {name: value for name, value in options.items() if value not in (None, [])}
     try:
         return dataclasses.replace(base, **values)
     except (ValueError, TypeError) as error:

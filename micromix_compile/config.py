@@ -12,12 +12,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import UnionType
 
-Policy = Literal["mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6", "mxfp8"]
+Policy = Literal["budget", "mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6", "mxfp8"]
 POLICIES: Final[tuple[str, ...]] = get_args(Policy)
 THRESHOLD_POLICIES: Final = ("mxfp8-anchor", "paper", "released")
-"""Policies that split channels by calibrated thresholds; the others give every channel one format."""
+"""Policies that split channels by calibrated thresholds."""
+SORTING_POLICIES: Final = ("budget", *THRESHOLD_POLICIES)
+"""Policies that mix formats; the others give every channel one, in the model's own order."""
 
+TARGET_KINDS: Final = ("element", "stored")
+WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
 WEIGHT_MODES: Final = ("same", "mxfp4")
+MIN_TARGET_BITS: Final = 4
+MAX_TARGET_BITS: Final = 16
+"""Above 8 only padding and small layers' scales are left to pay for; nothing takes more than twice that."""
+
 DEFAULT_SKIP: Final = (
     "*lm_head",
     "*embed_out",
@@ -37,14 +45,20 @@ class MicroMixConfig:
     """Options of the backend, of `calibrate` and of `quantize_`.
 
     policy: how channels are split. "mxfp8-anchor", "paper" and "released" compare |x| with per-format thresholds
-        (MicroMix, Eq. 6; see `assignment`); "mxfp4", "mxfp6" and "mxfp8" give every channel that format.
+        (MicroMix, Eq. 6; see `assignment`); "budget" spends `target_bits` where a predicted divergence from the
+        unquantized model is least (see `budget`); "mxfp4", "mxfp6" and "mxfp8" give every channel that format.
+    target_bits, target_kind: what "budget" may spend on average: "element" bits a channel weighted by
+        multiply-accumulates, or "stored" bits a weight with scales, padding and orders.
     lam: factor on the thresholds; larger means more MXFP4.
     fp6: the MXFP6 element format, "e2m3" or "e3m2" (the paper's).
     weights: "same" gives a weight its channel's format, "mxfp4" makes every weight MXFP4.
     scale_rounding: "rceil", "floor" or "even"; see `ScaleRounding`.
+    weight_rounding: "nearest", or "gptq": weights make up for each other's rounding errors on the calibrated inputs.
+    scale_search: weights choose between two block exponents by error. Activations always follow `scale_rounding`.
     granularity: channels per format are rounded to multiples of this: 32, 64 or 128.
     skip: fnmatch patterns of module names that stay as they are.
     strict: an emulated or plain-PyTorch path is an error instead of a warning.
+    seed: of the random output directions in which "budget" measures how much each channel matters.
     calibration_batches, calibration_tokens: the one-line form converts itself after so many batches or tokens,
         whichever comes first.
     dump: names of passes ("all" for each) whose graph before and after is written to `dump_dir`.
@@ -52,14 +66,19 @@ class MicroMixConfig:
     Raises ValueError or TypeError that names the field, its value and what is accepted.
     """
 
-    policy: str = "mxfp8-anchor"
+    policy: str = "budget"
+    target_bits: float = 5.5
+    target_kind: str = "element"
     lam: float = 1.0
     fp6: str = "e2m3"
     weights: str = "same"
     scale_rounding: ScaleRounding = ScaleRounding.RCEIL
+    weight_rounding: str = "gptq"
+    scale_search: bool = True
     granularity: int = 32
     skip: tuple[str, ...] = DEFAULT_SKIP
     strict: bool = False
+    seed: int = 0
     calibration_batches: int = 32
     calibration_tokens: int = 65_536
     dump: tuple[str, ...] = ()
@@ -67,14 +86,22 @@ class MicroMixConfig:
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, POLICIES)
+        _typed("target_bits", self.target_bits, int | float, "a number")
+        if not MIN_TARGET_BITS <= self.target_bits <= MAX_TARGET_BITS:
+            raise ValueError(f"target_bits must be in [{MIN_TARGET_BITS}, {MAX_TARGET_BITS}], got {self.target_bits}")
+        _one_of("target_kind", self.target_kind, TARGET_KINDS)
         _one_of("fp6", self.fp6, FP6_FORMATS)
         _one_of("weights", self.weights, WEIGHT_MODES)
         _one_of("scale_rounding", self.scale_rounding, tuple(ScaleRounding))
+        _one_of("weight_rounding", self.weight_rounding, WEIGHT_ROUNDINGS)
         _typed("granularity", self.granularity, int, f"one of {', '.join(map(str, GRANULARITIES))}")
         _one_of("granularity", self.granularity, GRANULARITIES)
         _typed("lam", self.lam, int | float, "a number")
         if not 0.0 < self.lam < float("inf"):
             raise ValueError(f"lam must be a positive finite number, got {self.lam}")
+        _typed("seed", self.seed, int, "an integer from 0 to 2**63 - 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed}")
         for name in ("calibration_batches", "calibration_tokens"):
             _typed(name, getattr(self, name), int, "a positive integer")
             if getattr(self, name) < 1:
@@ -82,10 +109,16 @@ class MicroMixConfig:
         for name in ("skip", "dump"):
             _strings(name, getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+        for name in ("strict", "scale_search"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _typed("dump_dir", self.dump_dir, str, "a string")
         object.__setattr__(self, "scale_rounding", ScaleRounding(self.scale_rounding))
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether weights are rounded while calibrating, and not when they are packed."""
+        return self.scale_search or self.weight_rounding != "nearest"
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> MicroMixConfig:

@@ -15,9 +15,10 @@ import torch
 from micromix_compile.assignment import assign
 from micromix_compile.formats import FP6_FORMATS
 from micromix_compile.progress import track
+from micromix_compile.quantize import MicroMixLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -135,13 +136,46 @@ def _compare(logits: Tensor, expected: Tensor | None, targets: Tensor) -> Tensor
     return totals
 
 
+@torch.inference_mode()
+def linear_sqnr(model: nn.Module, packed: nn.Module, windows: Tensor) -> dict[str, float]:
+    """Signal to quantization noise of each packed linear's output, in dB, on the unquantized model's own inputs.
+
+    model: unquantized. packed: the same model after `quantize_`. windows: (W, T) int64. Linears that were not reached
+    are left out. An error of zero gives infinity.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def compare(name: str, linear: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            exact = output.to(torch.float32)
+            noise = linear(args[0]).to(torch.float32) - exact
+            energies = torch.stack((exact.square().sum(), noise.square().sum())).to("cpu", torch.float64)
+            sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + energies
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(compare(name, linear))
+        for name, linear in packed.named_modules()
+        if isinstance(linear, MicroMixLinear)
+    ]
+    try:
+        for window in windows.split(1):
+            model(input_ids=window, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: float(10 * torch.log10(signal / noise)) for name, (signal, noise) in sums.items()}
+
+
 def row_names(dtype: torch.dtype) -> tuple[str, ...]:
     """The rows of the table for a model of this dtype, in order."""
     return (FULL_PRECISION[dtype], "mxfp8", *(f"mxfp6-{fp6}" for fp6 in FP6_FORMATS), "mxfp4", "micromix")
 
 
 def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
-    """`config` itself for "micromix"; else the uniform policy that the row's name says.
+    """`config` itself for "micromix"; else the uniform policy that the row's name says, weights rounded to nearest.
 
     Raises ValueError for a name that is no quantized row.
     """
@@ -150,7 +184,8 @@ def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
     policy, _, fp6 = row.partition("-")
     if row not in row_names(torch.float32)[1:]:
         raise ValueError(f"row must be one of {', '.join(row_names(torch.float32)[1:])}, got {row!r}")
-    return replace(config, policy=policy, fp6=fp6 or config.fp6, weights="same")
+    plain: dict[str, Any] = {"weights": "same", "weight_rounding": "nearest", "scale_search": False}
+    return replace(config, policy=policy, fp6=fp6 or config.fp6, **plain)
 
 
 def evaluate_rows(

@@ -1,4 +1,4 @@
-"""Streaming statistics of one activation, in memory proportional to its channels."""
+"""Streaming statistics of one activation, in memory proportional to its channels, or to their square on request."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from micromix_compile.recipe import ChannelCosts
+
 
 class ChannelObserver:
     """Accumulates a `ChannelStatistics` over calls of `update`.
 
-    name: the linear it observes, for errors. in_features: C. thresholds: what to count.
+    name: the linear it observes, for errors. in_features: C. thresholds: what to count. with_moment: also keep the
+    second moment, C * C numbers.
     """
 
-    def __init__(self, name: str, in_features: int, thresholds: Sequence[Threshold]) -> None:
+    def __init__(
+        self, name: str, in_features: int, thresholds: Sequence[Threshold], *, with_moment: bool = False
+    ) -> None:
         self.name = name
+        self.moment = torch.zeros(in_features, in_features) if with_moment else None
+        """(C, C) float32: the sum of x x^T over the tokens seen, on the device of x."""
         self.batches = 0
         self.tokens = 0
         self._abs_mean = torch.zeros(in_features)
@@ -62,12 +69,18 @@ class ChannelObserver:
         for threshold in self._below:
             compared = values if threshold.signed else magnitude
             self._below[threshold] += int((compared < threshold.ratio * row_max).sum())
+        if self.moment is not None:
+            self.moment = self.moment.to(values.device).addmm_(values.T, values)
         torch.maximum(self._abs_mean, mean, out=self._abs_mean)
         torch.maximum(self._abs_max, magnitude.amax(0).cpu(), out=self._abs_max)
         self.tokens += rows.shape[0]
 
-    def statistics(self) -> ChannelStatistics:
-        """What was seen so far. Raises ValueError if no token was."""
+    def order(self) -> Tensor:
+        """(C,) int64: the channels seen so far, ascending by mean |x|."""
+        return torch.argsort(self._abs_mean, stable=True)
+
+    def statistics(self, costs: ChannelCosts | None = None) -> ChannelStatistics:
+        """What was seen so far, with `costs` if they were measured. Raises ValueError if no token was."""
         if not self.tokens:
             raise ValueError(f"calibration saw no token at the input of {self.name}")
         return ChannelStatistics(
@@ -77,4 +90,5 @@ class ChannelObserver:
             tokens=self.tokens,
             batches=self.batches,
             below=dict(self._below),
+            costs=costs,
         )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from micromix_compile import ops, packing
+from micromix_compile import ops, packing, reference, rounding
 from micromix_compile.assignment import padded_channels
+from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.matching import match_linears, model_id, named_modules, parameter_names
-from micromix_compile.recipe import Recipe, Split, weight_split
+from micromix_compile.recipe import PackedWeight, Recipe, Split, weight_split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,15 +26,6 @@ QUANT_METHOD: Final = "micromix"
 SCHEMA_VERSION: Final = 1
 
 
-class PackedWeight(NamedTuple):
-    """A quantized (N, C) weight: w4 (N, k4 // 2), w6 (3, N, k6 // 4), w8 (N, k8), w_scale (N, K // 32), uint8."""
-
-    w4: Tensor
-    w6: Tensor
-    w8: Tensor
-    w_scale: Tensor
-
-
 def pack_weight(weight: Tensor, group: GroupRecipe, config: MicroMixConfig) -> PackedWeight:
     """Reorder, quantize and pack one weight.
 
@@ -44,9 +36,60 @@ def pack_weight(weight: Tensor, group: GroupRecipe, config: MicroMixConfig) -> P
             f"group {group.name} orders {group.channel_perm.numel()} channels, but the weight has {weight.shape[1]}"
         )
     split = weight_split(group.split, config.weights)
-    perm = group.channel_perm.to(weight.device)
-    q4, q6, q8, scale = ops.reorder_quantize(weight.detach(), perm, *split, config.fp6, str(config.scale_rounding))
+    return _pack(weight.detach(), group.channel_perm.to(weight.device), split, config)
+
+
+def round_weights(
+    weights: Mapping[str, Tensor], group: GroupRecipe, moment: Tensor, config: MicroMixConfig
+) -> dict[str, PackedWeight]:
+    """Round and pack the weights of one group together, as `config` asks (see `rounding`).
+
+    weights: (N, C) by name. moment: (C, C) float32, the sum of x x^T over the calibrated inputs. A weight with a NaN
+    or an infinity is rounded to nearest, which poisons its blocks only.
+    """
+    finite = {name: weight for name, weight in weights.items() if bool(weight.isfinite().all())}
+    packed = {name: pack_weight(weight, group, config) for name, weight in weights.items() if name not in finite}
+    if not finite:
+        return packed
+    device = moment.device
+    perm = group.channel_perm.to(device)
+    stacked = torch.cat([reference.reorder(w.to(device, torch.float32), perm) for w in finite.values()])
+    split = weight_split(group.split, config.weights)
+    formats = [
+        name for name, k in zip(("e2m1", config.fp6, "e4m3"), split, strict=True) for _ in range(k // BLOCK_SIZE)
+    ]
+    rounded = rounding.round_weight(
+        stacked,
+        formats,
+        reference.reorder(reference.reorder(moment, perm).T, perm),
+        scale_rounding=config.scale_rounding,
+        search=config.scale_search,
+        compensate=config.weight_rounding == "gptq",
+    )
+    for (name, weight), part in zip(finite.items(), rounded.split([len(w) for w in finite.values()]), strict=True):
+        packed[name] = _pack(part.to(weight.device), torch.arange(perm.numel(), device=weight.device), split, config)
+    return packed
+
+
+def _pack(weight: Tensor, channel_perm: Tensor, split: Split, config: MicroMixConfig) -> PackedWeight:
+    q4, q6, q8, scale = ops.reorder_quantize(weight, channel_perm, *split, config.fp6, str(config.scale_rounding))
     return PackedWeight(q4, packing.pack_fp6(q6, config.fp6), q8, scale)
+
+
+def packed_weight(weight: Tensor, linear: LinearRecipe, recipe: Recipe) -> PackedWeight:
+    """The packed form of one weight (N, C): the recipe's own if calibration rounded it, else rounded to nearest.
+
+    Raises ValueError if the recipe's config wants weights rounded while calibrating, and this one was not.
+    """
+    ready = recipe.packed.get(linear.fqn)
+    if ready is not None:
+        return PackedWeight(*(part.to(weight.device) for part in ready))
+    if recipe.config.rounds_weights:
+        raise ValueError(
+            f"the recipe has no rounded weight for {linear.fqn}: weight_rounding={recipe.config.weight_rounding!r} and "
+            f"scale_search={recipe.config.scale_search} take effect while calibrating, so calibrate with them"
+        )
+    return pack_weight(weight, linear.group, recipe.config)
 
 
 class ChannelOrder(nn.Module):
@@ -173,7 +216,7 @@ def _pack_module(module: nn.Module, linear: LinearRecipe, recipe: Recipe) -> Mic
         device="meta",
     )
     matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
-    packed.load_packed(pack_weight(matrix, linear.group, recipe.config), linear.group.channel_perm.to(weight.device))
+    packed.load_packed(packed_weight(matrix, linear, recipe), linear.group.channel_perm.to(weight.device))
     return packed.train(module.training)
 
 

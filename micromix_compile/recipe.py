@@ -13,7 +13,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,32 @@ SAMPLE_SIZE: Final = 32
 
 Split = tuple[int, int, int]
 
+COST_FORMATS: Final = ("e2m1", "e2m3", "e3m2", "e4m3")
+"""Element formats in the order of `ChannelCosts`."""
+
+
+class PackedWeight(NamedTuple):
+    """A quantized (N, C) weight: w4 (N, k4 // 2), w6 (3, N, k6 // 4), w8 (N, k8), w_scale (N, K // 32), uint8."""
+
+    w4: Tensor
+    w6: Tensor
+    w8: Tensor
+    w_scale: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelCosts:
+    """What each channel costs in each of `COST_FORMATS`: predicted divergence of the model's output, nats a token.
+
+    activations, weights: (4, C) float32, of rounding the one and the other; the divergence adds over both and over all
+    channels of a model. measured: from gradients of the output; otherwise from the error of each linear relative to its
+    own output, which is comparable inside a linear and only roughly between them.
+    """
+
+    activations: Tensor
+    weights: Tensor
+    measured: bool
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Threshold:
@@ -48,6 +74,7 @@ class ChannelStatistics:
 
     abs_mean: (C,) float32, the largest over samples of the mean |x|. abs_max: (C,) float32.
     elements, tokens, batches: how much was seen. below: per threshold, how many elements lay below it.
+    costs: of each format, if the policy asks for them.
     """
 
     abs_mean: Tensor
@@ -56,6 +83,7 @@ class ChannelStatistics:
     tokens: int
     batches: int
     below: Mapping[Threshold, int]
+    costs: ChannelCosts | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,12 +131,14 @@ class Recipe:
     """Calibration's result for one model.
 
     model_id: the model it was made for. linears: by fully qualified name. refused: name -> why it stays as it is.
+    packed: fully qualified name -> weight, for configs that round weights while calibrating; else empty.
     """
 
     config: MicroMixConfig
     model_id: str
     linears: Mapping[str, LinearRecipe]
     refused: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
 
     @property
     def groups(self) -> dict[str, GroupRecipe]:
@@ -213,13 +243,26 @@ def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[f"{group.name}.abs_mean"] = stats.abs_mean
         tensors[f"{group.name}.abs_max"] = stats.abs_max
         below = [[t.ratio, t.signed, count] for t, count in stats.below.items()]
-        seen = {"elements": stats.elements, "tokens": stats.tokens, "batches": stats.batches, "below": below}
+        seen: dict[str, Any] = {
+            "elements": stats.elements,
+            "tokens": stats.tokens,
+            "batches": stats.batches,
+            "below": below,
+        }
+        if stats.costs is not None:
+            tensors[f"{group.name}.activation_costs"] = stats.costs.activations
+            tensors[f"{group.name}.weight_costs"] = stats.costs.weights
+            seen["costs_measured"] = stats.costs.measured
         groups.append({"name": group.name, "split": list(group.split), **seen})
     linears: list[dict[str, Any]] = []
     for linear in recipe.linears.values():
         tensors[f"{linear.fqn}.weight_sample"] = linear.weight_sample
         shape = {"in_features": linear.in_features, "out_features": linear.out_features}
         linears.append({"fqn": linear.fqn, "group": linear.group.name, **shape})
+        if linear.fqn in recipe.packed:
+            tensors |= {
+                f"{linear.fqn}.{name}": part.cpu() for name, part in recipe.packed[linear.fqn]._asdict().items()
+            }
     fields: dict[str, Any] = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -287,7 +330,19 @@ def _check_and_build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Reci
         config = MicroMixConfig.from_mapping(fields["config"])
     except (TypeError, ValueError) as error:
         raise _BadFieldError(f"config: {error}") from error
-    return Recipe(config=config, model_id=fields["model_id"], linears=linears, refused=fields["refused"])
+    packed = {fqn: _packed(linear, config, tensors) for fqn, linear in linears.items() if f"{fqn}.w_scale" in tensors}
+    return Recipe(config=config, model_id=fields["model_id"], linears=linears, refused=fields["refused"], packed=packed)
+
+
+def _packed(linear: LinearRecipe, config: MicroMixConfig, tensors: dict[str, Tensor]) -> PackedWeight:
+    k4, k6, k8 = weight_split(linear.split, config.weights)
+    n, channels = linear.out_features, k4 + k6 + k8
+    shapes = ((n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, channels // BLOCK_SIZE))
+    packed = PackedWeight(*(tensors[f"{linear.fqn}.{name}"] for name in PackedWeight._fields))
+    for name, part, shape in zip(PackedWeight._fields, packed, shapes, strict=True):
+        if part.dtype != torch.uint8 or tuple(part.shape) != shape:
+            raise _BadFieldError(f"{linear.fqn}.{name} must be uint8 {shape}, got {part.dtype} {tuple(part.shape)}")
+    return packed
 
 
 def _group(group: dict[str, Any], tensors: dict[str, Tensor]) -> GroupRecipe:
@@ -302,5 +357,17 @@ def _group(group: dict[str, Any], tensors: dict[str, Tensor]) -> GroupRecipe:
         tokens=group["tokens"],
         batches=group["batches"],
         below={Threshold(ratio=ratio, signed=signed): count for ratio, signed, count in group["below"]},
+        costs=_costs(group, tensors),
     )
     return GroupRecipe(name=name, channel_perm=perm, split=split, statistics=statistics)
+
+
+def _costs(group: dict[str, Any], tensors: dict[str, Tensor]) -> ChannelCosts | None:
+    if "costs_measured" not in group:
+        return None
+    name, channels = group["name"], tensors[f"{group['name']}.abs_mean"].numel()
+    activations, weights = (tensors[f"{name}.{side}_costs"] for side in ("activation", "weight"))
+    for part in (activations, weights):
+        if tuple(part.shape) != (len(COST_FORMATS), channels):
+            raise _BadFieldError(f"costs of {name} must be {(len(COST_FORMATS), channels)}, got {tuple(part.shape)}")
+    return ChannelCosts(activations=activations, weights=weights, measured=group["costs_measured"])

@@ -7,6 +7,7 @@ torch.compile compile again by itself.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import itertools
 import logging
@@ -17,20 +18,22 @@ from weakref import finalize, ref
 import torch
 from torch import Tensor, nn
 
-from micromix_compile.assignment import channel_order, split_of, thresholds_to_count
+from micromix_compile.assignment import assign, channel_order, thresholds_to_count
+from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
-from micromix_compile.quantize import MicroMixLinear, pack_weight
+from micromix_compile.quantize import MicroMixLinear, pack_weight, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe, weight_sample
+from micromix_compile.sensitivity import CostProbe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import fx
 
-    from micromix_compile.config import MicroMixConfig
+    from micromix_compile.recipe import PackedWeight
 
 logger = logging.getLogger("micromix_compile")
 _numbers = itertools.count()
@@ -38,6 +41,9 @@ _numbers = itertools.count()
 Key = tuple[object, ...]
 PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CALIBRATE: Key = ("calibrate",)
+UNDECIDED = MicroMixConfig(policy="mxfp8")
+"""The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
+
 UNQUANTIZED: Key = ("unquantized",)
 COVERAGE_CALLS = frozenset({3, 10, 30, 100, 300, 1000})
 
@@ -55,6 +61,7 @@ class LinearState:
     refusal: str | None = None
     transposed: bool = False
     observer: ChannelObserver | None = None
+    probe: CostProbe | None = None
     linear: LinearRecipe | None = None
     packed: PackedTensors | None = None
     version: tuple[int, int] | None = None
@@ -78,11 +85,20 @@ class Session:
     """One model's state while it is calibrated and after. It is what the passes call their owner.
 
     source: what the recipe was made from, kept alive so that its identity can name the session.
+    also: further configs that recipes are to be made for from the same calibration.
     """
 
-    def __init__(self, config: MicroMixConfig, recipe: Recipe | None = None, *, source: object = None) -> None:
+    def __init__(
+        self,
+        config: MicroMixConfig,
+        recipe: Recipe | None = None,
+        *,
+        source: object = None,
+        also: Sequence[MicroMixConfig] = (),
+    ) -> None:
         number = next(_numbers)
         self.config = config
+        self.configs = (config, *also)
         self.recipe = recipe
         self.model_id = "a function"
         self.token_mask: Tensor | None = None  # (B, T), of the forward pass that is being observed
@@ -90,6 +106,9 @@ class Session:
         self._source = source
         self._model: ref[nn.Module] | None = None
         self._refusals: dict[str, str] = {}
+        self.takes_statistics = True
+        self.takes_costs = self.needs_costs
+        self.takes_gradients = False
         self.is_packed = False  # the model holds packed linears already: nothing is to be calibrated
         self._states: list[LinearState] = []
         self._perms: dict[tuple[str, torch.device], Tensor] = {}
@@ -227,15 +246,54 @@ class Session:
             tensors=self.packed(parameter),
         )
 
-    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool]) -> None:
         """Take statistics of `x`, the common input of the linears with these weights."""
         states = [self.state(parameter) for parameter in parameters]
+        for state, flipped in zip(states, transposed, strict=True):
+            state.transposed = flipped
         observer = next((state.observer for state in states if state.observer is not None), None)
         if observer is None:
-            observer = ChannelObserver(states[0].name, x.shape[-1], thresholds_to_count(self.config))
+            with_moment = any(config.rounds_weights for config in self.configs)
+            counted = tuple(dict.fromkeys(t for config in self.configs for t in thresholds_to_count(config)))
+            observer = ChannelObserver(states[0].name, x.shape[-1], counted, with_moment=with_moment)
         for state in states:
             state.observer = observer
-        observer.update(x, self.token_mask)
+        if self.takes_statistics:
+            observer.update(x, self.token_mask)
+        if self.takes_costs:
+            self._probe(states, x).watch_input(x, observer.order(), self._mask_of(x))
+
+    def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
+        """Take statistics of `y`, the output of the linear with this weight."""
+        state = self.state(parameter)
+        if self.takes_costs and state.probe is not None:
+            state.probe.watch_output(state.name, y, self._mask_of(y))
+
+    def _probe(self, states: Sequence[LinearState], x: Tensor) -> CostProbe:
+        probe = next((state.probe for state in states if state.probe is not None), None)
+        if probe is None:
+            probe = CostProbe(x.shape[-1], self.config.scale_rounding, gradients=self.takes_gradients)
+        for state in states:
+            state.probe = probe
+        return probe
+
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        mask = self.token_mask
+        return mask if mask is not None and mask.numel() == x.shape[:-1].numel() else None
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether a config spends a budget."""
+        return any(config.policy == "budget" for config in self.configs)
+
+    def probes(self) -> list[CostProbe]:
+        """The distinct probes made so far."""
+        return list(dict.fromkeys(state.probe for state in self._states if state.probe is not None))
+
+    def forget_costs(self) -> None:
+        """Drop what was measured of costs."""
+        for state in self._states:
+            state.probe = None
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""
@@ -252,10 +310,14 @@ class Session:
         version = (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
         if state.packed is None or state.version != version:
             assert state.linear is not None, f"{state.name} has no recipe"
+            assert self.recipe is not None, "a linear's recipe is a part of the whole"
             weight = parameter.detach().T if state.transposed else parameter.detach()
             group = state.linear.group
             perm = self._perms.setdefault((group.name, parameter.device), group.channel_perm.to(parameter.device))
-            state.packed = (perm, *pack_weight(weight, group, self.config))
+            if state.packed is None:
+                state.packed = (perm, *packed_weight(weight, state.linear, self.recipe))
+            else:  # what calibration rounded was another weight
+                state.packed = (perm, *pack_weight(weight, group, self.config))
             state.version = version
         return state.packed
 
@@ -300,22 +362,35 @@ class Session:
 
         Raises ValueError if no linear was reached.
         """
-        self.recipe = self._decide()
+        self.recipe = next(self.recipes())
         for state in self._states:
             state.linear = self.recipe.linears.get(state.name)
             state.key = self._key_of(state)
         return self.recipe
 
-    def _decide(self) -> Recipe:
+    def recipes(self) -> Iterator[Recipe]:
+        """What was observed, decided for each of `configs` in turn. Raises ValueError if no linear was reached."""
+        observed, members = self._observed()
+        for config in self.configs:
+            recipe = assign(observed, config)
+            if config.rounds_weights:
+                is_last = config is self.configs[-1]
+                recipe = dataclasses.replace(recipe, packed=self._round(recipe, members, keep_moments=not is_last))
+            yield recipe
+
+    def _observed(self) -> tuple[Recipe, dict[str, list[LinearState]]]:
+        """All that was observed as a recipe that decides nothing yet, and the members of its groups by name."""
         groups: dict[ChannelObserver, GroupRecipe] = {}
+        members: dict[str, list[LinearState]] = {}
         linears: dict[str, LinearRecipe] = {}
         for state in self._states:
             parameter = state.parameter()
             if state.observer is None or not state.observer.tokens or parameter is None:
                 continue
             if state.observer not in groups:
-                groups[state.observer] = _group_recipe(state.observer, self.config)
+                groups[state.observer] = self._group_recipe(state.observer)
             group = groups[state.observer]
+            members.setdefault(group.name, []).append(state)
             in_features = group.statistics.abs_mean.numel()
             linears[state.name] = LinearRecipe(
                 fqn=state.name,
@@ -329,7 +404,32 @@ class Session:
         if not linears:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"calibration of {self.model_id} reached no linear layer ({reasons or 'it has none'})")
-        return Recipe(config=self.config, model_id=self.model_id, linears=linears, refused=refused)
+        return Recipe(config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused), members
+
+    def _group_recipe(self, observer: ChannelObserver) -> GroupRecipe:
+        """One group, its order and split still open."""
+        members = [state for state in self._states if state.observer is observer]
+        weights = {state.name: weight for state in members if (weight := _matrix(state)) is not None}
+        probe = next((state.probe for state in members if state.probe is not None), None)
+        costs = None if probe is None else probe.costs(weights, observer.order())
+        statistics = observer.statistics(costs)
+        perm = channel_order(statistics, UNDECIDED)
+        return GroupRecipe(name=observer.name, channel_perm=perm, split=(0, 0, perm.numel()), statistics=statistics)
+
+    def _round(
+        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool
+    ) -> dict[str, PackedWeight]:
+        """Round all weights, group by group; frees the second moments on the way unless they are still needed."""
+        packed: dict[str, PackedWeight] = {}
+        for name, group in recipe.groups.items():
+            observer = members[name][0].observer
+            assert observer is not None, "a group has an observer"
+            assert observer.moment is not None, "moments are kept where weights are rounded"
+            weights = {state.name: weight for state in members[name] if (weight := _matrix(state)) is not None}
+            packed |= round_weights(weights, group, observer.moment, recipe.config)
+            if not keep_moments:
+                observer.moment = None
+        return packed
 
     def _why_not(self, state: LinearState) -> str:
         return state.refusal or self._refusals.get(state.name) or "calibration did not reach it"
@@ -375,14 +475,12 @@ def check_not_training(model: nn.Module) -> None:
         )
 
 
-def _group_recipe(observer: ChannelObserver, config: MicroMixConfig) -> GroupRecipe:
-    statistics = observer.statistics()
-    return GroupRecipe(
-        name=observer.name,
-        channel_perm=channel_order(statistics, config),
-        split=split_of(statistics, config),
-        statistics=statistics,
-    )
+def _matrix(state: LinearState) -> Tensor | None:
+    """(N, C): the weight as `x @ weight.T` uses it, if it is still alive."""
+    parameter = state.parameter()
+    if parameter is None:
+        return None
+    return parameter.detach().T if state.transposed else parameter.detach()
 
 
 def open_graph(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,9 @@ MIN_ARTICLE_CHARS: Final = 600
 WINDOW_LENGTH: Final = 512
 DEFAULT_DATA: Final = "wiki"
 TEXT_PACKAGE: Final = "exllamav2==0.3.2"
+
+_PIECE: Final = 100
+"""Characters compared when looking for shared passages; any passage twice as long holds a whole piece."""
 
 _CHARS_PER_TOKEN: Final = 16
 """More characters than a token of running text has, so that a long text is tokenized only as far as it is needed."""
@@ -52,8 +55,8 @@ class Texts:
 def load_texts(data: str = DEFAULT_DATA, *, column: str = "text") -> Texts:
     """The texts called `data`, split.
 
-    data: "wiki" or "c4" (from the exllamav2 package), or the path of a .txt file (articles are separated by blank
-        lines), or of a .json, .jsonl or .parquet file with one article a row.
+    data: "wiki", "c4" or "technical" (from the exllamav2 package), or the path of a .txt file (articles are separated
+        by blank lines), or of a .json, .jsonl or .parquet file with one article a row.
     column: the column that holds the text, for files of rows.
 
     Raises ValueError for an unknown name, an unknown file type or too few articles, FileNotFoundError for a missing
@@ -74,17 +77,27 @@ def load_texts(data: str = DEFAULT_DATA, *, column: str = "text") -> Texts:
 def split_articles(name: str, articles: Iterable[str]) -> Texts:
     """Every fourth article to calibration, the others to evaluation, in the order of the module's docstring.
 
-    Empty articles are dropped, and so are evaluation articles that calibration holds too. Raises ValueError where
-    either side is left empty.
+    Empty articles are dropped, and so are evaluation articles that calibration holds too, or that share a passage of
+    200 characters with it (web texts quote each other). Raises ValueError where either side is left empty.
     """
     kept = [article for article in (article.strip() for article in articles) if article]
     calibration = tuple(kept[0::STRIDE])
     seen = frozenset(calibration)
+    passages = frozenset(piece for article in calibration for piece in _pieces(article, range(0, len(article), _PIECE)))
     rest = (article for offset in range(1, STRIDE) for article in kept[offset::STRIDE])
-    evaluation = tuple(article for article in rest if article not in seen)
+    evaluation = tuple(
+        article
+        for article in rest
+        if article not in seen and passages.isdisjoint(_pieces(article, range(len(article))))
+    )
     if not evaluation:
         raise ValueError(f"{name} holds {len(seen)} different article(s); at least two are needed for the split")
     return Texts(name, calibration, evaluation)
+
+
+def _pieces(article: str, starts: Iterable[int]) -> Iterator[str]:
+    """The whole pieces of `article` that begin at `starts`."""
+    return (article[start : start + _PIECE] for start in starts if start + _PIECE <= len(article))
 
 
 def token_windows(
@@ -125,8 +138,8 @@ def _wiki_articles() -> list[str]:
     return [article.strip() for article in articles]
 
 
-def _c4_articles() -> list[str]:
-    return [line.strip() for line in _calibration_file("c4.utf8").split("\n")]
+def _lines(name: str) -> Callable[[], list[str]]:
+    return lambda: [line.strip() for line in _calibration_file(name).split("\n")]
 
 
 def _paragraphs(path: Path, column: str) -> list[str]:
@@ -152,7 +165,11 @@ def _rows(file_format: str) -> Callable[[Path, str], list[str]]:
     return read
 
 
-_BUNDLED: Final[dict[str, Callable[[], list[str]]]] = {"wiki": _wiki_articles, "c4": _c4_articles}
+_BUNDLED: Final[dict[str, Callable[[], list[str]]]] = {
+    "wiki": _wiki_articles,
+    "c4": _lines("c4.utf8"),
+    "technical": _lines("technical.utf8"),
+}
 _READERS: Final[dict[str, Callable[[Path, str], list[str]]]] = {
     ".txt": _paragraphs,
     ".json": _rows("json"),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
-    """Insert owner.observe(x, [weights]) once per distinct value of x.
+    """Insert owner.observe(x, weights, transposed) once per distinct value of x, and observe_output after each linear.
 
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
@@ -23,6 +23,11 @@ def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
     for (x, _), sites in groups.items():
         first = sites[0].node
         with gm.graph.inserting_before(first):
-            weights = list(dict.fromkeys(site.weight for site in sites))
-            copy_meta(first, gm.graph.call_function(context.owner.observe, (x, weights)))
+            weights = {site.weight: site.transposed for site in sites}
+            seen = (x, list(weights), list(weights.values()))
+            copy_meta(first, gm.graph.call_function(context.owner.observe, seen))
+        for site in sites:
+            with gm.graph.inserting_after(site.node):
+                watched = gm.graph.call_function(context.owner.observe_output, (site.node, site.weight))
+                copy_meta(site.node, watched)
     return len(groups)

@@ -82,7 +82,10 @@ class FakeQuantLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, linear: LinearRecipe, recipe: Recipe) -> None:
         super().__init__()
         self.linear, self.config, self.bias = linear, recipe.config, bias
-        self.weight = self._fake_quantize(weight, weight_split(linear.split, recipe.config.weights))
+        if linear.fqn in recipe.packed:
+            self.weight = reference.dequantize_weight(*recipe.packed[linear.fqn], recipe.config.fp6)
+        else:
+            self.weight = self._fake_quantize(weight, weight_split(linear.split, recipe.config.weights))
 
     def _fake_quantize(self, x: Tensor, split: tuple[int, int, int]) -> Tensor:
         y = reference.reorder(x, self.linear.group.channel_perm)

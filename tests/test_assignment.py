@@ -15,6 +15,9 @@ from micromix_compile.recipe import ChannelStatistics, Threshold
 shares = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda p: (min(p), max(p)))
 
 
+ANCHOR = MicroMixConfig(policy="mxfp8-anchor")
+
+
 def statistics(
     below: dict[Threshold, int] | None = None, elements: int = 1000, abs_mean: torch.Tensor | None = None
 ) -> ChannelStatistics:
@@ -39,7 +42,7 @@ def test_thresholds_are_those_of_equation_6(policy: str, fp6: str, t4: float, t6
 
 
 def test_lam_multiplies_the_thresholds() -> None:
-    plain, doubled = thresholds(MicroMixConfig()), thresholds(MicroMixConfig(lam=2))
+    plain, doubled = thresholds(ANCHOR), thresholds(dataclasses.replace(ANCHOR, lam=2))
     assert [t.ratio for t in doubled] == [2 * t.ratio for t in plain]
 
 
@@ -87,16 +90,16 @@ def test_a_share_outside_the_unit_interval_is_refused() -> None:
 
 
 def test_the_split_follows_the_counts() -> None:
-    config = MicroMixConfig(granularity=32)
+    config = dataclasses.replace(ANCHOR, granularity=32)
     t4, t6 = thresholds(config)
     counted = statistics({t4: 500, t6: 900}, abs_mean=torch.rand(640))
     assert split_of(counted, config) == (320, 256, 64)
 
 
 def test_thresholds_that_were_not_counted_are_named() -> None:
-    counted = statistics(dict.fromkeys(thresholds(MicroMixConfig()), 1))
+    counted = statistics(dict.fromkeys(thresholds(ANCHOR), 1))
     with pytest.raises(ValueError, match=r"lam=3.0 needs counts below 0.2188"):
-        split_of(counted, MicroMixConfig(lam=3.0))
+        split_of(counted, dataclasses.replace(ANCHOR, lam=3.0))
 
 
 @pytest.mark.parametrize(("policy", "position"), [("mxfp4", 0), ("mxfp6", 1), ("mxfp8", 2)])

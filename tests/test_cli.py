@@ -10,12 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 import micromix_compile as micromix
-from micromix_compile import cli, zoo
+from micromix_compile import cli, texts, zoo
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from click.testing import Result
+
+    from micromix_compile.recipe import Recipe
 
 
 def run(*arguments: object) -> Result:
@@ -154,10 +156,42 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
     assert (packed / "old").read_text("utf-8") == "whole"
 
 
+@pytest.mark.parametrize("data", ["wiki", "c4", "technical"])
+def test_calibration_never_reads_evaluation_text(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    """Whatever reaches the model is looked for in the evaluation articles: all windows, with gradients and without."""
+    seen: list[torch.Tensor] = []
+    calibrate = micromix.calibrate
+
+    def spy(model: torch.nn.Module, batches: tuple[torch.Tensor, ...], *rest: object, **options: object) -> Recipe:
+        def note(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            seen.append(kwargs["input_ids"] if "input_ids" in kwargs else args[0])  # type: ignore[arg-type]
+
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            return calibrate(model, batches, *rest, **options)  # type: ignore[arg-type]
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(micromix, "calibrate", spy)
+    options = ("--policy", "budget", "--weight-rounding", "gptq", "--windows", 10)
+    run_well("calibrate", "--model", small_model, "--data", data, "--out", tmp_path / "r", *options)
+    text = texts.load_texts(data)
+    tokenizer = zoo.load_tokenizer()
+    shown = [tokenizer.decode(ids) for batch in seen for ids in batch]
+    assert len(shown) == 10 + 8  # 4,096 tokens are run backward too
+    calibration, evaluated = "\n\n".join(text.calibration), "\n\n".join(text.evaluation)
+    for window in shown:
+        pieces = [window[i : i + 200] for i in range(20, len(window) - 220, 50)]
+        assert sum(piece in calibration for piece in pieces) > 0.9 * len(pieces)
+        assert not any(piece in evaluated for piece in pieces)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("calibrate", "--out", "r", "--policy", "best"), 2, "policy must be one of mxfp8-anchor, "),
+        (("calibrate", "--out", "r", "--policy", "best"), 2, "policy must be one of budget, mxfp8-anchor, "),
         (("calibrate", "--out", "r", "--lam", "-1"), 2, "lam must be a positive finite number, got -1.0"),
         (("calibrate", "--out", "r", "--granularity", "48"), 2, "granularity must be one of 32, 64, 128, got 48"),
         (
@@ -187,7 +221,7 @@ def test_unknown_text_is_an_error_of_the_user(small_model: Path) -> None:
     """Raised by the library, shown as one line."""
     result = run("calibrate", "--out", "r", "--model", small_model, "--data", "books")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "data must be one of wiki, c4" in result.stderr
+    assert "data must be one of wiki, c4, technical" in result.stderr
 
 
 def test_errors_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from micromix_compile.config import GRANULARITIES, POLICIES, WEIGHT_MODES, MicroMixConfig
+from micromix_compile.config import (
+    GRANULARITIES,
+    POLICIES,
+    TARGET_KINDS,
+    WEIGHT_MODES,
+    WEIGHT_ROUNDINGS,
+    MicroMixConfig,
+)
 from micromix_compile.formats import FP6_FORMATS, ScaleRounding
 
 NOT_A_NUMBER = "lam must be a number, got {}"
 NOT_POSITIVE = "lam must be a positive finite number, got {}"
-POLICY_NAMES = "policy must be one of mxfp8-anchor, paper, released, mxfp4, mxfp6, mxfp8, got {}"
+POLICY_NAMES = "policy must be one of budget, mxfp8-anchor, paper, released, mxfp4, mxfp6, mxfp8, got {}"
 STRINGS = " must be a list or tuple of strings, got {}"
 
 BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
@@ -28,6 +35,15 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("lam", float("nan"), ValueError, NOT_POSITIVE),
     ("lam", "1.0", TypeError, NOT_A_NUMBER),
     ("lam", True, TypeError, NOT_A_NUMBER),
+    ("target_bits", 3.9, ValueError, "target_bits must be in [4, 16], got {}"),
+    ("target_bits", float("nan"), ValueError, "target_bits must be in [4, 16], got {}"),
+    ("target_bits", "5", TypeError, "target_bits must be a number, got {}"),
+    ("target_kind", "bytes", ValueError, "target_kind must be one of element, stored, got {}"),
+    ("weight_rounding", "up", ValueError, "weight_rounding must be one of nearest, gptq, got {}"),
+    ("scale_search", "yes", TypeError, "scale_search must be True or False, got {}"),
+    ("seed", -1, ValueError, "seed must be an integer from 0 to 2**63 - 1, got {}"),
+    ("seed", 2**63, ValueError, "seed must be an integer from 0 to 2**63 - 1, got {}"),
+    ("seed", 0.5, TypeError, "seed must be an integer from 0 to 2**63 - 1, got {}"),
     ("fp6", "e4m3", ValueError, "fp6 must be one of e2m3, e3m2, got {}"),
     ("weights", "mxfp8", ValueError, "weights must be one of same, mxfp4, got {}"),
     ("scale_rounding", "nearest", ValueError, "scale_rounding must be one of floor, rceil, even, got {}"),
@@ -54,6 +70,11 @@ configs = st.builds(
     MicroMixConfig,
     policy=st.sampled_from(POLICIES),
     lam=st.floats(1e-6, 1e6) | st.integers(1, 9),
+    target_bits=st.floats(4, 16) | st.integers(4, 16),
+    target_kind=st.sampled_from(TARGET_KINDS),
+    weight_rounding=st.sampled_from(WEIGHT_ROUNDINGS),
+    scale_search=st.booleans(),
+    seed=st.integers(0, 2**63 - 1),
     fp6=st.sampled_from(FP6_FORMATS),
     weights=st.sampled_from(WEIGHT_MODES),
     scale_rounding=st.sampled_from(tuple(ScaleRounding)),

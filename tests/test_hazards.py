@@ -113,7 +113,8 @@ def test_a_tensor_that_changes_in_place_is_observed_and_quantized_anew() -> None
 
 def test_a_weight_that_is_replaced_does_not_run_unquantized_unsaid() -> None:
     net = make_net(layers=1)
-    recipe = micromix.calibrate(net, [torch.randn(2, 5, 64)])
+    config = micromix.MicroMixConfig(weight_rounding="nearest", scale_search=False)
+    recipe = micromix.calibrate(net, [torch.randn(2, 5, 64)], config)
     fast, x = compiled_with(net, recipe), torch.randn(2, 5, 64)
     with torch.no_grad():
         fast(x)

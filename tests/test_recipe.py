@@ -14,9 +14,11 @@ from micromix_compile import recipe as recipes
 from micromix_compile.assignment import assign, thresholds_to_count
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.recipe import (
+    ChannelCosts,
     ChannelStatistics,
     GroupRecipe,
     LinearRecipe,
+    PackedWeight,
     Recipe,
     same_sample,
     weight_sample,
@@ -24,7 +26,7 @@ from micromix_compile.recipe import (
 
 
 def make_recipe() -> Recipe:
-    config = MicroMixConfig()
+    config = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
     statistics = ChannelStatistics(
         abs_mean=torch.rand(90),
         abs_max=torch.rand(90),
@@ -140,6 +142,44 @@ def test_a_bad_split_is_named_even_with_a_right_digest(tmp_path: Path) -> None:
     dataclasses.replace(recipe, linears=linears).save(tmp_path / "r.safetensors")
     with pytest.raises(ValueError, match=r"groups.layers.0.q.split must be three multiples of 32 with sum 96"):
         Recipe.load(tmp_path / "r.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("w4", torch.zeros(64, 8, dtype=torch.uint8)), ("w_scale", torch.zeros(64, 3)), ("w6", None)],
+)
+def test_a_rounded_weight_of_another_shape_is_named(tmp_path: Path, part: str, value: torch.Tensor | None) -> None:
+    recipe = make_recipe()
+    packed = PackedWeight(
+        *(torch.zeros(shape, dtype=torch.uint8) for shape in ((64, 16), (3, 64, 8), (64, 32), (64, 3)))
+    )
+    path = tmp_path / "r.safetensors"
+    dataclasses.replace(recipe, packed={"layers.0.q": packed}).save(path)
+    loaded = Recipe.load(path).packed
+    assert list(loaded) == ["layers.0.q"]
+    assert all(torch.equal(a, b) for a, b in zip(loaded["layers.0.q"], packed, strict=True))
+    if value is None:
+        rewrite(path, f"layers.0.q.{part}", None)
+        with pytest.raises(ValueError, match=f"layers.0.q.{part} is missing"):
+            Recipe.load(path)
+        return
+    dataclasses.replace(recipe, packed={"layers.0.q": packed._replace(**{part: value})}).save(path)
+    with pytest.raises(ValueError, match=rf"layers.0.q.{part} must be uint8 \(64, "):
+        Recipe.load(path)
+
+
+def test_costs_survive_the_file(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    costs = ChannelCosts(activations=torch.rand(4, 90), weights=torch.rand(4, 90), measured=True)
+    group = recipe.linears["layers.0.q"].group
+    group = dataclasses.replace(group, statistics=dataclasses.replace(group.statistics, costs=costs))
+    linears = {fqn: dataclasses.replace(linear, group=group) for fqn, linear in recipe.linears.items()}
+    dataclasses.replace(recipe, linears=linears).save(tmp_path / "r.safetensors")
+    loaded = Recipe.load(tmp_path / "r.safetensors").linears["layers.0.q"].group.statistics.costs
+    assert loaded is not None
+    assert loaded.measured
+    assert torch.equal(loaded.activations, costs.activations)
+    assert torch.equal(loaded.weights, costs.weights)
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
