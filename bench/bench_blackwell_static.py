@@ -88,13 +88,7 @@ def tile_rows(name: str, gpu: Gpu) -> list[dict[str, Any]]:
     """One row a tile: what the compiler made of it, and bytes and operations of one step along K, by format."""
     family = FAMILIES[gpu.family]
     tiles = list(dict.fromkeys(tile for _, tiles in family.tiles for tile in tiles))
-    swizzled = gpu.family == "sm_100"
-    kernels = [
-        offline.mixed_mx_mm(
-            gpu.capability, t, family, w_swizzled=swizzled, x_swizzled=swizzled and t.BLOCK_M % 128 == 0
-        )
-        for t in tiles
-    ]
+    kernels = [offline.mixed_mx_mm(gpu.capability, tile, family) for tile in tiles]
     rows = []
     for tile, result in zip(tiles, offline.compile_all(kernels), strict=True):
         if isinstance(result, offline.NotSupported):

@@ -59,6 +59,11 @@ class PostGradPasses(CustomGraphPass):
         return f"{fingerprint(Path(micromix_compile.__file__).parent)}-{self._settings}"
 
 
+def compiles_for_us() -> bool:
+    """Whether the graph that Inductor is lowering came through `compile_graph`, whose cache key knows our sources."""
+    return isinstance(torch_compat.inductor_setting(POST_GRAD_HOOK), PostGradPasses)
+
+
 def compile_graph(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

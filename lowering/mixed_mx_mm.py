@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V
 
 from micromix_compile import gpu, ops, target, templates
 from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.lowering import torch_compat
+from micromix_compile.lowering import inductor, torch_compat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ def _lower_mixed_mx_mm(
     out_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
     family = target.target_of(x_scale.get_device()).family
-    if family is None:
+    if family is None or not inductor.compiles_for_us():
         return _call_op(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype)
     tensors = [x4, x6, x8, x_scale, w4, w6, w8, w_scale] + ([] if bias is None else [bias])
     operands = [_in_memory(tensor) for tensor in tensors]

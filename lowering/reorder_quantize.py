@@ -16,7 +16,7 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 
 from micromix_compile import gpu, ops, target
 from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.lowering import torch_compat
+from micromix_compile.lowering import inductor, torch_compat
 from micromix_compile.reference import QuantizedActivation
 
 if TYPE_CHECKING:
@@ -65,6 +65,14 @@ def _launch(
 
 
 def _in_memory(node: Any) -> Any:
+    """A tensor of the kernel's: contiguous, or rows of a wider matrix, for the kernel takes the distance between rows.
+
+    Only a fixed layout is taken as it is: Inductor may still change the strides of another.
+    """
+    view = ir.ExternKernel.realize_input(node)
+    layout = view.get_layout()
+    if isinstance(layout, ir.FixedLayout) and len(layout.size) == 2 and layout.stride[1] == 1:
+        return ir.TensorBox(view)
     node.realize()
     return ir.ExternKernel.require_contiguous(node)
 
@@ -83,7 +91,8 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(x: Any, *rest: Any) -> Any:
-        if target.target_of(x.get_device()).family is None or 0 in x.get_size():
+        family = target.target_of(x.get_device()).family
+        if family is None or not inductor.compiles_for_us() or 0 in x.get_size():
             return call_op(x, *rest)
         return _launch(*arguments(x, *rest))
 

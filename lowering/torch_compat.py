@@ -108,6 +108,13 @@ def inductor_options() -> frozenset[str]:
     return frozenset(torch._inductor.list_options())
 
 
+def inductor_setting(name: str) -> Any:
+    """An Inductor option as it is now."""
+    import torch._inductor.config
+
+    return getattr(torch._inductor.config, name)
+
+
 def mode_options(mode: str) -> dict[str, Any]:
     """What a mode of torch.compile stands for. Raises RuntimeError for an unknown one."""
     import torch._inductor
@@ -138,9 +145,13 @@ def original_module(module: nn.Module) -> nn.Module:
     return original
 
 
+UNKNOWN_ROWS = 4096
+"""Taken for a dimension that depends on data: a large tile is right for any size, a small one slow for many."""
+
+
 def size_hint(sizevars: Any, size: Any) -> int:
     """A likely value of a dimension that Inductor compiles for, symbolic or not."""
-    return int(sizevars.optimization_hint(size, fallback=1))
+    return int(sizevars.optimization_hint(size, fallback=UNKNOWN_ROWS))
 
 
 def select_algorithm(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:

@@ -7,6 +7,7 @@ as ops allocate, launch on the current stream of x's device, and return. Triton 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile import reference
-from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.formats import BLOCK_SIZE, ELEM_FORMATS
 from micromix_compile.reference import QuantizedActivation
 
 Split = tuple[int, int, int]
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from micromix_compile.templates.tiles import Family, Tile
 
 # Swept on an H200 at 8192 x 4096 and 4096 x 14336, bfloat16: 32 channels a thread in one tile beat 16 by a tenth.
+FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
 MAX_ROW_BYTES = 32768
 MAX_BLOCK_K = 16384
 CHANNELS_PER_THREAD = 32
@@ -35,8 +37,9 @@ CHANNELS_PER_THREAD = 32
 class KernelCall:
     """One launch of a Triton kernel.
 
-    kernel: the `triton.jit` function. grid: one to three extents, the first of them M or ceil(M / something).
-    args: run-time arguments by name, tensors and integers. constexprs: compile-time arguments by name.
+    kernel: the `triton.jit` function. grid: one to three extents; the quantizers' first is M, which may be symbolic.
+    args: run-time arguments by name, tensors and integers. constexprs: compile-time arguments by name. num_stages: 0
+    for the compiler's choice.
     """
 
     kernel: Any
@@ -44,16 +47,21 @@ class KernelCall:
     args: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     num_warps: int
+    num_stages: int = 0
 
     def launch(self) -> None:
         """Run on the current stream of the current device."""
-        self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
+        options = {"num_warps": self.num_warps} | ({"num_stages": self.num_stages} if self.num_stages else {})
+        self.kernel[self.grid](**self.args, **self.constexprs, **options)
 
 
 def reorder_quantize(
     x: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
 ) -> QuantizedActivation:
-    """`reference.reorder_quantize` in one launch: the same bytes, the same errors. x: (M, C)."""
+    """`reference.reorder_quantize` in one launch: the same bytes. x: (M, C).
+
+    The same errors, too, but for an entry of channel_perm outside [-1, C), which reads as zero here.
+    """
     return _quantize("none", x, None, 0.0, channel_perm, (k4, k6, k8), fp6, scale_rounding)
 
 
@@ -68,7 +76,7 @@ def rms_norm_reorder_quantize(
     fp6: str,
     scale_rounding: str,
 ) -> QuantizedActivation:
-    """`reorder_quantize` of `ops.rms_norm(x, weight, eps)` in one launch; only the order of the row's sum differs.
+    """`reorder_quantize` of `ops.rms_norm(x, weight, eps)` in one launch, but for the last bits of the row's mean.
 
     x: (M, C). weight: (C,) float32, bfloat16 or float16. Raises TypeError or ValueError for another weight.
     """
@@ -139,6 +147,7 @@ def reorder_quantize_call(
             "EPS": eps,
             "FP6": fp6,
             "SCALE_ROUNDING": str(scale_rounding),
+            "FORMATS": FORMATS_DIGEST,
             "BLOCK_C": block_c,
             "ROW_CHUNKS": -(-channels // block_c),
             "BLOCK_K": block_k,
@@ -198,7 +207,13 @@ def mixed_mx_mm(
     """
     from micromix_compile.templates.mixed_mx_mm import mixed_mx_mm_kernel
 
+    x_swizzled, w_swizzled = x_scale.dim() == 3, w_scale.dim() == 3
     rows, columns = x4.shape[0], w4.shape[0]
+    blocks = (2 * x4.shape[1] + x6.shape[1] + x8.shape[1]) // BLOCK_SIZE
+    reference.check_mixed_mx_mm(
+        x4, x6, x8, x_scale.new_empty(rows, blocks) if x_swizzled else x_scale,
+        w4, w6, w8, w_scale.new_empty(columns, blocks) if w_swizzled else w_scale, bias, fp6,
+    )  # fmt: skip
     split = (2 * x4.shape[1], x6.shape[1], x8.shape[1])
     w_fp4 = weights_are_fp4(split, (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1]))
     tile = tile or family.tiles_for(rows)[0]
@@ -222,15 +237,15 @@ def mixed_mx_mm(
             "MODE": family.mode,
             "SWAP": tile.SWAP,
             "WIDEN_FP4": family.widen_fp4,
-            "X_SWIZZLED": x_scale.dim() == 3,
-            "W_SWIZZLED": w_scale.dim() == 3,
+            "X_SWIZZLED": x_swizzled,
+            "W_SWIZZLED": w_swizzled,
             "BLOCK_M": tile.BLOCK_M,
             "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K,
             "GROUP_M": tile.GROUP_M,
-            "num_stages": tile.num_stages,
         },
         num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     if out.numel():
         with _current_device(out):

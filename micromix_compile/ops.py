@@ -47,7 +47,7 @@ mixed_mx_mm: Callable[..., Tensor] = torch.ops.micromix.mixed_mx_mm.default
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm as Hugging Face models write it: normalized in float32, rounded to x's dtype, then times weight.
 
-    x: (M, C) float32, bfloat16 or float16. weight: (C,) of x's dtype. Returns (M, C) of x's dtype.
+    x: (M, C) and weight: (C,), each float32, bfloat16 or float16. Returns (M, C), of x's dtype if weight has it, too.
     """
     h = x.to(torch.float32)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
@@ -117,6 +117,7 @@ def _mixed_mx_mm(
 def _fake_reorder_quantize(
     x: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
 ) -> Quantized:
+    reference.check_reorder_quantize(x, channel_perm, (k4, k6, k8), fp6, scale_rounding)
     rows = x.shape[0]
     widths = (k4 // 2, k6, k8, (k4 + k6 + k8) // BLOCK_SIZE)
     q4, q6, q8, scale = (x.new_empty((rows, width), dtype=torch.uint8) for width in widths)
@@ -124,10 +125,12 @@ def _fake_reorder_quantize(
 
 
 def _fake_rms_norm_reorder_quantize(x: Tensor, weight: Tensor, eps: float, *layout: object) -> Quantized:
+    reference.check_producer_operand("weight", weight, x, x.shape[1:])
     return _fake_reorder_quantize(x, *layout)  # type: ignore[arg-type]
 
 
 def _fake_silu_mul_reorder_quantize(gate: Tensor, up: Tensor, *layout: object) -> Quantized:
+    reference.check_producer_operand("up", up, gate, gate.shape)
     return _fake_reorder_quantize(gate, *layout)  # type: ignore[arg-type]
 
 
@@ -144,6 +147,7 @@ def _fake_mixed_mx_mm(
     fp6: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    reference.check_mixed_mx_mm(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6)
     return x_scale.new_empty((x_scale.shape[0], w_scale.shape[0]), dtype=out_dtype)
 
 

@@ -152,6 +152,40 @@ def check_reorder_quantize(
     ScaleRounding(scale_rounding)
 
 
+def check_producer_operand(name: str, operand: Tensor, x: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
+    """Raise TypeError or ValueError unless a second operand of a quantizer's producer is float and fits x."""
+    if operand.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {operand.dtype}")
+    if operand.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(operand.shape)}")
+
+
+def check_mixed_mx_mm(
+    x4: Tensor, x6: Tensor, x8: Tensor, x_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor,
+    bias: Tensor | None, fp6: str,
+) -> None:  # fmt: skip
+    """Raise TypeError or ValueError unless the operands of `mixed_mx_mm` fit each other; only shapes are read."""
+    tensors = {"x4": x4, "x6": x6, "x8": x8, "x_scale": x_scale, "w4": w4, "w6": w6, "w8": w8, "w_scale": w_scale}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.uint8:
+            raise TypeError(f"{name} must be uint8, got {tensor.dtype}")
+    if fp6 not in FP6_FORMATS:
+        raise ValueError(f"fp6 must be one of {', '.join(FP6_FORMATS)}, got {fp6!r}")
+    rows, columns = x4.shape[0], w4.shape[0]
+    channels = 2 * x4.shape[1] + x6.shape[1] + x8.shape[1]
+    if 2 * w4.shape[1] + 4 * w6.shape[2] + w8.shape[1] != channels:
+        raise ValueError(f"weights hold {2 * w4.shape[1] + 4 * w6.shape[2] + w8.shape[1]} channels, x {channels}")
+    expected = {
+        "x6": (rows, x6.shape[1]), "x8": (rows, x8.shape[1]), "x_scale": (rows, channels // BLOCK_SIZE),
+        "w6": (3, columns, w6.shape[2]), "w8": (columns, w8.shape[1]), "w_scale": (columns, channels // BLOCK_SIZE),
+    }  # fmt: skip
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"bias must have shape ({columns},), got {tuple(bias.shape)}")
+
+
 def reorder(x: Tensor, channel_perm: Tensor) -> Tensor:
     """x[:, channel_perm], where an index of -1 reads as zero (the padding of a K that is not a multiple of 32)."""
     index = channel_perm.to(torch.int64)

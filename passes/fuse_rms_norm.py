@@ -1,4 +1,4 @@
-"""Pass 7 (post-grad): RMSNorm before a quantize becomes part of it, so that the normalized rows never reach memory."""
+"""Post-grad: RMSNorm before a quantize becomes part of it, so that the normalized rows never reach memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def _patterns() -> PatternMatcherPass:
     widened = CallFunction(prims.convert_element_type.default, x, torch.float32, _users=MULTIPLE)
     rounded = CallFunction(prims.convert_element_type.default, _normalized(widened), KeywordArg("rounded_to"))
     for normalized, check in ((_normalized(x), _is_float32_norm), (rounded, _is_rounded_norm)):
-        register_graph_pattern(_quantized(normalized), pass_dict=patterns, extra_check=check)(_replace)
+        for pattern in _quantized(normalized):
+            register_graph_pattern(pattern, pass_dict=patterns, extra_check=check)(_replace)
     return patterns
 
 
@@ -55,10 +56,12 @@ def _normalized(x: PatternExpr) -> PatternExpr:
     return CallFunction(aten.mul.Tensor, x, rsqrt)
 
 
-def _quantized(normalized: PatternExpr) -> PatternExpr:
+def _quantized(normalized: PatternExpr) -> list[PatternExpr]:
+    """A quantize of the weighted rows: through a view, or of rows that are a matrix already."""
     weighted = CallFunction(aten.mul.Tensor, KeywordArg("weight"), normalized)
-    rows = CallFunction([aten.view.default, aten.reshape.default], weighted, KeywordArg("row_shape"))
-    return CallFunction(ops.reorder_quantize, rows, *(KeywordArg(name) for name in LAYOUT), _users=MULTIPLE)
+    viewed = CallFunction([aten.view.default, aten.reshape.default], weighted, KeywordArg("row_shape"))
+    layout = [KeywordArg(name) for name in LAYOUT]
+    return [CallFunction(ops.reorder_quantize, rows, *layout, _users=MULTIPLE) for rows in (viewed, weighted)]
 
 
 def _is_float32_norm(match: Match) -> bool:
@@ -70,7 +73,12 @@ def _is_rounded_norm(match: Match) -> bool:
 
 
 def _is_row_norm(match: Match) -> bool:
-    """Whether the rows that are normalized are the rows that are quantized, as the op computes them."""
+    """Whether the rows that are normalized are the rows that are quantized, as the op computes them.
+
+    No node may have keywords, which patterns don't look at: alpha=2 of an addition makes another function of it.
+    """
+    if any(node.kwargs for node in match.nodes):
+        return False
     x, weight = (match.kwargs[name].meta["val"] for name in ("x", "weight"))
     rows = match.output_node().args[0]
     assert isinstance(rows, Node), "a quantize reads a tensor"
@@ -85,8 +93,10 @@ def _replace(match: Match, **found: Any) -> None:
     assert isinstance(normalized_rows, Node), "a quantize reads a tensor"
     graph, x = match.graph, found["x"]
     with graph.inserting_before(quantize):
-        rows = graph.call_function(aten.reshape.default, (x, found["row_shape"]))
-        rows.meta["val"] = x.meta["val"].reshape(normalized_rows.meta["val"].shape)
+        rows = x
+        if "row_shape" in found:
+            rows = graph.call_function(aten.reshape.default, (x, found["row_shape"]))
+            rows.meta["val"] = x.meta["val"].reshape(normalized_rows.meta["val"].shape)
         arguments = (rows, found["weight"], found["eps"], *(found[name] for name in LAYOUT))
         fused = graph.call_function(ops.rms_norm_reorder_quantize, arguments)
         fused.meta["val"] = quantize.meta["val"]

@@ -1,4 +1,4 @@
-"""Pass 7 (post-grad, GPU): SiLU(gate) * up before a quantize becomes part of it, so that the product stays on chip."""
+"""Post-grad, on a GPU: SiLU(gate) * up before a quantize becomes part of it, so that the product stays on chip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._inductor.pattern_matcher import (
 )
 from torch.fx import Node
 
-from micromix_compile import ops
+from micromix_compile import ops, target
 
 if TYPE_CHECKING:
     from torch import fx
@@ -44,8 +44,8 @@ def _patterns() -> PatternMatcherPass:
     rounded = CallFunction(prims.convert_element_type.default, _silu(widened), KeywordArg("rounded_to"))
     for silu, check in ((_silu(gate), _is_float32_product), (rounded, _is_rounded_product)):
         for factors in ((silu, up), (up, silu)):
-            product = CallFunction(aten.mul.Tensor, *factors)
-            register_graph_pattern(_quantized(product), pass_dict=patterns, extra_check=check)(_replace)
+            for pattern in _quantized(CallFunction(aten.mul.Tensor, *factors)):
+                register_graph_pattern(pattern, pass_dict=patterns, extra_check=check)(_replace)
     return patterns
 
 
@@ -55,9 +55,11 @@ def _silu(x: PatternExpr) -> PatternExpr:
     return CallFunction(aten.div.Tensor, x, CallFunction(aten.add.Tensor, exp, 1))
 
 
-def _quantized(product: PatternExpr) -> PatternExpr:
-    rows = CallFunction([aten.view.default, aten.reshape.default], product, KeywordArg("row_shape"))
-    return CallFunction(ops.reorder_quantize, rows, *(KeywordArg(name) for name in LAYOUT), _users=MULTIPLE)
+def _quantized(product: PatternExpr) -> list[PatternExpr]:
+    """A quantize of the product's rows: through a view, or of a product that is a matrix already."""
+    viewed = CallFunction([aten.view.default, aten.reshape.default], product, KeywordArg("row_shape"))
+    layout = [KeywordArg(name) for name in LAYOUT]
+    return [CallFunction(ops.reorder_quantize, rows, *layout, _users=MULTIPLE) for rows in (viewed, product)]
 
 
 def _is_float32_product(match: Match) -> bool:
@@ -69,12 +71,17 @@ def _is_rounded_product(match: Match) -> bool:
 
 
 def _is_row_product(match: Match) -> bool:
-    """Whether the rows that are multiplied are the rows that are quantized, on a device with the fused kernel."""
+    """Whether the rows that are multiplied are the rows that are quantized, on a device with the fused kernel.
+
+    No node may have keywords, which patterns don't look at: alpha=2 of an addition makes another function of it.
+    """
+    if any(node.kwargs for node in match.nodes):
+        return False
     gate, up = (match.kwargs[name].meta["val"] for name in ("gate", "up"))
     rows = match.output_node().args[0]
     assert isinstance(rows, Node), "a quantize reads a tensor"
     same_rows = gate.shape == up.shape and rows.meta["val"].shape[-1] == gate.shape[-1]
-    return bool(gate.is_cuda and gate.dtype == up.dtype and same_rows)
+    return bool(target.triton_family(gate) and gate.dtype == up.dtype and same_rows)
 
 
 def _replace(match: Match, **found: Any) -> None:
@@ -85,8 +92,10 @@ def _replace(match: Match, **found: Any) -> None:
     with graph.inserting_before(quantize):
         operands = []
         for name in ("gate", "up"):
-            rows = graph.call_function(aten.reshape.default, (found[name], found["row_shape"]))
-            rows.meta["val"] = found[name].meta["val"].reshape(product_rows.meta["val"].shape)
+            rows = found[name]
+            if "row_shape" in found:
+                rows = graph.call_function(aten.reshape.default, (rows, found["row_shape"]))
+                rows.meta["val"] = found[name].meta["val"].reshape(product_rows.meta["val"].shape)
             operands.append(rows)
         arguments = (*operands, *(found[name] for name in LAYOUT))
         fused = graph.call_function(ops.silu_mul_reorder_quantize, arguments)

@@ -37,6 +37,7 @@ def reorder_quantize_kernel(
     EPS: tl.constexpr,
     FP6: tl.constexpr,  # "e2m3" or "e3m2"
     SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil" or "even"
+    FORMATS: tl.constexpr,  # digest of the table that `_field` reads, which Triton's cache would not see otherwise
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32

@@ -23,7 +23,9 @@ from torch._inductor import config
 import micromix_compile.lowering.mixed_mx_mm
 import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
 from micromix_compile import ops
+from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.offline import mma_kind
+from micromix_compile.passes import POST_GRAD_PASSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +64,45 @@ def gelu(x: Tensor, perm: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tenso
     return (torch.nn.functional.gelu(ops.mixed_mx_mm(*q, *weights, bias, LAYOUT[0], x.dtype), approximate="tanh"),)
 
 
+def quantized(x: Tensor, perm: Tensor) -> Any:
+    return ops.reorder_quantize(x.reshape(-1, C), perm, *SPLITS[0], *LAYOUT)
+
+
+def silu_mul(gate: Tensor, up: Tensor, perm: Tensor) -> Any:
+    return quantized(torch.nn.functional.silu(gate) * up, perm)
+
+
+def halves(both: Tensor, perm: Tensor) -> Any:
+    """Gate and up as one matmul's output: rows of a wider matrix."""
+    gate, up = both.chunk(2, -1)
+    return silu_mul(gate, up, perm)
+
+
+def no_silu(gate: Tensor, up: Tensor, perm: Tensor) -> Any:
+    """What looks like SiLU but for a keyword."""
+    return quantized(gate / torch.add(torch.exp(-gate), 1, alpha=2) * up, perm)
+
+
+def rms_norm(x: Tensor, weight: Tensor, perm: Tensor) -> Any:
+    return quantized(ops.rms_norm(x, weight, 1e-6), perm)
+
+
+# A producer before a quantize: function, shapes.
+PRODUCERS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+    "silu 3d": (silu_mul, [(7, 10, C), (7, 10, C)]),
+    "silu 2d": (silu_mul, [(70, C), (70, C)]),
+    "silu of halves": (halves, [(7, 10, 2 * C)]),
+    "silu broadcast": (silu_mul, [(7, 10, C), (1, 1, C)]),
+    "no silu": (no_silu, [(7, 10, C), (7, 10, C)]),
+    "norm 3d": (rms_norm, [(7, 10, C), (C,)]),
+    "norm 2d": (rms_norm, [(70, C), (C,)]),
+}
+
+
 def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callable[..., Any], list[Spec]]:
+    if name in PRODUCERS:
+        function, shapes = PRODUCERS[name]
+        return function, [*((shape, dtype) for shape in shapes), ((C,), torch.int32)]
     if name == "gelu":
         specs: list[Spec] = [((rows, C), dtype), ((C,), torch.int32), ((HIDDEN,), dtype)]
         return gelu, specs + weight_specs(HIDDEN, SPLITS[0], fp4=fp4)
@@ -95,7 +135,8 @@ def main() -> None:
     kernels: dict[str, str] = {}
     mma: dict[str, list[str]] = {}
     with fake_cuda(tuple(request["capability"])), config.patch(use_static_triton_launcher=False):
-        code = generate(function, specs, dynamic_rows=request["dynamic"])
+        hook = {POST_GRAD_HOOK: PostGradPasses(POST_GRAD_PASSES, {})} if request["ours"] else {}
+        code = generate(function, specs, dynamic_rows=request["dynamic"], **hook)
         for name, source in re.findall(
             r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", code, re.M | re.S
         ):

@@ -32,9 +32,10 @@ KINDS = {
 
 def generated(case: str, capability: tuple[int, int], **changes: Any) -> dict[str, Any]:
     """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter."""
-    request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, **changes}
+    request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True}
+    request |= changes
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), json.dumps({"case": case, "capability": capability, **request})]
+    command = [sys.executable, str(SCRIPT), json.dumps({"case": case, "capability": capability} | request)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout)
@@ -66,7 +67,7 @@ def test_an_mlp_is_two_quantizers_and_three_products_with_everything_else_inside
     kinds = ["quantize" if is_quantizer(name) else "matmul" if is_matmul(name) else name for name in code["launches"]]
     assert kinds == ["quantize", "matmul", "matmul", "quantize", "matmul"] * 2
     matmuls = [name for name in code["kernels"] if is_matmul(name)]
-    # Layers that differ in their splits run the same kernels. Inductor names a quantizer for every launch, though.
+    # Layers that differ in their splits run the same kernels. Inductor names a quantizer for every split, though.
     assert len(matmuls) == 3
     quantizers = {re.sub(r"_kernel_\d+", "", code["kernels"][name]) for name in code["kernels"] if is_quantizer(name)}
     assert len(quantizers) == 2
@@ -82,6 +83,34 @@ def test_a_producer_without_a_kernel_is_one_launch_and_an_activation_none() -> N
     assert is_quantizer(quantizer)
     assert is_matmul(matmul)
     assert "gelu" in matmul
+
+
+def test_under_another_backend_the_ops_stay_calls_for_its_cache_does_not_know_our_sources() -> None:
+    launches = generated("mlp", (9, 0), ours=False)["launches"]
+    assert "torch.ops.micromix.mixed_mx_mm" in launches
+    assert not any(is_quantizer(name) or is_matmul(name) for name in launches)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("case", "producer", "others"),
+    [
+        ("silu 3d", "silu_mul", 0),
+        ("silu 2d", "silu_mul", 0),
+        ("silu of halves", "silu_mul", 0),
+        ("silu broadcast", "none", 1),
+        ("no silu", "none", 1),
+        ("norm 3d", "rms_norm", 0),
+        ("norm 2d", "rms_norm", 0),
+    ],
+)
+def test_a_producer_joins_the_quantizer_or_stays_whole(case: str, producer: str, others: int, dtype: str) -> None:
+    code = generated(case, (9, 0), dtype=dtype)
+    *before, quantizer = code["launches"]
+    assert len(before) == others
+    source = code["kernels"][quantizer]
+    assert f"'PRODUCER': '{producer}'" in source
+    assert f"'EPS': {1e-6 if producer == 'rms_norm' else 0.0}" in source
 
 
 def load(name: str, source: str, folder: Path) -> ModuleType:
@@ -110,17 +139,15 @@ def test_the_generated_kernel_computes_the_product_and_its_epilogue(
     source = code["kernels"][name]
     kernel = getattr(load(name, source, tmp_path), name)
     x, w = quantized_rows(rows, SPLITS[2], "e2m3"), packed_rows(C, SPLITS[2], "e2m3")
-    addend, out = torch.randn(C), torch.full((rows, C), torch.nan)  # a residual that is the same in every row
+    residual, out = torch.randn(rows, C), torch.full((rows, C), torch.nan)
     operands = dict(zip(("X4", "X6", "X8", "X_SCALE", "W4", "W6", "W8", "W_SCALE"), (*x, *w), strict=True))
     arguments: dict[str, Any] = {f"arg_{key}": value for key, value in operands.items()}
     blocks = [k // 32 for k in SPLITS[2]]
     ends = [2 * (sum(blocks[: i + 1]) + i) + 3 for i in range(3)]
     arguments |= {f"ks{i}": value for i, value in enumerate(ends)}
     names = kernel.arg_names
-    arguments |= dict(
-        zip((n for n in names if n.startswith(("in_", "out_"))), (addend.repeat(rows, 1), out), strict=True)
-    )
+    arguments |= dict(zip((n for n in names if n.startswith(("in_", "out_"))), (residual, out), strict=True))
     tile = {key: int(value) for key, value in re.findall(r"(BLOCK_[MN]) : tl.constexpr = (\d+)", source)}
     grid = (-(-rows // tile["BLOCK_M"]) * -(-C // tile["BLOCK_N"]),)
     kernel[grid](*(arguments[name] for name in names))
-    assert_product_is_exact(out, x, w, addend, "e2m3")
+    assert_product_is_exact(out, x, w, residual, "e2m3")
