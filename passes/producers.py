@@ -1,0 +1,57 @@
+"""What the post-grad fusions of a producer into a quantize share: how the quantize looks, and how it is replaced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
+from torch.fx import Node
+
+from micromix_compile import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+aten = torch.ops.aten
+
+LAYOUT: Final = ("channel_perm", "k4", "k6", "k8", "fp6", "scale_rounding")
+
+
+def quantized(rows: PatternExpr) -> list[PatternExpr]:
+    """A quantize of `rows`: through a view, or of rows that are a matrix already."""
+    viewed = CallFunction([aten.view.default, aten.reshape.default], rows, KeywordArg("row_shape"))
+    layout = [KeywordArg(name) for name in LAYOUT]
+    return [CallFunction(ops.reorder_quantize, matrix, *layout, _users=MULTIPLE) for matrix in (viewed, rows)]
+
+
+def quantizes_rows_of(match: Match, x: torch.Tensor) -> bool:
+    """Whether the rows of `x` are the rows that are quantized, and nothing was matched that patterns don't look at.
+
+    They don't look at keywords: alpha=2 of an addition makes another function of it.
+    """
+    return not any(node.kwargs for node in match.nodes) and _rows(match).meta["val"].shape[-1] == x.shape[-1]
+
+
+def replace_quantize(match: Match, op: Callable[..., Any], rows: Sequence[Node], *others: Any) -> None:
+    """Put `op`(*rows as matrices, *others, the quantize's layout) in the place of producer and quantize."""
+    quantize, graph, found = match.output_node(), match.graph, match.kwargs
+    shape = _rows(match).meta["val"].shape
+    with graph.inserting_before(quantize):
+        matrices = []
+        for node in rows:
+            matrix = node
+            if "row_shape" in found:
+                matrix = graph.call_function(aten.reshape.default, (node, found["row_shape"]))
+                matrix.meta["val"] = node.meta["val"].reshape(shape)
+            matrices.append(matrix)
+        fused = graph.call_function(op, (*matrices, *others, *(found[name] for name in LAYOUT)))
+        fused.meta["val"] = quantize.meta["val"]
+    quantize.replace_all_uses_with(fused)
+    graph.erase_node(quantize)
+
+
+def _rows(match: Match) -> Node:
+    rows = match.output_node().args[0]
+    assert isinstance(rows, Node), "a quantize reads a tensor"
+    return rows
