@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from micromix_compile.templates.tiles import Family, Tile
+    from micromix_compile.recipe import Split
 
 TEMPLATE: Final = "mixed_mx_mm.py.jinja"
 
@@ -72,26 +71,24 @@ def _lower_mixed_mx_mm(
     x4: Any, x6: Any, x8: Any, x_scale: Any, w4: Any, w6: Any, w8: Any, w_scale: Any, bias: Any, fp6: str,
     out_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
-    family = target.target_of(x_scale.get_device()).family
-    if family is None or not inductor.compiles_for_us():
+    family = target.target_of(x_scale.get_device()).family if inductor.compiles_for_us() else None
+    if family is None:
         return _call_op(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype)
     tensors = [x4, x6, x8, x_scale, w4, w6, w8, w_scale] + ([] if bias is None else [bias])
     operands = [_in_memory(tensor) for tensor in tensors]
     size = [x_scale.get_size()[0], w_scale.get_size()[0]]
     layout = ir.FixedLayout(x_scale.get_device(), out_dtype, size)
-    split, w_split = _split(x4, x6, x8), _split(w4, w6, w8)
+    w_fp4 = gpu.weights_are_fp4(_split(x4, x6, x8), _split(w4, w6, w8))
     tiles = family.tiles_for(torch_compat.size_hint(V.graph.sizevars, size[0]))
     choices: list[Any] = []
     for tile in tiles if config.max_autotune or config.max_autotune_gemm else tiles[:1]:
-        options = _options(
-            family,
-            tile,
-            fp6=fp6,
-            w_fp4=gpu.weights_are_fp4(split, w_split),
-            has_bias=bias is not None,
-            out_dtype=out_dtype,
-        )
-        error = _template().maybe_append_choice(choices, input_nodes=tuple(operands), layout=layout, **options)
+        constants = family.constants(tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias is not None)
+        options = {name: repr(value) if isinstance(value, str) else value for name, value in constants.items()}
+        options |= {"OUT_DTYPE": "tl." + str(out_dtype).removeprefix("torch.")}
+        error = _template().maybe_append_choice(
+            choices, input_nodes=tuple(operands), layout=layout, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **options,
+        )  # fmt: skip
         assert error is None, f"the template takes every tile of the table: {error}"
     return torch_compat.select_algorithm("mixed_mx_mm", choices, operands, layout)
 
@@ -103,17 +100,7 @@ def _in_memory(tensor: Any) -> Any:
     return ir.ExternKernel.realize_input(tensor)
 
 
-def _split(q4: Any, q6: Any, q8: Any) -> gpu.Split:
+def _split(q4: Any, q6: Any, q8: Any) -> Split:
     """(k4, k6, k8) of an activation, or of a weight, whose MXFP6 part is three byte planes."""
     k6 = q6.get_size()[-1] * (4 if len(q6.get_size()) == 3 else 1)
     return int(q4.get_size()[1]) * 2, int(k6), int(q8.get_size()[1])
-
-
-def _options(
-    family: Family, tile: Tile, *, fp6: str, w_fp4: bool, has_bias: bool, out_dtype: torch.dtype
-) -> dict[str, Any]:
-    """What a choice of the template is made of: launch options and compile-time constants, as source text."""
-    constants = {"FP6": fp6, "MODE": family.mode, "WIDEN_FP4": family.widen_fp4, "W_FP4": w_fp4, "HAS_BIAS": has_bias}
-    triton_dtype = "tl." + str(out_dtype).removeprefix("torch.")
-    return {**asdict(tile), **{k: repr(v) if isinstance(v, str) else v for k, v in constants.items()},
-            "OUT_DTYPE": triton_dtype}  # fmt: skip

@@ -113,20 +113,9 @@ def mixed_mx_mm(
         function=_MATMUL,
         capability=capability,
         signature=pointers | dict.fromkeys(("M", "N", "blocks4", "blocks6", "blocks8"), "i32"),
-        constexprs={
-            "FP6": fp6,
-            "W_FP4": w_fp4,
-            "HAS_BIAS": bias,
-            "MODE": family.mode,
-            "SWAP": tile.SWAP,
-            "WIDEN_FP4": family.widen_fp4,
-            "X_SWIZZLED": x_swizzled,
-            "W_SWIZZLED": w_swizzled,
-            "BLOCK_M": tile.BLOCK_M,
-            "BLOCK_N": tile.BLOCK_N,
-            "BLOCK_K": tile.BLOCK_K,
-            "GROUP_M": tile.GROUP_M,
-        },
+        constexprs=family.constants(
+            tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias, x_swizzled=x_swizzled, w_swizzled=w_swizzled
+        ),
         aligned=(*pointers, "N"),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -22,6 +22,8 @@ from micromix_compile.reference import QuantizedActivation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from micromix_compile.recipe import Split
+
 aten = torch.ops.aten
 
 
@@ -48,7 +50,7 @@ def _plain(size: Any) -> Any:
 
 
 def _launch(
-    producer: str, x: Any, other: Any, eps: float, channel_perm: Any, split: gpu.Split, fp6: str, scale_rounding: str
+    producer: str, x: Any, other: Any, eps: float, channel_perm: Any, split: Split, fp6: str, scale_rounding: str
 ) -> tuple[Any, ...]:
     """Outputs of one launch, in memory."""
     source, partner, order = (None if node is None else _Operand(_in_memory(node)) for node in (x, other, channel_perm))
@@ -91,8 +93,8 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(x: Any, *rest: Any) -> Any:
-        family = target.target_of(x.get_device()).family
-        if family is None or not inductor.compiles_for_us() or 0 in x.get_size():
+        family = target.target_of(x.get_device()).family if inductor.compiles_for_us() else None
+        if family is None or 0 in x.get_size():
             return call_op(x, *rest)
         return _launch(*arguments(x, *rest))
 

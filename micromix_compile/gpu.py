@@ -18,16 +18,16 @@ from micromix_compile import reference
 from micromix_compile.formats import BLOCK_SIZE, ELEM_FORMATS
 from micromix_compile.reference import QuantizedActivation
 
-Split = tuple[int, int, int]
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    from micromix_compile.recipe import Split
     from micromix_compile.templates.tiles import Family, Tile
 
-# Swept on an H200 at 8192 x 4096 and 4096 x 14336, bfloat16: 32 channels a thread in one tile beat 16 by a tenth.
 FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
+
+# Swept on an H200 at 8192 x 4096 and 4096 x 14336, bfloat16: 32 channels a thread in one tile beat 16 by a tenth.
 MAX_ROW_BYTES = 32768
 MAX_BLOCK_K = 16384
 CHANNELS_PER_THREAD = 32
@@ -80,9 +80,7 @@ def rms_norm_reorder_quantize(
 
     x: (M, C). weight: (C,) float32, bfloat16 or float16. Raises TypeError or ValueError for another weight.
     """
-    if weight.dtype not in reference.FLOAT_DTYPES:
-        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
-    _check_shape("weight", weight, x.shape[1:])
+    reference.check_norm_weight(x, weight)
     return _quantize("rms_norm", x, weight, eps, channel_perm, (k4, k6, k8), fp6, scale_rounding)
 
 
@@ -94,9 +92,7 @@ def silu_mul_reorder_quantize(
     gate, up: (M, C) of one dtype. Raises TypeError or ValueError otherwise. The exponential is the device's own, good
     to a few units in the last place of float32.
     """
-    if up.dtype != gate.dtype:
-        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
-    _check_shape("up", up, gate.shape)
+    reference.check_gate_and_up(gate, up)
     return _quantize("silu_mul", gate, up, 0.0, channel_perm, (k4, k6, k8), fp6, scale_rounding)
 
 
@@ -162,7 +158,7 @@ def _quantize(
     other: Tensor | None,
     eps: float,
     channel_perm: Tensor,
-    split: tuple[int, int, int],
+    split: Split,
     fp6: str,
     scale_rounding: str,
 ) -> QuantizedActivation:
@@ -230,20 +226,9 @@ def mixed_mx_mm(
             "N": columns,
             **dict(zip(("blocks4", "blocks6", "blocks8"), (k // BLOCK_SIZE for k in split), strict=True)),
         },
-        constexprs={
-            "FP6": fp6,
-            "W_FP4": w_fp4,
-            "HAS_BIAS": bias is not None,
-            "MODE": family.mode,
-            "SWAP": tile.SWAP,
-            "WIDEN_FP4": family.widen_fp4,
-            "X_SWIZZLED": x_swizzled,
-            "W_SWIZZLED": w_swizzled,
-            "BLOCK_M": tile.BLOCK_M,
-            "BLOCK_N": tile.BLOCK_N,
-            "BLOCK_K": tile.BLOCK_K,
-            "GROUP_M": tile.GROUP_M,
-        },
+        constexprs=family.constants(
+            tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias is not None, x_swizzled=x_swizzled, w_swizzled=w_swizzled
+        ),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -260,11 +245,6 @@ def weights_are_fp4(split: Split, w_split: Split) -> bool:
     if w_split == (sum(split), 0, 0):
         return True
     raise ValueError(f"weights must be split like the activations, {split}, or all MXFP4, got {w_split}")
-
-
-def _check_shape(name: str, operand: Tensor, shape: torch.Size) -> None:
-    if operand.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(operand.shape)}")
 
 
 def _current_device(x: Tensor) -> AbstractContextManager[object]:

@@ -125,12 +125,12 @@ def _fake_reorder_quantize(
 
 
 def _fake_rms_norm_reorder_quantize(x: Tensor, weight: Tensor, eps: float, *layout: object) -> Quantized:
-    reference.check_producer_operand("weight", weight, x, x.shape[1:])
+    reference.check_norm_weight(x, weight)
     return _fake_reorder_quantize(x, *layout)  # type: ignore[arg-type]
 
 
 def _fake_silu_mul_reorder_quantize(gate: Tensor, up: Tensor, *layout: object) -> Quantized:
-    reference.check_producer_operand("up", up, gate, gate.shape)
+    reference.check_gate_and_up(gate, up)
     return _fake_reorder_quantize(gate, *layout)  # type: ignore[arg-type]
 
 

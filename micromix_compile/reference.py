@@ -152,12 +152,20 @@ def check_reorder_quantize(
     ScaleRounding(scale_rounding)
 
 
-def check_producer_operand(name: str, operand: Tensor, x: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
-    """Raise TypeError or ValueError unless a second operand of a quantizer's producer is float and fits x."""
-    if operand.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {operand.dtype}")
-    if operand.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(operand.shape)}")
+def check_norm_weight(x: Tensor, weight: Tensor) -> None:
+    """Raise TypeError or ValueError unless `weight` is a float (C,) for x: (M, C)."""
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.shape != x.shape[1:]:
+        raise ValueError(f"weight must have shape {tuple(x.shape[1:])}, got {tuple(weight.shape)}")
+
+
+def check_gate_and_up(gate: Tensor, up: Tensor) -> None:
+    """Raise TypeError or ValueError unless both have one dtype and one shape."""
+    if up.dtype != gate.dtype:
+        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
+    if up.shape != gate.shape:
+        raise ValueError(f"up must have shape {tuple(gate.shape)}, got {tuple(up.shape)}")
 
 
 def check_mixed_mx_mm(

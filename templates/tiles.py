@@ -44,6 +44,25 @@ class Family:
     shared_memory: int
     tiles: tuple[tuple[int, tuple[Tile, ...]], ...]
 
+    def constants(
+        self, tile: Tile, *, fp6: str, w_fp4: bool, has_bias: bool, x_swizzled: bool = False, w_swizzled: bool = False
+    ) -> dict[str, bool | int | str]:
+        """What `mixed_mx_mm_kernel` is compiled with for one of the tiles."""
+        return {
+            "FP6": fp6,
+            "W_FP4": w_fp4,
+            "HAS_BIAS": has_bias,
+            "MODE": self.mode,
+            "SWAP": tile.SWAP,
+            "WIDEN_FP4": self.widen_fp4,
+            "X_SWIZZLED": x_swizzled,
+            "W_SWIZZLED": w_swizzled,
+            "BLOCK_M": tile.BLOCK_M,
+            "BLOCK_N": tile.BLOCK_N,
+            "BLOCK_K": tile.BLOCK_K,
+            "GROUP_M": tile.GROUP_M,
+        }
+
     def tiles_for(self, rows: int) -> tuple[Tile, ...]:
         """The tiles for M = rows, the default first."""
         return next((tiles for most, tiles in self.tiles if rows <= most), self.tiles[-1][1])
@@ -77,7 +96,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
             (_ANY, (Tile(128, 128, 128, 8, 2), Tile(128, 64, 128, 8, 2))),
         ),
     ),
-    # Defaults from a sweep on an H200: N x K of 28672 x 4096 and 4096 x 4096, M from 1 to 2048, a 75/20/5 split.
+    # Defaults from a sweep on an H200 (an earlier decode): N x K of 28672 x 4096 and 4096 x 4096, M from 1 to 2048, a
+    # 75/20/5 split.
     "sm_90": Family(
         mma="bfloat16 MMA of exactly dequantized operands",
         mode="bf16",

@@ -20,6 +20,7 @@ from products import assert_product_is_exact, packed_rows, quantized_rows
 if TYPE_CHECKING:
     from types import ModuleType
 
+# `fake_cuda` replaces torch.cuda's answers; over a real device that would test neither.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, test_gpu.py runs the code")
 
 SCRIPT = Path(__file__).with_name("inductor_codegen.py")

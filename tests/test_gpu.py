@@ -146,6 +146,7 @@ def test_two_streams_do_not_disturb_each_other() -> None:
         assert torch.equal(got, want)
 
 
+# On one GPU the device guard that this is about has nothing to do.
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_model_on_the_second_gpu_runs_there() -> None:
     net = norm_free(make_net(torch.bfloat16))

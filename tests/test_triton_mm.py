@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from products import assert_product_is_exact, packed_rows, quantized_rows
 
-from micromix_compile import gpu, packing
+from micromix_compile import gpu, ops, packing
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.target import target_of
 from micromix_compile.templates.tiles import FAMILIES, Family, Tile
@@ -185,3 +185,28 @@ def test_product_of_operands_that_fit_no_kernel_is_refused(device: str) -> None:
     operands = [tensor.to(device) for tensor in (*x, *w)]
     with pytest.raises(ValueError, match=r"\(64, 0, 32\), or all MXFP4, got \(32, 32, 32\)"):
         gpu.mixed_mx_mm(*operands, None, "e2m3", torch.float32, family_on(device))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_operands_that_do_not_fit_are_refused_where_a_graph_is_traced() -> None:
+    """What is compiled launches without a look at its arguments, so tracing must look."""
+    good = [meta(3, 16), meta(3, 32), meta(3, 0), meta(3, 2), meta(5, 16), meta(3, 5, 8), meta(5, 0), meta(5, 2)]
+    assert ops.mixed_mx_mm(*good, meta(5), "e2m3", torch.float32).shape == (3, 5)
+    for index, bad in ((1, meta(1, 32)), (3, meta(3, 1)), (5, meta(3, 5, 16)), (7, meta(4, 2))):
+        with pytest.raises(ValueError, match=r"must have shape|channels"):
+            ops.mixed_mx_mm(*good[:index], bad, *good[index + 1 :], None, "e2m3", torch.float32)
+    with pytest.raises(ValueError, match=r"bias must have shape \(5,\)"):
+        ops.mixed_mx_mm(*good, meta(1), "e2m3", torch.float32)
+    with pytest.raises(ValueError, match="fp6 must be one of"):
+        ops.mixed_mx_mm(*good, None, "e9m9", torch.float32)
+    x, perm = meta(3, 64, dtype=torch.bfloat16), meta(64, dtype=torch.int32)
+    layout = (perm, 32, 0, 32, "e2m3", "rceil")
+    with pytest.raises(ValueError, match="sums to 96"):
+        ops.reorder_quantize(x, perm, 32, 32, 32, "e2m3", "rceil")
+    with pytest.raises(ValueError, match="weight must have shape"):
+        ops.rms_norm_reorder_quantize(x, meta(32, dtype=torch.bfloat16), 1e-6, *layout)
+    with pytest.raises(TypeError, match="up must have gate's dtype"):
+        ops.silu_mul_reorder_quantize(x, x.float(), *layout)
