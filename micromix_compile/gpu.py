@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,14 +115,10 @@ def reorder_quantize_call(
     from micromix_compile.templates.reorder_quantize import reorder_quantize_kernel
 
     q4, q6, q8, scale = outputs
-    rows, channels = x.shape
-    itemsize = max(tensor.element_size() for tensor in (x, other) if tensor is not None)
-    block_c = _power_of_two(channels, MAX_ROW_BYTES // itemsize)
-    # Several chunks of a row need registers for what was gathered from the earlier ones.
-    block_k = _power_of_two(channel_perm.shape[0], MAX_BLOCK_K if channels <= block_c else MAX_BLOCK_K // 2)
+    tile = quantizer_tile(x, other, channel_perm.shape[0])
     return KernelCall(
         kernel=reorder_quantize_kernel,
-        grid=(rows, -(-channel_perm.shape[0] // block_k)),
+        grid=(x.shape[0], -(-channel_perm.shape[0] // tile.BLOCK_K)),
         args={
             "x_ptr": x,
             "other_ptr": other,
@@ -131,7 +127,7 @@ def reorder_quantize_call(
             "q6_ptr": q6,
             "q8_ptr": q8,
             "scale_ptr": scale,
-            "C": channels,
+            "C": x.shape[1],
             "stride_x": x.stride(0),
             "stride_other": other.stride(0) if producer == "silu_mul" and other is not None else 0,
             "odd4": 2 * (q4.shape[1] * 2 // BLOCK_SIZE) + 3,
@@ -144,12 +140,32 @@ def reorder_quantize_call(
             "FP6": fp6,
             "SCALE_ROUNDING": str(scale_rounding),
             "FORMATS": FORMATS_DIGEST,
-            "BLOCK_C": block_c,
-            "ROW_CHUNKS": -(-channels // block_c),
-            "BLOCK_K": block_k,
+            "BLOCK_C": tile.BLOCK_C,
+            "ROW_CHUNKS": tile.ROW_CHUNKS,
+            "BLOCK_K": tile.BLOCK_K,
         },
-        num_warps=min(max(max(block_c, block_k) // (32 * CHANNELS_PER_THREAD), 4), 16),
+        num_warps=tile.num_warps,
     )
+
+
+class QuantizerTile(NamedTuple):
+    """Channels that a quantizer's program reads at a time, how many such chunks make a row, channels that it writes."""
+
+    BLOCK_C: int
+    ROW_CHUNKS: int
+    BLOCK_K: int
+    num_warps: int
+
+
+def quantizer_tile(x: Tensor, other: Tensor | None, out_channels: int) -> QuantizerTile:
+    """The tile for rows of x: (M, C) and K output channels."""
+    channels = x.shape[1]
+    itemsize = max(tensor.element_size() for tensor in (x, other) if tensor is not None)
+    block_c = _power_of_two(channels, MAX_ROW_BYTES // itemsize)
+    # Several chunks of a row need registers for what was gathered from the earlier ones.
+    block_k = _power_of_two(out_channels, MAX_BLOCK_K if channels <= block_c else MAX_BLOCK_K // 2)
+    num_warps = min(max(max(block_c, block_k) // (32 * CHANNELS_PER_THREAD), 4), 16)
+    return QuantizerTile(block_c, -(-channels // block_c), block_k, num_warps)
 
 
 def _quantize(
@@ -168,15 +184,15 @@ def _quantize(
     if outputs.scale.numel():
         call = reorder_quantize_call(
             producer,
-            _unit_column_stride(x),
-            None if other is None else _unit_column_stride(other),
+            unit_column_stride(x),
+            None if other is None else unit_column_stride(other),
             eps,
             channel_perm.contiguous(),
             outputs,
             fp6=fp6,
             scale_rounding=scale_rounding,
         )
-        with _current_device(x):
+        with current_device(x):
             call.launch()
     return outputs
 
@@ -233,7 +249,7 @@ def mixed_mx_mm(
         num_stages=tile.num_stages,
     )
     if out.numel():
-        with _current_device(out):
+        with current_device(out):
             call.launch()
     return out
 
@@ -247,12 +263,13 @@ def weights_are_fp4(split: Split, w_split: Split) -> bool:
     raise ValueError(f"weights must be split like the activations, {split}, or all MXFP4, got {w_split}")
 
 
-def _current_device(x: Tensor) -> AbstractContextManager[object]:
+def current_device(x: Tensor) -> AbstractContextManager[object]:
     """Makes x's GPU the current device; nothing for a CPU tensor, which Triton's interpreter takes."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _unit_column_stride(x: Tensor) -> Tensor:
+def unit_column_stride(x: Tensor) -> Tensor:
+    """x, or a copy if its rows are not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -52,10 +52,10 @@ def reorder_quantize_kernel(
     blocks = b4 + b6 + b8
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    # Beyond K the index is whatever it is: `_gather_row` reads inside the row for any, and nothing is stored.
+    # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
     index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     row = tl.program_id(0).to(tl.int64)
-    y = _gather_row(x_ptr + row * stride_x, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
+    y = gather_row(x_ptr + row * stride_x, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
     _quantize_blocks(
         tl.reshape(y, (BLOCKS, 32)),
         block,
@@ -72,7 +72,7 @@ def reorder_quantize_kernel(
 
 
 @triton.jit
-def _gather_row(
+def gather_row(
     x_ptr,
     other_ptr,
     other_offset,
@@ -86,20 +86,20 @@ def _gather_row(
     """produced row[index] as float32, zero where index is outside [0, C). index: (BLOCK_K,) int32."""
     rstd = 1.0
     if PRODUCER == "rms_norm":
-        rstd = _rstd(x_ptr, C, EPS, BLOCK_C, ROW_CHUNKS)
+        rstd = row_rstd(x_ptr, C, EPS, BLOCK_C, ROW_CHUNKS)
     if PRODUCER == "silu_mul":
         other_ptr += other_offset
     y = tl.zeros(index.shape, tl.float32)
     for chunk in tl.static_range(ROW_CHUNKS):
-        row = _produce(x_ptr, other_ptr, chunk * BLOCK_C + tl.arange(0, BLOCK_C), C, rstd, PRODUCER)
+        row = produce(x_ptr, other_ptr, chunk * BLOCK_C + tl.arange(0, BLOCK_C), C, rstd, PRODUCER)
         local = index - chunk * BLOCK_C
-        gathered = _to_float32(tl.gather(row, local & (BLOCK_C - 1), 0))
+        gathered = to_float32(tl.gather(row, local & (BLOCK_C - 1), 0))
         y = tl.where(local.to(tl.uint32, bitcast=True) < BLOCK_C, gathered, y)
     return y
 
 
 @triton.jit
-def _produce(x_ptr, other_ptr, c, C, rstd, PRODUCER: tl.constexpr):
+def produce(x_ptr, other_ptr, c, C, rstd, PRODUCER: tl.constexpr):
     """Channels `c` of the quantizer's input, zero from C on. Every step rounds as eager PyTorch does.
 
     In x's dtype; in float32 if that of the weight differs, as PyTorch promotes the product.
@@ -109,30 +109,30 @@ def _produce(x_ptr, other_ptr, c, C, rstd, PRODUCER: tl.constexpr):
         y = x
     else:
         other = tl.load(other_ptr + c, mask=c < C, other=0.0)
-        x32 = _to_float32(x)
+        x32 = to_float32(x)
         if PRODUCER == "rms_norm":
             x32 = x32 * rstd
         else:
             x32 = x32 / (1.0 + tl.exp(-x32))
-        y = _to_float32(_round_to(x32, x.dtype)) * _to_float32(other)
+        y = to_float32(_round_to(x32, x.dtype)) * to_float32(other)
         if other.dtype == x.dtype:
             y = _round_to(y, x.dtype)
     return y
 
 
 @triton.jit
-def _rstd(x_ptr, C, EPS: tl.constexpr, BLOCK_C: tl.constexpr, ROW_CHUNKS: tl.constexpr):
+def row_rstd(x_ptr, C, EPS: tl.constexpr, BLOCK_C: tl.constexpr, ROW_CHUNKS: tl.constexpr):
     """1 / sqrt(mean(x**2) + eps) of one row, in float32."""
     total = tl.zeros((BLOCK_C,), tl.float32)
     for chunk in tl.static_range(ROW_CHUNKS):
         c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = _to_float32(tl.load(x_ptr + c, mask=c < C, other=0.0))
+        x = to_float32(tl.load(x_ptr + c, mask=c < C, other=0.0))
         total += x * x
     return tl.rsqrt(tl.sum(total, 0) / C + EPS)
 
 
 @triton.jit
-def _to_float32(x):
+def to_float32(x):
     """x as float32. The bits of a bfloat16 are moved, which the interpreter gets right for subnormals too."""
     if x.dtype == tl.bfloat16:
         y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -174,7 +174,7 @@ def _quantize_blocks(
     exists = block < b4 + b6 + b8
     is6 = (block >= b4) & (block < b4 + b6)
 
-    byte = _scale_byte(y, is4, is8, FP6, SCALE_ROUNDING)
+    byte = scale_byte(y, is4, is8, FP6, SCALE_ROUNDING)
     # FP6 leaves as E4M3 with the constant factor in the scale. Where the scale has no room the code takes the rest.
     baked = byte + tl.where(is6 & (byte < 255), _field(FP6, "e4m3_shift"), 0)
     excess = tl.where(byte < 255, tl.maximum(baked - 254, 0), 0)
@@ -216,16 +216,16 @@ def _raise_e4m3(ptrs, exponent):
 
 
 @triton.jit
-def _scale_byte(y, is4, is8, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr):
+def scale_byte(y, is4, is8, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr):
     """E8M0 bytes (BLOCKS,) int32 of y (BLOCKS, 32), 255 where a block holds a NaN or an infinity."""
     amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as integers, so that a NaN is the largest
     exponent = amax >> 23
     mantissa = amax & 0x7FFFFF
-    byte = exponent - _by_format(is4, is8, FP6, "emax")
+    byte = exponent - by_format(is4, is8, FP6, "emax")
     if SCALE_ROUNDING == "rceil":
-        byte += (mantissa > _by_format(is4, is8, FP6, "max_mantissa")).to(tl.int32)
+        byte += (mantissa > by_format(is4, is8, FP6, "max_mantissa")).to(tl.int32)
     elif SCALE_ROUNDING == "even":
-        byte += (mantissa + _by_format(is4, is8, FP6, "half_step")) >> 23
+        byte += (mantissa + by_format(is4, is8, FP6, "half_step")) >> 23
     else:
         tl.static_assert(SCALE_ROUNDING == "floor", "unknown SCALE_ROUNDING")
     return tl.where(exponent == 255, 255, tl.maximum(byte, 0))
@@ -240,13 +240,13 @@ def _encode(y, byte, is4, is8, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr):
     """
     scaled = y * (tl.maximum(254 - byte, 1) << 23).to(tl.float32, bitcast=True)[:, None]
     if SCALE_ROUNDING != "rceil":  # with "rceil" nothing exceeds the largest value
-        largest = _by_format(is4, is8, FP6, "max_value")[:, None]
+        largest = by_format(is4, is8, FP6, "max_value")[:, None]
         scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
     # One code step at exponent e is 2**(e - mantissa_bits). Adding 2**(e - mantissa_bits + 23), whose ulp is that
     # step, lets the fp32 adder round to nearest even; the low bits of the sum are the count of steps, its exponent
     # field says which e. So sum + (sum >> drop) is the code, off by a constant, in the low 8 bits.
-    drop = _by_format(is4, is8, FP6, "drop")
-    lowest = _by_format(is4, is8, FP6, "lowest")
+    drop = by_format(is4, is8, FP6, "drop")
+    lowest = by_format(is4, is8, FP6, "lowest")
     lift = (drop + 127) << 23  # 2**drop
     first = lowest + (drop << 23)
     power = tl.maximum(scaled.to(tl.int32, bitcast=True) & 0x7F800000, lowest[:, None])
@@ -260,7 +260,7 @@ def _encode(y, byte, is4, is8, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def _by_format(is4, is8, FP6: tl.constexpr, NAME: tl.constexpr):
+def by_format(is4, is8, FP6: tl.constexpr, NAME: tl.constexpr):
     """The field NAME of each block's format."""
     return tl.where(is8, _field("e4m3", NAME), tl.where(is4, _field("e2m1", NAME), _field(FP6, NAME)))
 

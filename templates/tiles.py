@@ -70,6 +70,27 @@ class Family:
 
 _ANY: Final = 1 << 62
 
+
+@dataclass(frozen=True, slots=True)
+class FoldedTile:
+    """One program's share of `folded_mm_kernel`: (BLOCK_M, BLOCK_N) of the output in steps of BLOCK_K."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+FOLDED_TILES: Final = (
+    (16, FoldedTile(16, 64, 256, 4, 4)),
+    (32, FoldedTile(32, 64, 256, 4, 4)),
+    (64, FoldedTile(64, 128, 128, 8, 3)),
+    (128, FoldedTile(128, 128, 128, 8, 3)),
+    (_ANY, FoldedTile(256, 128, 128, 8, 3)),
+)
+"""Per largest number of rows."""
+
 FAMILIES: Final[Mapping[str, Family]] = {
     # tcgen05: at least 128 rows on the left, 4 or 8 warps; anything else falls silently back to bfloat16.
     "sm_100": Family(

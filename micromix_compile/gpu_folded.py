@@ -1,0 +1,232 @@
+"""Launches of the folded kernels (sm_90): reorder-fold, the product with packed weights, and weights expanded once.
+
+Like `gpu`: a launch is a `gpu.KernelCall`, which needs only shapes; functions named as ops allocate and launch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from micromix_compile import gpu, reference
+from micromix_compile.folding import LOCKS, FoldedActivation
+from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.templates.tiles import FOLDED_TILES, FoldedTile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from micromix_compile.recipe import Split
+
+MAX_GROUP: Final = 3
+"""Weights that one product takes."""
+
+PROCESSORS: Final = 132
+"""Streaming multiprocessors of an H100 or H200: how far K is split to give each some work."""
+
+EXPAND_FROM: Final = 257
+"""Rows from which on expanding the weights in memory and the library's FP8 product are faster than unpacking in the
+product. Not a bound of the kernel, which takes any M."""
+
+
+class FoldedWeight(NamedTuple):
+    """A packed weight, the scales of its rows, and the bias or None."""
+
+    w4: Tensor
+    w6: Tensor
+    w8: Tensor
+    w_scale: Tensor
+    row_scale: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def split(self) -> Split:
+        """(k4, k6, k8) of the weight."""
+        return 2 * self.w4.shape[1], 4 * self.w6.shape[2], self.w8.shape[1]
+
+
+def reorder_fold(
+    producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
+    scale_rounding: str, *, w_fp4: bool,
+) -> FoldedActivation:  # fmt: skip
+    """`folding.fold_activation` of what `gpu` quantizes with the same producer, in one launch. x: (M, C)."""
+    reference.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
+    q = x.new_empty((x.shape[0], channel_perm.shape[0]), dtype=torch.float8_e4m3fn)
+    out = FoldedActivation(
+        q, x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(LOCKS, dtype=torch.int32)
+    )
+    call = reorder_fold_call(
+        producer, gpu.unit_column_stride(x), None if other is None else gpu.unit_column_stride(other), eps,
+        channel_perm.contiguous(), split, out._replace(q=q.view(torch.uint8)), fp6=fp6,
+        scale_rounding=scale_rounding, w_fp4=w_fp4,
+    )  # fmt: skip
+    if x.shape[0]:
+        with gpu.current_device(x):
+            call.launch()
+    return out
+
+
+def reorder_fold_call(
+    producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split,
+    out: FoldedActivation, *, fp6: str, scale_rounding: str, w_fp4: bool,
+) -> gpu.KernelCall:  # fmt: skip
+    """The launch that fills `out`, its q seen as uint8; as `gpu.reorder_quantize_call`."""
+    from micromix_compile.templates.reorder_fold import reorder_fold_kernel
+
+    channels = channel_perm.shape[0]
+    tile = gpu.quantizer_tile(x, other, channels)
+    return gpu.KernelCall(
+        kernel=reorder_fold_kernel,
+        grid=(x.shape[0], max(-(-channels // tile.BLOCK_K), 1)),
+        args={
+            "x_ptr": x,
+            "other_ptr": other,
+            "channel_perm_ptr": channel_perm,
+            "q_ptr": out.q,
+            "row_scale_ptr": out.row_scale,
+            "locks_ptr": out.locks,
+            "C": x.shape[1],
+            "stride_x": x.stride(0),
+            "stride_other": other.stride(0) if producer == "silu_mul" and other is not None else 0,
+            **_odd_blocks(split),
+        },
+        constexprs={
+            "PRODUCER": producer,
+            "EPS": eps,
+            "FP6": fp6,
+            "SCALE_ROUNDING": str(scale_rounding),
+            "W_FP4": w_fp4,
+            "FORMATS": gpu.FORMATS_DIGEST,
+            "BLOCK_C": tile.BLOCK_C,
+            "ROW_CHUNKS": tile.ROW_CHUNKS,
+            "BLOCK_K": tile.BLOCK_K,
+            "WHOLE_ROW": channels <= tile.BLOCK_K,
+            "LOCKS": LOCKS,
+        },
+        num_warps=tile.num_warps,
+    )
+
+
+def folded_mm(
+    x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype,
+    tile: FoldedTile | None = None, split_k: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`folding.folded_mm`, side by side for up to `MAX_GROUP` weights with one activation: (M, sum of N).
+
+    With many rows by way of `expand_weight` and the library, with few in one launch that reads the weights packed.
+    tile, split_k: of that launch, which then takes any number of rows.
+    """
+    rows, columns = x.q.shape[0], [weight.w_scale.shape[0] for weight in weights]
+    if tile is None and uses_library(rows, columns, out_dtype):
+        return _library_mm(x, weights, fp6=fp6, out_dtype=out_dtype)
+    out = x.q.new_empty((rows, sum(columns)), dtype=out_dtype)
+    tile = tile or tile_for(rows)
+    split_k = split_k or split_for(rows, columns, x.q.shape[1], tile)
+    partial = x.q.new_empty((split_k, *out.shape) if split_k > 1 else (0,), dtype=torch.float32)
+    call = folded_mm_call(x, weights, out, partial, fp6=fp6, tile=tile, split_k=split_k)
+    if out.numel():
+        with gpu.current_device(out):
+            call.launch()
+    return out
+
+
+def folded_mm_call(
+    x: FoldedActivation, weights: Sequence[FoldedWeight], out: Tensor, partial: Tensor, *, fp6: str, tile: FoldedTile,
+    split_k: int,
+) -> gpu.KernelCall:  # fmt: skip
+    """The launch that fills `out`. Only shapes and dtypes are read here."""
+    from micromix_compile.templates.folded_mm import folded_mm_kernel
+
+    columns = [weight.w_scale.shape[0] for weight in weights]
+    tiles = [-(-n // tile.BLOCK_N) for n in columns]
+    args: dict[str, Any] = {"x": x.q, "x_row_scale": x.row_scale}
+    for i in range(MAX_GROUP):
+        weight = weights[i] if i < len(weights) else weights[0]  # what is beyond the group is never read
+        fields = ("w4", "w6", "w8", "w_scale", "w_row_scale", "bias")
+        args |= {f"{name}_{i}": tensor for name, tensor in zip(fields, weight, strict=True)}
+    args |= {"out": out, "partial": partial, "locks": x.locks, "M": out.shape[0]}
+    args |= {f"N{i}": columns[i] if i < len(columns) else 0 for i in range(MAX_GROUP)}
+    args |= {**_odd_blocks(weights[0].split), "tiles0": tiles[0], "tiles1": sum(tiles[:2])}
+    return gpu.KernelCall(
+        kernel=folded_mm_kernel,
+        grid=(sum(tiles), -(-out.shape[0] // tile.BLOCK_M), split_k),
+        args=args,
+        constexprs={
+            "FP6": fp6,
+            "GROUPS": len(weights),
+            "HAS_BIAS": weights[0].bias is not None,
+            "BLOCK_M": tile.BLOCK_M,
+            "BLOCK_N": tile.BLOCK_N,
+            "BLOCK_K": tile.BLOCK_K,
+            "SPLIT_K": split_k,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def tile_for(rows: int) -> FoldedTile:
+    """The tile for M = rows."""
+    return next(tile for most, tile in FOLDED_TILES if rows <= most)
+
+
+def split_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile) -> int:
+    """Into how many parts K is split: a power of two that gives every processor two programs with two steps each."""
+    tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
+    split = 1
+    while split < 8 and tiles * split < 2 * PROCESSORS and channels >= 4 * split * tile.BLOCK_K and tiles <= LOCKS:
+        split *= 2
+    return split
+
+
+def uses_library(rows: int, columns: Sequence[int], out_dtype: torch.dtype) -> bool:
+    """Whether a product goes through expanded weights; the library wants bfloat16 and whole groups of 16 columns."""
+    return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
+
+
+def _library_mm(
+    x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype
+) -> Tensor:
+    """One FP8 product of all weights, expanded side by side into a buffer that lives as long as the call."""
+    columns = [weight.w_scale.shape[0] for weight in weights]
+    expanded = x.q.new_empty((sum(columns), x.q.shape[1]))
+    for weight, rows in zip(weights, expanded.split(columns), strict=True):
+        expand_weight(weight, rows, fp6=fp6)
+    biases = [weight.bias for weight in weights]
+    bias = None if biases[0] is None else torch.cat([b.to(out_dtype) for b in biases if b is not None])
+    row_scales = torch.cat([weight.row_scale for weight in weights]) if len(weights) > 1 else weights[0].row_scale
+    return torch._scaled_mm(
+        x.q, expanded.T, scale_a=x.row_scale[:, None], scale_b=row_scales[None], bias=bias, out_dtype=out_dtype,
+        use_fast_accum=True,
+    )  # fmt: skip
+
+
+def expand_weight(weight: FoldedWeight, out: Tensor, *, fp6: str) -> None:
+    """Fill `out`, (N, K) float8_e4m3fn, with `folding.fold_weight`."""
+    from micromix_compile.templates.expand_weight import expand_weight_kernel
+
+    rows, step, block_n = out.shape[0], 16, 16
+    steps = sum(-(-k // (BLOCK_SIZE * step)) for k in weight.split)
+    call = gpu.KernelCall(
+        kernel=expand_weight_kernel,
+        grid=(-(-rows // block_n), steps),
+        args={
+            **dict(zip(("w4", "w6", "w8", "w_scale", "w_row_scale"), weight, strict=False)),
+            "out": out.view(torch.uint8),
+            "N": rows,
+            **_odd_blocks(weight.split),
+        },
+        constexprs={"FP6": fp6, "BLOCK_N": block_n, "STEP": step},
+        num_warps=4,
+    )
+    if out.numel():
+        with gpu.current_device(out):
+            call.launch()
+
+
+def _odd_blocks(split: Split) -> dict[str, int]:
+    """Blocks of each segment as numbers that no compiler specializes a kernel on."""
+    return {name: 2 * (k // BLOCK_SIZE) + 3 for name, k in zip(("odd4", "odd6", "odd8"), split, strict=True)}
+

@@ -1,0 +1,118 @@
+"""Reorder, quantize and fold on a GPU, behind nothing, an RMSNorm or SiLU·mul: E4M3 rows with one scale each.
+
+The values are those of `reorder_quantize`, divided by the row's power of two and rounded to E4M3, in the order in which
+`folded_mm` meets them; `micromix_compile.folding` is the contract. A program takes one row. Launched by
+`micromix_compile.gpu_folded`.
+"""
+
+import triton
+import triton.language as tl
+
+from micromix_compile.templates.fold import float32_to_e4m3
+from micromix_compile.templates.reorder_quantize import by_format, gather_row, produce, row_rstd, scale_byte, to_float32
+
+
+@triton.jit
+def reorder_fold_kernel(
+    x_ptr,  # (M, C)
+    other_ptr,  # rms_norm: weight (C,), any float dtype; silu_mul: up (M, C); none: unused
+    channel_perm_ptr,  # (K,) any integer dtype, -1 reads as zero
+    q_ptr,  # (M, K) uint8: E4M3 bytes
+    row_scale_ptr,  # (M,) float32
+    locks_ptr,  # (LOCKS,) int32, set to zero for the products that follow
+    C,
+    stride_x,
+    stride_other,
+    odd4,  # 2 * b4 + 3, and so on: compilers make another kernel for an argument of 1 or a multiple of 16
+    odd6,
+    odd8,
+    PRODUCER: tl.constexpr,  # "none", "rms_norm" or "silu_mul"
+    EPS: tl.constexpr,
+    FP6: tl.constexpr,  # "e2m3" or "e3m2"
+    SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil" or "even"
+    W_FP4: tl.constexpr,  # all weights are MXFP4: every block in their order
+    FORMATS: tl.constexpr,  # digest of the table that `by_format` reads
+    BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
+    ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
+    BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
+    WHOLE_ROW: tl.constexpr,  # BLOCK_K covers K
+    LOCKS: tl.constexpr,
+):
+    """Fold BLOCK_K output channels, from program_id(1) * BLOCK_K on, of row program_id(0)."""
+    BLOCKS: tl.constexpr = BLOCK_K // 32
+    b4 = (odd4 >> 1) - 1
+    b6 = (odd6 >> 1) - 1
+    blocks = b4 + b6 + (odd8 >> 1) - 1
+    streams = blocks if W_FP4 else b4  # blocks that are stored in two halves, as FP4 weights unpack
+    row = tl.program_id(0).to(tl.int64)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))
+    x_ptr += row * stride_x
+
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    j = tl.arange(0, 32)[None, :]
+    halves = ((j & 12) << 1) | ((j & 16) >> 2) | (j & 3)
+    k = block[:, None] * 32 + tl.where(block[:, None] < streams, halves, j)
+    index = tl.reshape(tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32), (BLOCK_K,))
+    y = gather_row(x_ptr, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
+    y = tl.reshape(y, (BLOCKS, 32))
+
+    is4 = block < b4
+    is8 = block >= b4 + b6
+    if WHOLE_ROW:
+        amax = tl.max(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+    else:
+        amax = _row_amax(x_ptr, other_ptr, row * stride_other, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
+    # ceil(log2(amax / 384)) + 127: 384 is the largest value that E2M1, E2M3, E3M2 and E4M3 reach with 1.5 * 2**n.
+    row_exponent = (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x400000).to(tl.int32)
+    row_exponent = tl.maximum(row_exponent, 1)
+    scale_bits = tl.where(amax >= 0x7F800000, 0x7FC00000, row_exponent << 23)
+    tl.store(row_scale_ptr + row, scale_bits.to(tl.float32, bitcast=True))
+
+    byte = scale_byte(y, is4, is8, FP6, SCALE_ROUNDING)
+    code = float32_to_e4m3(_round_folded(y, byte - row_exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
+    q_ptr += row * (blocks * 32)
+    half = tl.arange(0, 2)[None, :, None] * (streams * 16)
+    half_ptrs = q_ptr + half + block[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
+    tl.store(half_ptrs, tl.reshape(code, (BLOCKS, 2, 16)), mask=(block < streams)[:, None, None])
+    if not W_FP4:
+        plane = tl.arange(0, 4)[None, :, None] * (b6 * 8)
+        plane_ptrs = q_ptr + b4 * 32 + plane + (block - b4)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
+        tl.store(plane_ptrs, tl.reshape(code, (BLOCKS, 4, 8)), mask=((block >= b4) & (block < b4 + b6))[:, None, None])
+        tl.store(q_ptr + block[:, None] * 32 + j, code, mask=(is8 & (block < blocks))[:, None])
+
+
+@triton.jit
+def _row_amax(
+    x_ptr, other_ptr, other_offset, C, PRODUCER: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROW_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Bits of the largest magnitude of a row, as an integer, so that a NaN is the largest."""
+    rstd = 1.0
+    if PRODUCER == "rms_norm":
+        rstd = row_rstd(x_ptr, C, EPS, BLOCK_C, ROW_CHUNKS)
+    if PRODUCER == "silu_mul":
+        other_ptr += other_offset
+    amax = tl.zeros((BLOCK_C,), tl.int32)
+    for chunk in tl.static_range(ROW_CHUNKS):
+        y = to_float32(produce(x_ptr, other_ptr, chunk * BLOCK_C + tl.arange(0, BLOCK_C), C, rstd, PRODUCER))
+        amax = tl.maximum(amax, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(amax, 0)
+
+
+@triton.jit
+def _round_folded(y, exponent, row_exponent, is4, is8, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr):
+    """Y / 2**(row_exponent - 127), rounded to the grids of its blocks. y: (BLOCKS, 32); exponent: (BLOCKS,).
+
+    Adding 1.5 * 2**(e + 23 - mantissa_bits), whose ulp is a step of the grid at exponent e, rounds to nearest even.
+    """
+    folded = y * ((254 - row_exponent) << 23).to(tl.float32, bitcast=True)
+    if SCALE_ROUNDING != "rceil":  # with "rceil" nothing exceeds the largest value
+        power = (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+        largest = (by_format(is4, is8, FP6, "max_value") * power)[:, None]
+        folded = tl.minimum(tl.maximum(folded, -largest), largest)
+    lowest = by_format(is4, is8, FP6, "lowest") + (tl.maximum(exponent, -120) << 23)
+    lift = (by_format(is4, is8, FP6, "drop") + 127) << 23 | 0x400000
+    power = tl.maximum(folded.to(tl.int32, bitcast=True) & 0x7F800000, tl.maximum(lowest, 1 << 23)[:, None])
+    magic = power.to(tl.float32, bitcast=True) * lift.to(tl.float32, bitcast=True)[:, None]
+    return (folded + magic) - magic
