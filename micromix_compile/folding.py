@@ -1,16 +1,18 @@
-"""Folding: MX operands as plain E4M3 with one power of two a row, for FP8 MMA that takes no block scales (sm_90).
+"""Folding: MX operands with one power of two a row, for GPUs whose matrix instructions take no block scales (sm_90).
 
 A block's values are element * 2**e. Relative to a power of two of the whole row they are element * 2**(e - r), and that
 is an E4M3 value again, exactly, as long as it lies in E4M3's range: E2M1 for e - r from -8 to 6, E2M3 from -6 to 5, E3M2
-from -5 to 4. r is such that the row's largest value comes out between 192 and 448. What is exact and what is not:
+from -5 to 4. r is such that the row's largest value comes out between 192 and 448.
 
-  activations  rounded to E4M3: an error of at most 2**-10 where E4M3 is subnormal, that is at most 2**-17 of the row's
-               largest value, and none elsewhere but in MXFP8 blocks below the row's top, whose elements may fall there
-  weights      the same, but MXFP4 blocks with e - r < -5 count as -5, and MXFP8 blocks with e - r < -14 as zero: errors
-               below 2**-9 of the row's largest value
+Activations are folded to E4M3. What falls where E4M3 is subnormal is rounded, by at most 2**-10, that is 2**-17 of the
+row's largest value; all else is exact. Packed weights stay as they are in memory; beside them stands, instead of block
+scales, a factor a block: 2**(e - r - 5) as the upper byte of a float16 number. A kernel that unpacks weights itself
+multiplies by it in float16, exactly for MXFP4 with e - r >= -23, and so for MXFP6, and for MXFP8 down to 2**-19 of the
+row's largest value. Where weights are expanded to E4M3 they are rounded as activations are, and MXFP4 blocks with
+e - r < -5 count as -5: an error below 2**-9 of the row's largest value.
 
 This module says what folded operands are, in plain PyTorch. `templates.reorder_fold` and `templates.fold` compute the
-same bytes.
+same.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from micromix_compile import reference
-from micromix_compile.formats import BLOCK_SIZE, E8M0_NAN
+from micromix_compile import packing, reference
+from micromix_compile.formats import BLOCK_SIZE, E8M0_NAN, elem_format
 
 if TYPE_CHECKING:
     from micromix_compile.recipe import Split
@@ -32,11 +34,12 @@ LOCKS: Final = 1024
 
 LARGEST: Final = 448.0
 
-MIN_FP4_EXPONENT: Final = -5
-"""Of an MXFP4 weight's block relative to its row: the least for which every code is an E4M3 normal number."""
+FACTOR_PADDING: Final = 16
+"""Blocks: the factors of each segment fill whole words, which kernels copy without a look at their number."""
 
-MIN_FP8_EXPONENT: Final = -14
-"""Of an MXFP8 weight's block relative to its row: the least power of two that is a float16 normal number."""
+_FACTOR_SHIFT: Final = 5
+_FP4_SHIFT: Final = 14  # an E2M1 code moved into float16 is 2**-14 times its value
+_MIN_EXPANDED_FP4: Final = -5  # the least exponent at which every E2M1 code is an E4M3 normal number
 
 # The largest exponent of a block's scale byte (MXFP6 as E4M3 bytes) relative to the row: 6 * 2**6, 7.5 * 2**(11 - 6),
 # 28 * 2**(8 + 4) / 2**8 and 448 are the largest values up to 448.
@@ -79,31 +82,67 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
 
 def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> Tensor:
     """2**r of each row of a packed weight: (N,) float32, NaN where a block is."""
-    blocks = [2 * w4.shape[1] // BLOCK_SIZE, 4 * w6.shape[2] // BLOCK_SIZE, w8.shape[1] // BLOCK_SIZE]
     exponent = torch.ones(w_scale.shape[0], dtype=torch.int32, device=w_scale.device)
-    for part, fmt in zip(w_scale.to(torch.int32).split(blocks, 1), ("e2m1", fp6, "e4m3"), strict=True):
+    for part, fmt in zip(_segments(w_scale, w4, w6, w8), ("e2m1", fp6, "e4m3"), strict=True):
         if part.shape[1]:
-            exponent = torch.maximum(exponent, part.amax(1) - _TOP[fmt])
+            exponent = torch.maximum(exponent, part.to(torch.int32).amax(1) - _TOP[fmt])
     poisoned = (w_scale == E8M0_NAN).any(1)
     return torch.where(poisoned, torch.nan, (exponent << 23).view(torch.float32))
 
 
-def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale: Tensor, fp6: str) -> Tensor:
-    """A packed weight folded by `row_scale` (from `weight_row_scale`): (N, K) float8_e4m3fn, order of `fold_order`."""
-    split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
-    scale4, scale6, scale8 = w_scale.split([k // BLOCK_SIZE for k in split], 1)
+def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale: Tensor) -> Tensor:
+    """The factors of a packed weight's blocks: (N, S) uint8, each segment padded to `FACTOR_PADDING` blocks with zeros.
+
+    Upper bytes of float16: 2**(e - r - 5), e being the exponent of the scale byte; for MXFP4, whose codes kernels move
+    into float16 as they are, 2**14 times that. What is less than 2**-16 is zero. row_scale: of `weight_row_scale`.
+    """
     row_exponent = (row_scale.view(torch.int32) >> 23)[:, None]
-    scale4 = torch.maximum(scale4.to(torch.int32), row_exponent + MIN_FP4_EXPONENT).clamp(0, 254).to(torch.uint8)
-    kept = (scale8.to(torch.int32) >= row_exponent + MIN_FP8_EXPONENT).repeat_interleave(BLOCK_SIZE, 1)
-    w8 = torch.where(kept, w8, 0)
-    values = reference.dequantize_weight(w4, w6, w8, torch.cat((scale4, scale6, scale8), 1), fp6)
-    return _to_e4m3(values[:, fold_order(split, w_fp4=False).to(w4.device)], row_scale)
+    factors = []
+    for part, shift in zip(_segments(w_scale, w4, w6, w8), (_FP4_SHIFT - _FACTOR_SHIFT, *[-_FACTOR_SHIFT] * 2), strict=True):
+        exponent = part.to(torch.int32) - row_exponent + shift
+        subnormal = torch.where(exponent == -15, 2, torch.where(exponent == -16, 1, 0))
+        upper = torch.where(exponent >= -14, (exponent + 15) << 2, subnormal)
+        padding = -part.shape[1] % FACTOR_PADDING
+        factors.append(torch.nn.functional.pad(upper.clamp(0, 120).to(torch.uint8), (0, padding)))
+    return torch.cat(factors, 1)
+
+
+def unpacked_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, row_scale: Tensor, fp6: str) -> Tensor:
+    """A packed weight as kernels with few rows see it, divided by `row_scale`: (N, K) float32, order of `fold_order`."""
+    return _unpack(w4, w6, w8, factor, row_scale, fp6, least_fp4=0)
+
+
+def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, row_scale: Tensor, fp6: str) -> Tensor:
+    """A packed weight expanded to E4M3: (N, K) float8_e4m3fn, in the order of `fold_order`."""
+    least = _MIN_EXPANDED_FP4 + _FP4_SHIFT - _FACTOR_SHIFT + 15 << 2
+    return _to_e4m3(_unpack(w4, w6, w8, factor, row_scale, fp6, least_fp4=least), torch.ones_like(row_scale))
+
+
+def _unpack(
+    w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, row_scale: Tensor, fp6: str, *, least_fp4: int
+) -> Tensor:
+    split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
+    padded = [-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split]
+    codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
+    values = []
+    for part, k, code, fmt in zip(factor.split(padded, 1), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True):
+        upper = part[:, : k // BLOCK_SIZE].clamp(min=least_fp4 if fmt == "e2m1" else 0)
+        scale = (upper.to(torch.int16) << 8).view(torch.float16).to(torch.float32) * 2.0**_FACTOR_SHIFT
+        scale = scale * 2.0**-_FP4_SHIFT if fmt == "e2m1" else scale
+        values.append(reference.decode(code, elem_format(fmt)) * scale.repeat_interleave(BLOCK_SIZE, 1))
+    ordered = torch.cat(values, 1)[:, fold_order(split, w_fp4=False).to(w4.device)]
+    return torch.where(row_scale.isnan()[:, None], 0.0, ordered)
+
+
+def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tensor, ...]:
+    split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
+    return w_scale.split([k // BLOCK_SIZE for k in split], 1)
 
 
 def folded_mm(
     x: FoldedActivation, weights: list[tuple[Tensor, Tensor]], biases: list[Tensor | None], out_dtype: torch.dtype
 ) -> Tensor:
-    """Products with folded weights (w, row_scale), side by side: (M, sum of N), float32 inside, rounded once."""
+    """Products with weights (w, row_scale) in units of their row scales, side by side: (M, sum of N), rounded once."""
     columns = []
     for (w, row_scale), bias in zip(weights, biases, strict=True):
         out = (x.q.to(torch.float32) @ w.to(torch.float32).T) * row_scale * x.row_scale[:, None]

@@ -32,12 +32,12 @@ product. Not a bound of the kernel, which takes any M."""
 
 
 class FoldedWeight(NamedTuple):
-    """A packed weight, the scales of its rows, and the bias or None."""
+    """A packed weight with its factors and row scales (see `folding`), and the bias or None."""
 
     w4: Tensor
     w6: Tensor
     w8: Tensor
-    w_scale: Tensor
+    factor: Tensor
     row_scale: Tensor
     bias: Tensor | None = None
 
@@ -118,14 +118,14 @@ def folded_mm(
     With many rows by way of `expand_weight` and the library, with few in one launch that reads the weights packed.
     tile, split_k: of that launch, which then takes any number of rows.
     """
-    rows, columns = x.q.shape[0], [weight.w_scale.shape[0] for weight in weights]
+    rows, columns = x.q.shape[0], [weight.row_scale.shape[0] for weight in weights]
     if tile is None and uses_library(rows, columns, out_dtype):
         return _library_mm(x, weights, fp6=fp6, out_dtype=out_dtype)
     out = x.q.new_empty((rows, sum(columns)), dtype=out_dtype)
     tile = tile or tile_for(rows)
     split_k = split_k or split_for(rows, columns, x.q.shape[1], tile)
     partial = x.q.new_empty((split_k, *out.shape) if split_k > 1 else (0,), dtype=torch.float32)
-    call = folded_mm_call(x, weights, out, partial, fp6=fp6, tile=tile, split_k=split_k)
+    call = folded_mm_call(x._replace(q=x.q.view(torch.uint8)), weights, out, partial, fp6=fp6, tile=tile, split_k=split_k)
     if out.numel():
         with gpu.current_device(out):
             call.launch()
@@ -136,15 +136,15 @@ def folded_mm_call(
     x: FoldedActivation, weights: Sequence[FoldedWeight], out: Tensor, partial: Tensor, *, fp6: str, tile: FoldedTile,
     split_k: int,
 ) -> gpu.KernelCall:  # fmt: skip
-    """The launch that fills `out`. Only shapes and dtypes are read here."""
+    """The launch that fills `out`, x.q seen as uint8. Only shapes and dtypes are read here."""
     from micromix_compile.templates.folded_mm import folded_mm_kernel
 
-    columns = [weight.w_scale.shape[0] for weight in weights]
+    columns = [weight.row_scale.shape[0] for weight in weights]
     tiles = [-(-n // tile.BLOCK_N) for n in columns]
     args: dict[str, Any] = {"x": x.q, "x_row_scale": x.row_scale}
     for i in range(MAX_GROUP):
         weight = weights[i] if i < len(weights) else weights[0]  # what is beyond the group is never read
-        fields = ("w4", "w6", "w8", "w_scale", "w_row_scale", "bias")
+        fields = ("w4", "w6", "w8", "w_factor", "w_row_scale", "bias")
         args |= {f"{name}_{i}": tensor for name, tensor in zip(fields, weight, strict=True)}
     args |= {"out": out, "partial": partial, "locks": x.locks, "M": out.shape[0]}
     args |= {f"N{i}": columns[i] if i < len(columns) else 0 for i in range(MAX_GROUP)}
@@ -160,6 +160,7 @@ def folded_mm_call(
             "BLOCK_M": tile.BLOCK_M,
             "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K,
+            "WARPS": tile.num_warps,
             "SPLIT_K": split_k,
         },
         num_warps=tile.num_warps,
@@ -176,7 +177,7 @@ def split_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile
     """Into how many parts K is split: a power of two that gives every processor two programs with two steps each."""
     tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
     split = 1
-    while split < 8 and tiles * split < 2 * PROCESSORS and channels >= 4 * split * tile.BLOCK_K and tiles <= LOCKS:
+    while split < 8 and tiles * split < 2 * PROCESSORS and channels >= 2 * split * tile.BLOCK_K * tile.num_warps and tiles <= LOCKS:
         split *= 2
     return split
 
@@ -190,7 +191,7 @@ def _library_mm(
     x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype
 ) -> Tensor:
     """One FP8 product of all weights, expanded side by side into a buffer that lives as long as the call."""
-    columns = [weight.w_scale.shape[0] for weight in weights]
+    columns = [weight.row_scale.shape[0] for weight in weights]
     expanded = x.q.new_empty((sum(columns), x.q.shape[1]))
     for weight, rows in zip(weights, expanded.split(columns), strict=True):
         expand_weight(weight, rows, fp6=fp6)
@@ -205,25 +206,30 @@ def _library_mm(
 
 def expand_weight(weight: FoldedWeight, out: Tensor, *, fp6: str) -> None:
     """Fill `out`, (N, K) float8_e4m3fn, with `folding.fold_weight`."""
+    if out.numel():
+        with gpu.current_device(out):
+            expand_call(weight, out, fp6=fp6).launch()
+
+
+def expand_call(
+    weight: FoldedWeight, out: Tensor, *, fp6: str, block_n: int = 16, step: int = 16, num_warps: int = 4
+) -> gpu.KernelCall:
+    """The launch of `expand_weight`: `step` blocks of `block_n` rows a program."""
     from micromix_compile.templates.expand_weight import expand_weight_kernel
 
-    rows, step, block_n = out.shape[0], 16, 16
     steps = sum(-(-k // (BLOCK_SIZE * step)) for k in weight.split)
-    call = gpu.KernelCall(
+    return gpu.KernelCall(
         kernel=expand_weight_kernel,
-        grid=(-(-rows // block_n), steps),
+        grid=(-(-out.shape[0] // block_n), steps),
         args={
-            **dict(zip(("w4", "w6", "w8", "w_scale", "w_row_scale"), weight, strict=False)),
+            **dict(zip(("w4", "w6", "w8", "w_factor"), weight, strict=False)),
             "out": out.view(torch.uint8),
-            "N": rows,
+            "N": out.shape[0],
             **_odd_blocks(weight.split),
         },
         constexprs={"FP6": fp6, "BLOCK_N": block_n, "STEP": step},
-        num_warps=4,
+        num_warps=num_warps,
     )
-    if out.numel():
-        with gpu.current_device(out):
-            call.launch()
 
 
 def _odd_blocks(split: Split) -> dict[str, int]:

@@ -3,32 +3,32 @@
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import fold_e4m3, fold_fp4, fold_fp6, fold_power, fp4_exponent, spread
+from micromix_compile.templates.fold import fold_e4m3, fold_factor, fold_fp4, fold_fp6, fold_step, spread
 
 
 @triton.jit
-def _expand_fp4(w4, scale, out, inside, row_exponent, blocks4, step, STEP: tl.constexpr):
+def _expand_fp4(w4, factors, out, inside, blocks4, step, STEP: tl.constexpr):
     block = step * STEP + tl.arange(0, STEP)[None, :]
-    scale = tl.load(scale + block, mask=inside & (block < blocks4), other=0)
+    factor = tl.load(factors + block, mask=inside & (block < blocks4), other=0)
     byte = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
     mask = inside & (byte < blocks4 * 16)
     packed = tl.load(w4 + byte, mask=mask, other=0)
-    low, high = fold_fp4(packed, spread(fp4_exponent(scale, row_exponent), 16))
+    low, high = fold_fp4(packed, spread(fold_step(factor), 16))
     tl.store(out + byte, low, mask=mask)
     tl.store(out + blocks4 * 16 + byte, high, mask=mask)
 
 
 @triton.jit
-def _expand_fp6(w6, plane, scale, out, inside, row_exponent, blocks6, step, FP6: tl.constexpr, STEP: tl.constexpr):
+def _expand_fp6(w6, plane, factors, out, inside, blocks6, step, FP6: tl.constexpr, STEP: tl.constexpr):
     block = step * STEP + tl.arange(0, STEP)[None, :]
-    scale = tl.load(scale + block, mask=inside & (block < blocks6), other=0)
+    factor = tl.load(factors + block, mask=inside & (block < blocks6), other=0)
     width = blocks6 * 8
     byte = step * (STEP * 8) + tl.arange(0, STEP * 8)[None, :]
     mask = inside & (byte < width)
     plane0 = tl.load(w6 + byte, mask=mask, other=0)
     plane1 = tl.load(w6 + plane + byte, mask=mask, other=0)
     plane2 = tl.load(w6 + 2 * plane + byte, mask=mask, other=0)
-    fold0, fold1, fold2, fold3 = fold_fp6(plane0, plane1, plane2, spread(fold_power(scale, row_exponent), 8), FP6)
+    fold0, fold1, fold2, fold3 = fold_fp6(plane0, plane1, plane2, spread(fold_factor(factor), 8), FP6)
     out += byte
     tl.store(out, fold0, mask=mask)
     tl.store(out + width, fold1, mask=mask)
@@ -37,19 +37,19 @@ def _expand_fp6(w6, plane, scale, out, inside, row_exponent, blocks6, step, FP6:
 
 
 @triton.jit
-def _expand_fp8(w8, scale, out, inside, row_exponent, blocks8, step, STEP: tl.constexpr):
+def _expand_fp8(w8, factors, out, inside, blocks8, step, STEP: tl.constexpr):
     block = step * STEP + tl.arange(0, STEP)[None, :]
-    scale = tl.load(scale + block, mask=inside & (block < blocks8), other=0)
+    factor = tl.load(factors + block, mask=inside & (block < blocks8), other=0)
     byte = step * (STEP * 32) + tl.arange(0, STEP * 32)[None, :]
     mask = inside & (byte < blocks8 * 32)
-    folded = fold_e4m3(tl.load(w8 + byte, mask=mask, other=0), spread(fold_power(scale, row_exponent), 32))
+    folded = fold_e4m3(tl.load(w8 + byte, mask=mask, other=0), spread(fold_factor(factor), 32))
     tl.store(out + byte, folded, mask=mask)
 
 
 @triton.jit(do_not_specialize=["odd4", "odd6", "odd8"])
 def expand_weight_kernel(
-    w4, w6, w8, w_scale,  # packed as in `packing`
-    w_row_scale,  # (N,) float32
+    w4, w6, w8,  # packed as in `packing`
+    w_factor,  # as in `folding.weight_factor`
     out,  # (N, K) uint8: E4M3 bytes, in the order of `folding.fold_order`
     N,
     odd4, odd6, odd8,  # 2 * blocks + 3, see `reorder_fold`
@@ -62,22 +62,23 @@ def expand_weight_kernel(
     blocks = blocks4 + blocks6 + blocks8
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
+    padded4 = tl.cdiv(blocks4, 16) * 16
+    padded6 = tl.cdiv(blocks6, 16) * 16
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     inside = n < N
     n = n.to(tl.int64)
-    row_exponent = tl.load(w_row_scale + n, mask=inside, other=1.0).to(tl.int32, bitcast=True) >> 23
-    scale = w_scale + n * blocks
+    factors = w_factor + n * (padded4 + padded6 + tl.cdiv(blocks8, 16) * 16)
     out += n * (blocks * 32)
     step = tl.program_id(1)
     if step < steps4:
-        _expand_fp4(w4 + n * (blocks4 * 16), scale, out, inside, row_exponent, blocks4, step, STEP)
+        _expand_fp4(w4 + n * (blocks4 * 16), factors, out, inside, blocks4, step, STEP)
     elif step < steps4 + steps6:
         _expand_fp6(
-            w6 + n * (blocks6 * 8), (blocks6 * 8).to(tl.int64) * N, scale + blocks4, out + blocks4 * 32, inside,
-            row_exponent, blocks6, step - steps4, FP6, STEP,
+            w6 + n * (blocks6 * 8), (blocks6 * 8).to(tl.int64) * N, factors + padded4, out + blocks4 * 32, inside,
+            blocks6, step - steps4, FP6, STEP,
         )  # fmt: skip
     else:
         _expand_fp8(
-            w8 + n * (blocks8 * 32), scale + blocks4 + blocks6, out + (blocks4 + blocks6) * 32, inside, row_exponent,
-            blocks8, step - steps4 - steps6, STEP,
+            w8 + n * (blocks8 * 32), factors + padded4 + padded6, out + (blocks4 + blocks6) * 32, inside, blocks8,
+            step - steps4 - steps6, STEP,
         )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Device functions that fold block scales into E4M3, for MMA without block scales (sm_90). See `micromix_compile.folding`.
+"""Device functions for GPUs whose matrix instructions take no block scales (sm_90): packed MX weights to float16, or to
+folded E4M3. See `micromix_compile.folding`.
 
-A folded operand is E4M3 throughout, with one power of two a row: element * 2**(block exponent - row exponent), rounded
-to E4M3. On a GPU the three decoders below work on words of four codes by byte permutation and packed conversion; the
-interpreter, which has no inline PTX, takes the branch beside them that says the same in integers.
+Where it counts they are inline PTX on words of four bytes: bit placement, byte permutation and packed arithmetic, which
+take two to three instructions a code. The interpreter, which has no inline PTX, takes the branch beside it that says
+the same in integers. Factors, a byte a block, are the upper bytes of float16 powers of two.
 """
 
 import triton
@@ -10,9 +11,98 @@ import triton.language as tl
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# The table's bytes are the E4M3 codes of the magnitudes of E2M1 times 2**-5. A step of one in the exponent adds 8 to all
-# but the zero, which is the lowest byte.
-_FOLD_FP4 = tl.constexpr(
+
+def _halves(pair: int, magnitude_shift: int, sign_shift: int) -> str:
+    """PTX: two E2M1 codes that lie 16 bits apart in $4, into float16 numbers times `factor`, in output `pair`."""
+    shift = f"shl.b32 t, $4, {magnitude_shift};" if magnitude_shift > 0 else f"shr.u32 t, $4, {-magnitude_shift};"
+    return f"""
+    {shift}
+    and.b32 t, t, 0x0E000E00;
+    shl.b32 sign, $4, {sign_shift};
+    lop3.b32 t, sign, 0x80008000, t, 0xEA;
+    mul.rn.f16x2 ${pair}, t, factor;"""
+
+
+def _word_to_float16(source: str, low: str, high: str) -> str:
+    """PTX: four E4M3 bytes to two pairs of float16 times `factor`."""
+    return f"""
+    mov.b32 {{first, second}}, {source};
+    cvt.rn.f16x2.e4m3x2 a, first;
+    cvt.rn.f16x2.e4m3x2 b, second;
+    mul.rn.f16x2 {low}, a, factor;
+    mul.rn.f16x2 {high}, b, factor;"""
+
+
+def _word_to_e4m3(source: str, destination: str) -> str:
+    """PTX: four E4M3 bytes times `factor`, rounded to E4M3 again."""
+    return f"""{_word_to_float16(source, "a", "b")}
+    cvt.rn.satfinite.e4m3x2.f16x2 first, a;
+    cvt.rn.satfinite.e4m3x2.f16x2 second, b;
+    mov.b32 {destination}, {{first, second}};"""
+
+
+def _planes(first: int, used: int, moves: tuple[tuple[int, int, int], ...]) -> list[str]:
+    """PTX: steps that leave E4M3 words of three planes, operands `first` on, and of the hidden fourth in `t`, in turn.
+
+    used, moves: see `packing`.
+    """
+    gather = "mov.b32 t, 0;" + "".join(
+        f"""
+    {"shl" if shift < 0 else "shr"}.b32 a, ${first + plane}, {abs(shift)};
+    lop3.b32 t, a, {bits * 0x01010101:#x}, t, 0xEA;"""
+        for plane, bits, shift in moves
+    )
+    return [f"and.b32 t, ${first + plane}, {used * 0x01010101:#x};" for plane in range(3)] + [gather]
+
+
+_REGISTERS = ".reg .b16 first, second; .reg .b32 a, b, t, sign, factor;"
+_E2M3_PLANES = (0x9F, ((0, 0x80, -1), (0, 0x10, 1), (1, 0x0C, 3), (2, 0x03, 5)))
+_E3M2_PLANES = (0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, -2), (2, 0x10, 2), (2, 0x08, -3)))
+
+
+def _factor(operand: int) -> str:
+    """PTX: `factor` from the byte that all bytes of an operand are: the upper byte of both float16 halves."""
+    return f"prmt.b32 factor, ${operand}, 0, 0x0404;"
+
+
+def _fp6_ptx(to_float16: bool, used: int, moves: tuple[tuple[int, int, int], ...]) -> str:
+    """PTX: three planes and factors to four words of float16 pairs or of E4M3."""
+    outputs = 8 if to_float16 else 4
+    words = []
+    for plane, step in enumerate(_planes(outputs, used, moves)):
+        last = _word_to_float16("t", f"${2 * plane}", f"${2 * plane + 1}") if to_float16 else _word_to_e4m3("t", f"${plane}")
+        words.append(f"\n    {step}{last}")
+    return f"{{ {_REGISTERS}\n    {_factor(outputs + 3)}{''.join(words)}\n}}"
+
+
+_FP4_TO_FLOAT16 = tl.constexpr(
+    f"{{ {_REGISTERS}\n    {_factor(5)}{_halves(0, 9, 12)}{_halves(1, 5, 8)}{_halves(2, 1, 4)}{_halves(3, -3, 0)}\n}}"
+)
+_E2M3_TO_FLOAT16 = tl.constexpr(_fp6_ptx(True, *_E2M3_PLANES))
+_E3M2_TO_FLOAT16 = tl.constexpr(_fp6_ptx(True, *_E3M2_PLANES))
+_E4M3_TO_FLOAT16 = tl.constexpr(f"{{ {_REGISTERS}\n    {_factor(3)}{_word_to_float16('$2', '$0', '$1')}\n}}")
+_E2M3_FOLDED = tl.constexpr(_fp6_ptx(False, *_E2M3_PLANES))
+_E3M2_FOLDED = tl.constexpr(_fp6_ptx(False, *_E3M2_PLANES))
+_E4M3_FOLDED = tl.constexpr(f"{{ {_REGISTERS}\n    {_factor(2)}{_word_to_e4m3('$1', '$0')}\n}}")
+
+# Two words of activations, channels 0 to 3 and 4 to 7 of eight, to float16 in the order in which `_halves` pairs
+# weights: 0 4 1 5 and 2 6 3 7.
+_X_TO_FLOAT16 = tl.constexpr(
+    f"""{{ {_REGISTERS}
+    prmt.b32 t, $4, $5, 0x5140;
+    mov.b32 {{first, second}}, t;
+    cvt.rn.f16x2.e4m3x2 $0, first;
+    cvt.rn.f16x2.e4m3x2 $1, second;
+    prmt.b32 t, $4, $5, 0x7362;
+    mov.b32 {{first, second}}, t;
+    cvt.rn.f16x2.e4m3x2 $2, first;
+    cvt.rn.f16x2.e4m3x2 $3, second;
+}}"""
+)
+
+# E2M1 to folded E4M3: a table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8
+# to all but the zero in its lowest byte.
+_FP4_FOLDED = tl.constexpr(
     """{
     .reg .b32 low, high, code, upper, sign;
     and.b32 low, $3, 0xFFFFFF00;
@@ -33,135 +123,126 @@ _FOLD_FP4 = tl.constexpr(
 )
 
 
-def _factor(operand: int) -> str:
-    """PTX: `factor` = 2**(t - 15) twice in float16, t being each byte of the operand."""
-    return f"and.b32 factor, ${operand}, 0x00FF00FF; shl.b32 factor, factor, 10;"
-
-
-def _scale_word(source: str, destination: str) -> str:
-    """PTX: four E4M3 bytes times `factor`, rounded to E4M3."""
-    return f"""
-    mov.b32 {{low, high}}, {source};
-    cvt.rn.f16x2.e4m3x2 a, low;
-    cvt.rn.f16x2.e4m3x2 b, high;
-    mul.rn.f16x2 a, a, factor;
-    mul.rn.f16x2 b, b, factor;
-    cvt.rn.satfinite.e4m3x2.f16x2 low, a;
-    cvt.rn.satfinite.e4m3x2.f16x2 high, b;
-    mov.b32 {destination}, {{low, high}};"""
-
-
-def _fold_fp6_ptx(used: int, moves: tuple[tuple[int, int, int], ...]) -> str:
-    """PTX: three planes, $4 to $6, to four folded words; see `packing` for what `used` and `moves` are."""
-    gather = "".join(
-        f"""
-    {"shl" if shift < 0 else "shr"}.b32 t, ${4 + plane}, {abs(shift)};
-    lop3.b32 fourth, t, {bits * 0x01010101:#x}, fourth, 0xEA;"""
-        for plane, bits, shift in moves
-    )
-    words = "".join(
-        f"\n    and.b32 t, ${4 + plane}, {used * 0x01010101:#x};" + _scale_word("t", f"${plane}") for plane in range(3)
-    )
-    return f"""{{
-    .reg .b16 low, high;
-    .reg .b32 a, b, factor, fourth, t;
-    {_factor(7)}
-    mov.b32 fourth, 0;{gather}{words}{_scale_word("fourth", "$3")}
-}}"""
-
-
-_FOLD_E4M3 = tl.constexpr(
-    f"""{{
-    .reg .b16 low, high;
-    .reg .b32 a, b, factor;
-    {_factor(2)}{_scale_word("$1", "$0")}
-}}"""
-)
-_FOLD_E2M3 = tl.constexpr(_fold_fp6_ptx(0x9F, ((0, 0x80, -1), (0, 0x10, 1), (1, 0x0C, 3), (2, 0x03, 5))))
-_FOLD_E3M2 = tl.constexpr(
-    _fold_fp6_ptx(0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, -2), (2, 0x10, 2), (2, 0x08, -3)))
-)
-
-
 @triton.jit
-def spread(per_block, WIDTH: tl.constexpr):
-    """(R, B) -> (R, B * WIDTH), each entry repeated."""
-    rows: tl.constexpr = per_block.shape[0]
-    blocks: tl.constexpr = per_block.shape[1]
-    return tl.reshape(tl.broadcast_to(per_block[:, :, None], (rows, blocks, WIDTH)), (rows, blocks * WIDTH))
+def fp4_to_float16(packed, factor):
+    """Two E2M1 codes a byte (..., C) times 2**-14 and `factor` -> two (..., C) of float16.
 
-
-@triton.jit
-def fp4_exponent(scale, row_exponent):
-    """What `fold_fp4` takes: exponents of scale bytes (R, B) less those of their rows (R, 1), plus 5, at least 0."""
-    return tl.maximum(scale.to(tl.int32) - (row_exponent - 5), 0).to(tl.uint8)
-
-
-@triton.jit
-def fold_power(scale, row_exponent):
-    """What `fold_e4m3` and `fold_fp6` take: exponents relative to those of the rows, plus 15; 0 for less than 2**-14."""
-    return tl.minimum(tl.maximum(scale.to(tl.int32) - (row_exponent - 15), 0), 30).to(tl.uint8)
-
-
-@triton.jit
-def fold_fp4(packed, exponent):
-    """Two E2M1 codes a byte (R, C) and exponents + 5 (R, C) of their blocks, 0 to 11 -> two (R, C) of E4M3 bytes.
-
-    Of each four bytes, which hold channels 8 w .. 8 w + 7, the first result has the first four and the second the rest.
+    Of each four bytes, channels 0 to 7, the first result has channels 0 4 1 5 and the second 2 6 3 7.
     """
-    step = exponent << 3
     if _INTERPRETED:
-        nibbles = tl.reshape(tl.join(packed & 0xF, packed >> 4), (packed.shape[0], packed.shape[1] // 4, 2, 4))
-        halves = tl.permute(nibbles, (0, 1, 3, 2))
-        first, second = tl.split(halves)
-        shape: tl.constexpr = packed.shape
-        return _fp4_bytes(tl.reshape(first, shape), step), _fp4_bytes(tl.reshape(second, shape), step)
+        low, high = _nibbles(packed)
+        first, second = pair_halves(low, high)
+        scale = _factor_value(factor) * 0.00006103515625  # 2**-14
+        return (_fp4_value(first) * scale).to(tl.float16), (_fp4_value(second) * scale).to(tl.float16)
     else:
         return tl.inline_asm_elementwise(
-            _FOLD_FP4, "=r,=r,r,r", [packed, step], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+            _FP4_TO_FLOAT16, "=r,=r,=r,=r,r,r", [packed, factor], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
 
 
 @triton.jit
-def _fp4_bytes(code, step):
-    magnitude = code & 0x7
-    table = tl.where(magnitude < 2, magnitude * 8, magnitude * 4 + 8)  # the bytes of the table above
-    return (tl.where(magnitude == 0, 0, table + step) | ((code & 0x8) << 4)).to(tl.uint8)
+def x_to_float16(low, high):
+    """E4M3 activations, channels 0 to 3 and 4 to 7 of each eight -> float16 in the order of `fp4_to_float16`."""
+    if _INTERPRETED:
+        first, second = pair_halves(low, high)
+        return e4m3_to_float32(first).to(tl.float16), e4m3_to_float32(second).to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(
+            _X_TO_FLOAT16, "=r,=r,=r,=r,r,r", [low, high], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
 
 
 @triton.jit
-def fold_fp6(plane0, plane1, plane2, power, FP6: tl.constexpr):
-    """Three byte planes (R, C) of FP6 codes, times 2**(power - 15) -> four (R, C) of E4M3 bytes, a plane each."""
+def fp6_to_float16(plane0, plane1, plane2, factor, FP6: tl.constexpr):
+    """Three byte planes (..., C) of FP6 codes, as E4M3 values times `factor` -> four (..., C) of float16, a plane each."""
     if _INTERPRETED:
-        if FP6 == "e3m2":
-            used: tl.constexpr = 0xBE
-            fourth = ((plane0 & 0x41) << 1) | ((plane1 >> 1) & 0x20) | ((plane1 << 2) & 0x04)
-            fourth = fourth | ((plane2 >> 2) & 0x10) | ((plane2 << 3) & 0x08)
-        else:
-            used: tl.constexpr = 0x9F
-            fourth = ((plane0 << 1) & 0x80) | ((plane0 >> 1) & 0x10)
-            fourth = fourth | ((plane1 >> 3) & 0x0C) | ((plane2 >> 5) & 0x03)
+        fourth = _fourth_plane(plane0, plane1, plane2, FP6)
+        used: tl.constexpr = 0xBE if FP6 == "e3m2" else 0x9F
         return (
-            fold_e4m3(plane0 & used, power), fold_e4m3(plane1 & used, power), fold_e4m3(plane2 & used, power),
-            fold_e4m3(fourth, power),
+            e4m3_to_float16(plane0 & used, factor), e4m3_to_float16(plane1 & used, factor),
+            e4m3_to_float16(plane2 & used, factor), e4m3_to_float16(fourth, factor),
         )  # fmt: skip
     else:
-        source: tl.constexpr = _FOLD_E3M2 if FP6 == "e3m2" else _FOLD_E2M3
+        source: tl.constexpr = _E3M2_TO_FLOAT16 if FP6 == "e3m2" else _E2M3_TO_FLOAT16
         return tl.inline_asm_elementwise(
-            source, "=r,=r,=r,=r,r,r,r,r", [plane0, plane1, plane2, power],
+            source, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [plane0, plane1, plane2, factor],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def e4m3_to_float16(byte, factor):
+    """E4M3 bytes times `factor` -> float16."""
+    if _INTERPRETED:
+        return (e4m3_to_float32(byte) * _factor_value(factor)).to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(
+            _E4M3_TO_FLOAT16, "=r,=r,r,r", [byte, factor], dtype=tl.float16, is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def fold_fp4(packed, step):
+    """As `fp4_to_float16`, to two of E4M3 bytes: channels 0 to 3 and 4 to 7 of each eight. step: from `fold_step`."""
+    if _INTERPRETED:
+        low, high = _nibbles(packed)
+        return _fold_fp4_bytes(low, step), _fold_fp4_bytes(high, step)
+    else:
+        return tl.inline_asm_elementwise(
+            _FP4_FOLDED, "=r,=r,r,r", [packed, step], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def fold_fp6(plane0, plane1, plane2, factor, FP6: tl.constexpr):
+    """As `fp6_to_float16`, rounded to four of E4M3 bytes. factor: from `fold_factor`."""
+    if _INTERPRETED:
+        fourth = _fourth_plane(plane0, plane1, plane2, FP6)
+        used: tl.constexpr = 0xBE if FP6 == "e3m2" else 0x9F
+        return (
+            _fold_bytes(plane0 & used, factor), _fold_bytes(plane1 & used, factor),
+            _fold_bytes(plane2 & used, factor), _fold_bytes(fourth, factor),
+        )  # fmt: skip
+    else:
+        source: tl.constexpr = _E3M2_FOLDED if FP6 == "e3m2" else _E2M3_FOLDED
+        return tl.inline_asm_elementwise(
+            source, "=r,=r,=r,=r,r,r,r,r", [plane0, plane1, plane2, factor],
             dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4,
         )  # fmt: skip
 
 
 @triton.jit
-def fold_e4m3(byte, power):
-    """E4M3 bytes (R, C) times 2**(power - 15), power (R, C) uint8 from 1 to 30, rounded to E4M3; a power of 0 is 0."""
+def fold_e4m3(byte, factor):
+    """E4M3 bytes times `factor`, from `fold_factor`, rounded to E4M3."""
     if _INTERPRETED:
-        scale = ((power.to(tl.int32) + 112) << 23).to(tl.float32, bitcast=True)
-        scaled = e4m3_to_float32(byte) * tl.where(power == 0, 0.0, scale)
-        return float32_to_e4m3(scaled)
+        return _fold_bytes(byte, factor)
     else:
-        return tl.inline_asm_elementwise(_FOLD_E4M3, "=r,r,r", [byte, power], dtype=tl.uint8, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(_E4M3_FOLDED, "=r,r,r", [byte, factor], dtype=tl.uint8, is_pure=True, pack=4)
+
+
+@triton.jit
+def fold_step(factor):
+    """Of MXFP4 blocks: eight times their exponent relative to -5; blocks with less count as -5."""
+    return ((tl.maximum(factor >> 2, 19) - 19) << 3).to(tl.uint8)
+
+
+@triton.jit
+def fold_factor(factor):
+    """`factor` times 2**5, the two that are float16 subnormals included."""
+    return tl.where(factor >= 4, factor + 20, tl.where(factor == 2, 20, tl.where(factor == 1, 16, 0))).to(tl.uint8)
+
+
+@triton.jit
+def spread(per_block, WIDTH: tl.constexpr):
+    """(..., B) -> (..., B * WIDTH), each entry repeated. Two or three dimensions."""
+    if len(per_block.shape) == 2:
+        shape: tl.constexpr = (per_block.shape[0], per_block.shape[1], WIDTH)
+        flat: tl.constexpr = (per_block.shape[0], per_block.shape[1] * WIDTH)
+        return tl.reshape(tl.broadcast_to(per_block[:, :, None], shape), flat)
+    else:
+        shape: tl.constexpr = (per_block.shape[0], per_block.shape[1], per_block.shape[2], WIDTH)
+        flat: tl.constexpr = (per_block.shape[0], per_block.shape[1], per_block.shape[2] * WIDTH)
+        return tl.reshape(tl.broadcast_to(per_block[:, :, :, None], shape), flat)
 
 
 @triton.jit
@@ -174,7 +255,7 @@ def e4m3_to_float32(byte):
 
 @triton.jit
 def float32_to_e4m3(x):
-    """Float32 rounded to E4M3 bytes, to nearest even, saturating; NaN is anything."""
+    """float32 rounded to E4M3 bytes, to nearest even, saturating; a NaN becomes anything."""
     if _INTERPRETED:  # its own conversion does not round to nearest even
         bits = tl.minimum(tl.abs(x), 448.0).to(tl.int32, bitcast=True)
         power = tl.maximum(bits & 0x7F800000, 121 << 23).to(tl.float32, bitcast=True)  # from 2**-6, the least normal
@@ -184,3 +265,61 @@ def float32_to_e4m3(x):
         return (code | ((x.to(tl.int32, bitcast=True) >> 31) & 0x80)).to(tl.uint8)
     else:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+# What follows serves the interpreter only.
+
+
+@triton.jit
+def _nibbles(packed):
+    """Bytes of channels 0 to 3 and of 4 to 7 of each eight, both in the shape of `packed`; its last extent is even."""
+    rows: tl.constexpr = packed.numel // 4
+    pairs = tl.reshape(tl.join(packed & 0xF, packed >> 4), (rows, 2, 4))
+    low, high = tl.split(tl.permute(pairs, (0, 2, 1)))
+    return tl.reshape(low, packed.shape), tl.reshape(high, packed.shape)
+
+
+@triton.jit
+def pair_halves(low, high):
+    """Words 0 1 2 3 and 4 5 6 7 -> 0 4 1 5 and 2 6 3 7."""
+    rows: tl.constexpr = low.numel // 4
+    pairs = tl.reshape(tl.join(low, high), (rows, 2, 4))
+    first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
+    return tl.reshape(first, low.shape), tl.reshape(second, low.shape)
+
+
+@triton.jit
+def _fp4_value(code):
+    magnitude = (code & 0x7).to(tl.float32)
+    exponent = (code & 0x7) >> 1
+    mantissa = (code & 0x1).to(tl.float32)
+    value = tl.where(exponent == 0, magnitude * 0.5, (1.0 + mantissa * 0.5) * tl.exp2(exponent.to(tl.float32) - 1.0))
+    return tl.where((code & 0x8) != 0, -value, value)
+
+
+@triton.jit
+def _factor_value(factor):
+    return (factor.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _fold_fp4_bytes(code, step):
+    magnitude = code & 0x7
+    table = tl.where(magnitude < 2, magnitude * 8, magnitude * 4 + 8)  # the bytes of the table above
+    return (tl.where(magnitude == 0, 0, table + step) | ((code & 0x8) << 4)).to(tl.uint8)
+
+
+@triton.jit
+def _fold_bytes(byte, factor):
+    return float32_to_e4m3(e4m3_to_float32(byte) * _factor_value(factor))
+
+
+@triton.jit
+def _fourth_plane(plane0, plane1, plane2, FP6: tl.constexpr):
+    if FP6 == "e3m2":
+        fourth = ((plane0 & 0x41) << 1) | ((plane1 >> 1) & 0x20) | ((plane1 << 2) & 0x04)
+        fourth = fourth | ((plane2 >> 2) & 0x10) | ((plane2 << 3) & 0x08)
+    else:
+        fourth = ((plane0 << 1) & 0x80) | ((plane0 >> 1) & 0x10)
+        fourth = fourth | ((plane1 >> 3) & 0x0C) | ((plane2 >> 5) & 0x03)
+    return fourth

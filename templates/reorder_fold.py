@@ -50,10 +50,9 @@ def reorder_fold_kernel(
     x_ptr += row * stride_x
 
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    j = tl.arange(0, 32)[None, :]
-    halves = ((j & 12) << 1) | ((j & 16) >> 2) | (j & 3)
-    k = block[:, None] * 32 + tl.where(block[:, None] < streams, halves, j)
-    index = tl.reshape(tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32), (BLOCK_K,))
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
+    index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     y = gather_row(x_ptr, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
     y = tl.reshape(y, (BLOCKS, 32))
 
@@ -71,15 +70,16 @@ def reorder_fold_kernel(
 
     byte = scale_byte(y, is4, is8, FP6, SCALE_ROUNDING)
     code = float32_to_e4m3(_round_folded(y, byte - row_exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
-    q_ptr += row * (blocks * 32)
-    half = tl.arange(0, 2)[None, :, None] * (streams * 16)
-    half_ptrs = q_ptr + half + block[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
-    tl.store(half_ptrs, tl.reshape(code, (BLOCKS, 2, 16)), mask=(block < streams)[:, None, None])
-    if not W_FP4:
-        plane = tl.arange(0, 4)[None, :, None] * (b6 * 8)
-        plane_ptrs = q_ptr + b4 * 32 + plane + (block - b4)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
-        tl.store(plane_ptrs, tl.reshape(code, (BLOCKS, 4, 8)), mask=((block >= b4) & (block < b4 + b6))[:, None, None])
-        tl.store(q_ptr + block[:, None] * 32 + j, code, mask=(is8 & (block < blocks))[:, None])
+    # Four channels that are neighbours are a word; which word of the row, depends on the format.
+    low, high = tl.split(tl.reshape(code.to(tl.uint32), (BLOCKS, 8, 2, 2)))
+    low, high = tl.split(low | (high << 8))
+    word = low | (high << 16)
+    c = tl.arange(0, 8)[None, :]
+    block = block[:, None]
+    half = block * 4 + (c >> 1) + (c & 1) * (streams * 4)
+    plane = b4 * 8 + (block - b4) * 2 + (c & 1) + (c >> 1) * (b6 * 2)
+    place = tl.where(block < streams, half, tl.where(block < b4 + b6, plane, block * 8 + c))
+    tl.store(q_ptr.to(tl.pointer_type(tl.uint32)) + row * (blocks * 8) + place, word, mask=block < blocks)
 
 
 @triton.jit

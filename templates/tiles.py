@@ -73,7 +73,7 @@ _ANY: Final = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class FoldedTile:
-    """One program's share of `folded_mm_kernel`: (BLOCK_M, BLOCK_N) of the output in steps of BLOCK_K."""
+    """One program's share of `folded_mm_kernel`: (BLOCK_M, BLOCK_N) of the output, BLOCK_K a step for each warp."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -83,11 +83,9 @@ class FoldedTile:
 
 
 FOLDED_TILES: Final = (
-    (16, FoldedTile(16, 64, 256, 4, 4)),
-    (32, FoldedTile(32, 64, 256, 4, 4)),
-    (64, FoldedTile(64, 128, 128, 8, 3)),
-    (128, FoldedTile(128, 128, 128, 8, 3)),
-    (_ANY, FoldedTile(256, 128, 128, 8, 3)),
+    (16, FoldedTile(16, 64, 128, 4, 3)),
+    (32, FoldedTile(32, 64, 128, 4, 3)),
+    (_ANY, FoldedTile(64, 64, 128, 4, 3)),
 )
 """Per largest number of rows."""
 
