@@ -7,8 +7,8 @@ from -5 to 4. r is such that the row's largest value comes out between 192 and 4
 Activations are folded to E4M3. What falls where E4M3 is subnormal is rounded, by at most 2**-10, that is 2**-17 of the
 row's largest value; all else is exact. Packed weights stay as they are in memory; beside them stands, instead of block
 scales, a factor a block: 2**(e - r - 5) as the upper byte of a float16 number. A kernel that unpacks weights itself
-multiplies by it in float16, exactly for MXFP4 with e - r >= -23, and so for MXFP6, and for MXFP8 down to 2**-19 of the
-row's largest value. Where weights are expanded to E4M3 they are rounded as activations are, and MXFP4 blocks with
+multiplies by it in float16, exactly for MXFP4 and MXFP6 with e - r >= -16; MXFP8 blocks with e - r < -11 count as
+zero, which is below 2**-10 of the row's largest value. Where weights are expanded to E4M3 they are rounded as activations are, and MXFP4 blocks with
 e - r < -5 count as -5: an error below 2**-9 of the row's largest value.
 
 This module says what folded operands are, in plain PyTorch. `templates.reorder_fold` and `templates.fold` compute the
@@ -38,7 +38,7 @@ FACTOR_PADDING: Final = 16
 """Blocks: the factors of each segment fill whole words, which kernels copy without a look at their number."""
 
 _FACTOR_SHIFT: Final = 5
-_FP4_SHIFT: Final = 14  # an E2M1 code moved into float16 is 2**-14 times its value
+_FP4_SHIFT: Final = 6  # an E2M1 code moved into E4M3 is 2**-6 times its value
 _MIN_EXPANDED_FP4: Final = -5  # the least exponent at which every E2M1 code is an E4M3 normal number
 
 # The largest exponent of a block's scale byte (MXFP6 as E4M3 bytes) relative to the row: 6 * 2**6, 7.5 * 2**(11 - 6),
@@ -93,8 +93,8 @@ def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: s
 def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale: Tensor) -> Tensor:
     """The factors of a packed weight's blocks: (N, S) uint8, each segment padded to `FACTOR_PADDING` blocks with zeros.
 
-    Upper bytes of float16: 2**(e - r - 5), e being the exponent of the scale byte; for MXFP4, whose codes kernels move
-    into float16 as they are, 2**14 times that. What is less than 2**-16 is zero. row_scale: of `weight_row_scale`.
+    Upper bytes of float16: 2**(e - r - 5), e being the exponent of the scale byte; for MXFP4, whose codes kernels take for
+    E4M3 numbers, 2**6 times that. What is less than 2**-16 is zero. row_scale: of `weight_row_scale`.
     """
     row_exponent = (row_scale.view(torch.int32) >> 23)[:, None]
     factors = []

@@ -160,11 +160,12 @@ def folded_mm_call(
             "BLOCK_M": tile.BLOCK_M,
             "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K,
-            "WARPS": tile.num_warps,
+            "WARPS": tile.num_warps if tile.shared else 0,
             "SPLIT_K": split_k,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        max_registers=tile.registers,
     )
 
 
@@ -177,7 +178,7 @@ def split_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile
     """Into how many parts K is split: a power of two that gives every processor two programs with two steps each."""
     tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
     split = 1
-    while split < 8 and tiles * split < 2 * PROCESSORS and channels >= 2 * split * tile.BLOCK_K * tile.num_warps and tiles <= LOCKS:
+    while split < 8 and tiles * split < 2 * PROCESSORS and channels >= 2 * split * tile.BLOCK_K * (tile.num_warps if tile.shared else 1) and tiles <= LOCKS:
         split *= 2
     return split
 

@@ -2,7 +2,7 @@
 folded E4M3. See `micromix_compile.folding`.
 
 Where it counts they are inline PTX on words of four bytes: bit placement, byte permutation and packed arithmetic, which
-take two to three instructions a code. The interpreter, which has no inline PTX, takes the branch beside it that says
+take two instructions a code. The interpreter, which has no inline PTX, takes the branch beside it that says
 the same in integers. Factors, a byte a block, are the upper bytes of float16 powers of two.
 """
 
@@ -10,17 +10,6 @@ import triton
 import triton.language as tl
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-def _halves(pair: int, magnitude_shift: int, sign_shift: int) -> str:
-    """PTX: two E2M1 codes that lie 16 bits apart in $4, into float16 numbers times `factor`, in output `pair`."""
-    shift = f"shl.b32 t, $4, {magnitude_shift};" if magnitude_shift > 0 else f"shr.u32 t, $4, {-magnitude_shift};"
-    return f"""
-    {shift}
-    and.b32 t, t, 0x0E000E00;
-    shl.b32 sign, $4, {sign_shift};
-    lop3.b32 t, sign, 0x80008000, t, 0xEA;
-    mul.rn.f16x2 ${pair}, t, factor;"""
 
 
 def _word_to_float16(source: str, low: str, high: str) -> str:
@@ -75,8 +64,18 @@ def _fp6_ptx(to_float16: bool, used: int, moves: tuple[tuple[int, int, int], ...
     return f"{{ {_REGISTERS}\n    {_factor(outputs + 3)}{''.join(words)}\n}}"
 
 
+# The bits of four E2M1 codes are those of four E4M3 numbers of 2**-6 times their values.
 _FP4_TO_FLOAT16 = tl.constexpr(
-    f"{{ {_REGISTERS}\n    {_factor(5)}{_halves(0, 9, 12)}{_halves(1, 5, 8)}{_halves(2, 1, 4)}{_halves(3, -3, 0)}\n}}"
+    f"""{{ {_REGISTERS}
+    {_factor(5)}
+    shl.b32 t, $4, 2;
+    and.b32 t, t, 0x1C1C1C1C;
+    shl.b32 sign, $4, 4;
+    lop3.b32 t, sign, 0x80808080, t, 0xEA;{_word_to_float16("t", "$0", "$1")}
+    shr.u32 t, $4, 2;
+    and.b32 t, t, 0x1C1C1C1C;
+    lop3.b32 t, $4, 0x80808080, t, 0xEA;{_word_to_float16("t", "$2", "$3")}
+}}"""
 )
 _E2M3_TO_FLOAT16 = tl.constexpr(_fp6_ptx(True, *_E2M3_PLANES))
 _E3M2_TO_FLOAT16 = tl.constexpr(_fp6_ptx(True, *_E3M2_PLANES))
@@ -85,15 +84,15 @@ _E2M3_FOLDED = tl.constexpr(_fp6_ptx(False, *_E2M3_PLANES))
 _E3M2_FOLDED = tl.constexpr(_fp6_ptx(False, *_E3M2_PLANES))
 _E4M3_FOLDED = tl.constexpr(f"{{ {_REGISTERS}\n    {_factor(2)}{_word_to_e4m3('$1', '$0')}\n}}")
 
-# Two words of activations, channels 0 to 3 and 4 to 7 of eight, to float16 in the order in which `_halves` pairs
-# weights: 0 4 1 5 and 2 6 3 7.
+# Two words of activations, channels 0 to 3 and 4 to 7 of eight, to float16 in the order of the nibbles of weights: even
+# channels, then odd ones.
 _X_TO_FLOAT16 = tl.constexpr(
     f"""{{ {_REGISTERS}
-    prmt.b32 t, $4, $5, 0x5140;
+    prmt.b32 t, $4, $5, 0x6420;
     mov.b32 {{first, second}}, t;
     cvt.rn.f16x2.e4m3x2 $0, first;
     cvt.rn.f16x2.e4m3x2 $1, second;
-    prmt.b32 t, $4, $5, 0x7362;
+    prmt.b32 t, $4, $5, 0x7531;
     mov.b32 {{first, second}}, t;
     cvt.rn.f16x2.e4m3x2 $2, first;
     cvt.rn.f16x2.e4m3x2 $3, second;
@@ -125,15 +124,10 @@ _FP4_FOLDED = tl.constexpr(
 
 @triton.jit
 def fp4_to_float16(packed, factor):
-    """Two E2M1 codes a byte (..., C) times 2**-14 and `factor` -> two (..., C) of float16.
-
-    Of each four bytes, channels 0 to 7, the first result has channels 0 4 1 5 and the second 2 6 3 7.
-    """
+    """Two E2M1 codes a byte (..., C) times 2**-6 and `factor` -> two (..., C) of float16: even channels, odd ones."""
     if _INTERPRETED:
-        low, high = _nibbles(packed)
-        first, second = pair_halves(low, high)
-        scale = _factor_value(factor) * 0.00006103515625  # 2**-14
-        return (_fp4_value(first) * scale).to(tl.float16), (_fp4_value(second) * scale).to(tl.float16)
+        scale = _factor_value(factor) * 0.015625  # 2**-6
+        return (_fp4_value(packed) * scale).to(tl.float16), (_fp4_value(packed >> 4) * scale).to(tl.float16)
     else:
         return tl.inline_asm_elementwise(
             _FP4_TO_FLOAT16, "=r,=r,=r,=r,r,r", [packed, factor], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
@@ -144,7 +138,11 @@ def fp4_to_float16(packed, factor):
 def x_to_float16(low, high):
     """E4M3 activations, channels 0 to 3 and 4 to 7 of each eight -> float16 in the order of `fp4_to_float16`."""
     if _INTERPRETED:
-        first, second = pair_halves(low, high)
+        rows: tl.constexpr = low.numel // 4
+        pairs = tl.reshape(tl.permute(tl.reshape(tl.join(low, high), (rows, 4, 2)), (0, 2, 1)), (rows, 4, 2))
+        first, second = tl.split(pairs)  # of channels 0 to 7 as they are, the even and the odd ones
+        first = tl.reshape(first, low.shape)
+        second = tl.reshape(second, low.shape)
         return e4m3_to_float32(first).to(tl.float16), e4m3_to_float32(second).to(tl.float16)
     else:
         return tl.inline_asm_elementwise(
@@ -223,7 +221,7 @@ def fold_e4m3(byte, factor):
 @triton.jit
 def fold_step(factor):
     """Of MXFP4 blocks: eight times their exponent relative to -5; blocks with less count as -5."""
-    return ((tl.maximum(factor >> 2, 19) - 19) << 3).to(tl.uint8)
+    return ((tl.maximum(factor >> 2, 11) - 11) << 3).to(tl.uint8)
 
 
 @triton.jit
@@ -277,15 +275,6 @@ def _nibbles(packed):
     pairs = tl.reshape(tl.join(packed & 0xF, packed >> 4), (rows, 2, 4))
     low, high = tl.split(tl.permute(pairs, (0, 2, 1)))
     return tl.reshape(low, packed.shape), tl.reshape(high, packed.shape)
-
-
-@triton.jit
-def pair_halves(low, high):
-    """Words 0 1 2 3 and 4 5 6 7 -> 0 4 1 5 and 2 6 3 7."""
-    rows: tl.constexpr = low.numel // 4
-    pairs = tl.reshape(tl.join(low, high), (rows, 2, 4))
-    first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
-    return tl.reshape(first, low.shape), tl.reshape(second, low.shape)
 
 
 @triton.jit

@@ -73,19 +73,25 @@ _ANY: Final = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class FoldedTile:
-    """One program's share of `folded_mm_kernel`: (BLOCK_M, BLOCK_N) of the output, BLOCK_K a step for each warp."""
+    """One program's share of `folded_mm_kernel`: (BLOCK_M, BLOCK_N) of the output in steps of BLOCK_K.
+
+    shared: warps share K, and take BLOCK_K a step each; for few rows. registers: the most a thread may use, or None.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    shared: bool = True
+    registers: int | None = None
 
 
 FOLDED_TILES: Final = (
-    (16, FoldedTile(16, 64, 128, 4, 3)),
-    (32, FoldedTile(32, 64, 128, 4, 3)),
-    (_ANY, FoldedTile(64, 64, 128, 4, 3)),
+    (16, FoldedTile(16, 32, 128, 4, 3, registers=128)),
+    (32, FoldedTile(32, 64, 128, 4, 3, shared=False)),
+    (64, FoldedTile(64, 64, 128, 4, 3, shared=False)),
+    (_ANY, FoldedTile(128, 128, 128, 8, 3, shared=False)),
 )
 """Per largest number of rows."""
 
