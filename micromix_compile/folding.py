@@ -5,11 +5,9 @@ is an E4M3 value again, exactly, as long as it lies in E4M3's range: E2M1 for e 
 from -5 to 4. r is such that the row's largest value comes out between 192 and 448.
 
 Activations are folded to E4M3. What falls where E4M3 is subnormal is rounded, by at most 2**-10, that is 2**-17 of the
-row's largest value; all else is exact. Packed weights stay as they are in memory; beside them stands, instead of block
-scales, a factor a block: 2**(e - r - 5) as the upper byte of a float16 number. A kernel that unpacks weights itself
-multiplies by it in float16, exactly for MXFP4 and MXFP6 with e - r >= -16; MXFP8 blocks with e - r < -11 count as
-zero, which is below 2**-10 of the row's largest value. Where weights are expanded to E4M3 they are rounded as activations are, and MXFP4 blocks with
-e - r < -5 count as -5: an error below 2**-9 of the row's largest value.
+row's largest value; all else is exact. Packed weights stay as they are in memory; a factor a block stands in for its
+scale, and kernels fold while they unpack, with the same rounding, but MXFP4 blocks with e - r < -5 count as -5 and MXFP8
+blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value.
 
 This module says what folded operands are, in plain PyTorch. `templates.reorder_fold` and `templates.fold` compute the
 same.
@@ -37,9 +35,8 @@ LARGEST: Final = 448.0
 FACTOR_PADDING: Final = 16
 """Blocks: the factors of each segment fill whole words, which kernels copy without a look at their number."""
 
-_FACTOR_SHIFT: Final = 5
-_FP4_SHIFT: Final = 6  # an E2M1 code moved into E4M3 is 2**-6 times its value
-_MIN_EXPANDED_FP4: Final = -5  # the least exponent at which every E2M1 code is an E4M3 normal number
+MIN_FP4_EXPONENT: Final = -5
+"""Of an MXFP4 weight's block relative to its row: the least at which every code is an E4M3 normal number."""
 
 # The largest exponent of a block's scale byte (MXFP6 as E4M3 bytes) relative to the row: 6 * 2**6, 7.5 * 2**(11 - 6),
 # 28 * 2**(8 + 4) / 2**8 and 448 are the largest values up to 448.
@@ -93,45 +90,34 @@ def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: s
 def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale: Tensor) -> Tensor:
     """The factors of a packed weight's blocks: (N, S) uint8, each segment padded to `FACTOR_PADDING` blocks with zeros.
 
-    Upper bytes of float16: 2**(e - r - 5), e being the exponent of the scale byte; for MXFP4, whose codes kernels take for
-    E4M3 numbers, 2**6 times that. What is less than 2**-16 is zero. row_scale: of `weight_row_scale`.
+    MXFP4: eight times the exponent relative to the row, e - r, and to -5. MXFP6 (as E4M3 bytes) and MXFP8: the upper
+    byte of 2**(e - r) in float16, zero for less than 2**-16. row_scale: of `weight_row_scale`.
     """
     row_exponent = (row_scale.view(torch.int32) >> 23)[:, None]
-    factors = []
-    for part, shift in zip(_segments(w_scale, w4, w6, w8), (_FP4_SHIFT - _FACTOR_SHIFT, *[-_FACTOR_SHIFT] * 2), strict=True):
-        exponent = part.to(torch.int32) - row_exponent + shift
+    exponents = [part.to(torch.int32) - row_exponent for part in _segments(w_scale, w4, w6, w8)]
+    factors = [(exponents[0] - MIN_FP4_EXPONENT).clamp(0, 11) << 3]
+    for exponent in exponents[1:]:
         subnormal = torch.where(exponent == -15, 2, torch.where(exponent == -16, 1, 0))
-        upper = torch.where(exponent >= -14, (exponent + 15) << 2, subnormal)
-        padding = -part.shape[1] % FACTOR_PADDING
-        factors.append(torch.nn.functional.pad(upper.clamp(0, 120).to(torch.uint8), (0, padding)))
-    return torch.cat(factors, 1)
+        factors.append(torch.where(exponent >= -14, (exponent.clamp(max=15) + 15) << 2, subnormal))
+    padded = [torch.nn.functional.pad(factor, (0, -factor.shape[1] % FACTOR_PADDING)) for factor in factors]
+    return torch.cat(padded, 1).to(torch.uint8)
 
 
-def unpacked_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, row_scale: Tensor, fp6: str) -> Tensor:
-    """A packed weight as kernels with few rows see it, divided by `row_scale`: (N, K) float32, order of `fold_order`."""
-    return _unpack(w4, w6, w8, factor, row_scale, fp6, least_fp4=0)
-
-
-def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, row_scale: Tensor, fp6: str) -> Tensor:
-    """A packed weight expanded to E4M3: (N, K) float8_e4m3fn, in the order of `fold_order`."""
-    least = _MIN_EXPANDED_FP4 + _FP4_SHIFT - _FACTOR_SHIFT + 15 << 2
-    return _to_e4m3(_unpack(w4, w6, w8, factor, row_scale, fp6, least_fp4=least), torch.ones_like(row_scale))
-
-
-def _unpack(
-    w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, row_scale: Tensor, fp6: str, *, least_fp4: int
-) -> Tensor:
+def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) -> Tensor:
+    """A packed weight folded: (N, K) float8_e4m3fn, in the order of `fold_order`. factor: from `weight_factor`."""
     split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
     padded = [-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split]
     codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
     values = []
     for part, k, code, fmt in zip(factor.split(padded, 1), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True):
-        upper = part[:, : k // BLOCK_SIZE].clamp(min=least_fp4 if fmt == "e2m1" else 0)
-        scale = (upper.to(torch.int16) << 8).view(torch.float16).to(torch.float32) * 2.0**_FACTOR_SHIFT
-        scale = scale * 2.0**-_FP4_SHIFT if fmt == "e2m1" else scale
+        byte = part[:, : k // BLOCK_SIZE].to(torch.int16)
+        if fmt == "e2m1":
+            scale = torch.exp2((byte >> 3) + MIN_FP4_EXPONENT)
+        else:
+            scale = (byte << 8).view(torch.float16).to(torch.float32)
         values.append(reference.decode(code, elem_format(fmt)) * scale.repeat_interleave(BLOCK_SIZE, 1))
     ordered = torch.cat(values, 1)[:, fold_order(split, w_fp4=False).to(w4.device)]
-    return torch.where(row_scale.isnan()[:, None], 0.0, ordered)
+    return ordered.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ class KernelCall:
 
     kernel: the `triton.jit` function. grid: one to three extents; the quantizers' first is M, which may be symbolic.
     args: run-time arguments by name, tensors and integers. constexprs: compile-time arguments by name. num_stages: 0
-    for the compiler's choice. max_registers: a thread may use, None for the compiler's choice.
+    for the compiler's choice.
     """
 
     kernel: Any
@@ -48,15 +48,10 @@ class KernelCall:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 0
-    max_registers: int | None = None
 
     def launch(self) -> None:
         """Run on the current stream of the current device."""
-        options: dict[str, int] = {"num_warps": self.num_warps}
-        if self.num_stages:
-            options["num_stages"] = self.num_stages
-        if self.max_registers:
-            options["maxnreg"] = self.max_registers
+        options = {"num_warps": self.num_warps} | ({"num_stages": self.num_stages} if self.num_stages else {})
         self.kernel[self.grid](**self.args, **self.constexprs, **options)
 
 

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 MAX_GROUP: Final = 3
 """Weights that one product takes."""
 
-PROCESSORS: Final = 132
-"""Streaming multiprocessors of an H100 or H200: how far K is split to give each some work."""
-
-EXPAND_FROM: Final = 257
+EXPAND_FROM: Final = 65
 """Rows from which on expanding the weights in memory and the library's FP8 product are faster than unpacking in the
 product. Not a bound of the kernel, which takes any M."""
 
@@ -160,12 +157,10 @@ def folded_mm_call(
             "BLOCK_M": tile.BLOCK_M,
             "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K,
-            "WARPS": tile.num_warps if tile.shared else 0,
             "SPLIT_K": split_k,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        max_registers=tile.registers,
     )
 
 
@@ -175,10 +170,10 @@ def tile_for(rows: int) -> FoldedTile:
 
 
 def split_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile) -> int:
-    """Into how many parts K is split: a power of two that gives every processor two programs with two steps each."""
+    """Into how many parts K is split: a power of two that gives each processor about three programs."""
     tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
     split = 1
-    while split < 8 and tiles * split < 2 * PROCESSORS and channels >= 2 * split * tile.BLOCK_K * (tile.num_warps if tile.shared else 1) and tiles <= LOCKS:
+    while split < 8 and tiles * split < 384 and channels >= 2 * split * tile.BLOCK_K and tiles <= LOCKS:
         split *= 2
     return split
 
@@ -213,7 +208,7 @@ def expand_weight(weight: FoldedWeight, out: Tensor, *, fp6: str) -> None:
 
 
 def expand_call(
-    weight: FoldedWeight, out: Tensor, *, fp6: str, block_n: int = 16, step: int = 16, num_warps: int = 4
+    weight: FoldedWeight, out: Tensor, *, fp6: str, block_n: int = 4, step: int = 32, num_warps: int = 4
 ) -> gpu.KernelCall:
     """The launch of `expand_weight`: `step` blocks of `block_n` rows a program."""
     from micromix_compile.templates.expand_weight import expand_weight_kernel

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import fold_e4m3, fold_factor, fold_fp4, fold_fp6, fold_step, spread
+from micromix_compile.templates.fold import fold_e4m3, fold_fp4, fold_fp6, padded, spread
 
 
 @triton.jit
@@ -13,7 +13,7 @@ def _expand_fp4(w4, factors, out, inside, blocks4, step, STEP: tl.constexpr):
     byte = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
     mask = inside & (byte < blocks4 * 16)
     packed = tl.load(w4 + byte, mask=mask, other=0)
-    low, high = fold_fp4(packed, spread(fold_step(factor), 16))
+    low, high = fold_fp4(packed, spread(factor, 16))
     tl.store(out + byte, low, mask=mask)
     tl.store(out + blocks4 * 16 + byte, high, mask=mask)
 
@@ -28,7 +28,7 @@ def _expand_fp6(w6, plane, factors, out, inside, blocks6, step, FP6: tl.constexp
     plane0 = tl.load(w6 + byte, mask=mask, other=0)
     plane1 = tl.load(w6 + plane + byte, mask=mask, other=0)
     plane2 = tl.load(w6 + 2 * plane + byte, mask=mask, other=0)
-    fold0, fold1, fold2, fold3 = fold_fp6(plane0, plane1, plane2, spread(fold_factor(factor), 8), FP6)
+    fold0, fold1, fold2, fold3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
     out += byte
     tl.store(out, fold0, mask=mask)
     tl.store(out + width, fold1, mask=mask)
@@ -42,7 +42,7 @@ def _expand_fp8(w8, factors, out, inside, blocks8, step, STEP: tl.constexpr):
     factor = tl.load(factors + block, mask=inside & (block < blocks8), other=0)
     byte = step * (STEP * 32) + tl.arange(0, STEP * 32)[None, :]
     mask = inside & (byte < blocks8 * 32)
-    folded = fold_e4m3(tl.load(w8 + byte, mask=mask, other=0), spread(fold_factor(factor), 32))
+    folded = fold_e4m3(tl.load(w8 + byte, mask=mask, other=0), spread(factor, 32))
     tl.store(out + byte, folded, mask=mask)
 
 
@@ -62,12 +62,12 @@ def expand_weight_kernel(
     blocks = blocks4 + blocks6 + blocks8
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
-    padded4 = tl.cdiv(blocks4, 16) * 16
-    padded6 = tl.cdiv(blocks6, 16) * 16
+    padded4 = padded(blocks4)
+    padded6 = padded(blocks6)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     inside = n < N
     n = n.to(tl.int64)
-    factors = w_factor + n * (padded4 + padded6 + tl.cdiv(blocks8, 16) * 16)
+    factors = w_factor + n * (padded4 + padded6 + padded(blocks8))
     out += n * (blocks * 32)
     step = tl.program_id(1)
     if step < steps4:

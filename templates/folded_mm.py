@@ -1,7 +1,7 @@
 """Product of folded activations and packed weights (sm_90): one launch, weights unpacked in registers.
 
-A tile is the work of `folded_tile_narrow` for few rows and of `folded_tile_wide` for more. Up to three weights that
-read one activation (q, k and v; gate and up) are one launch: a program belongs to one of them.
+The weights are the left operand of FP8 MMA, which takes it from registers. Up to three weights that read one activation
+(q, k and v; gate and up) are one launch: a program belongs to one of them.
 
 With SPLIT_K > 1 programs share a tile: each writes its sum, and the last to arrive adds all of them, in order, so that
 the result does not depend on who came last.
@@ -10,10 +10,90 @@ the result does not depend on who came last.
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.folded_tile_narrow import factor_stride, narrow_tile
-from micromix_compile.templates.folded_tile_wide import wide_tile
+from micromix_compile.templates.fold import e4m3_to_float32, fold_e4m3, fold_fp4, fold_fp6, padded, spread
 
-FACTOR_SCALE = tl.constexpr(32.0)  # by which factors are less than what they stand for, see `folding`
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _load(rows, column, stop):
+    """Bytes at `column` of each row, zeros from `stop` on. rows: (R, 1) pointers. column: (1, C)."""
+    return tl.load(rows + column, mask=column < stop, other=0)
+
+
+@triton.jit
+def _dot(w, x, column, stop, acc):
+    """acc + w @ x.T, of columns before `stop`. w: (BLOCK_N, C) E4M3 bytes. x: (BLOCK_M, 1) pointers to E4M3 bytes."""
+    if _INTERPRETED:
+        right = e4m3_to_float32(_load(x, column, stop))
+        return tl.dot(e4m3_to_float32(w), tl.trans(right), acc, input_precision="ieee")
+    else:
+        rows = x.to(tl.pointer_type(tl.float8e4nv))
+        right = tl.load(rows + column, mask=column < stop, other=0.0)
+        return tl.dot(w.to(tl.float8e4nv, bitcast=True), tl.trans(right), acc)
+
+
+@triton.jit
+def folded_mm_tile(
+    x, m, w4, w6, w8, factors, plane, n, blocks4, blocks6, blocks8, part,
+    FP6: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Sum over part `part` of SPLIT_K of a tile's steps: (BLOCK_N, BLOCK_M) float32, in units of both row scales.
+
+    x, w4, w6, w8, factors: pointers to the tile's first rows. m: (BLOCK_M,) and n: (BLOCK_N,), rows from there. plane:
+    bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about 14 bits: each step has a sum of its own.
+    """
+    STEP: tl.constexpr = BLOCK_K // 32  # blocks
+    blocks_of_step = tl.arange(0, STEP)[None, :]
+    n = n[:, None]
+    x += m[:, None] * ((blocks4 + blocks6 + blocks8) * 32)
+    factors += n * (padded(blocks4) + padded(blocks6) + padded(blocks8))
+    steps4 = tl.cdiv(blocks4, STEP)
+    steps6 = tl.cdiv(blocks6, STEP)
+    steps = steps4 + steps6 + tl.cdiv(blocks8, STEP)
+    first = part * steps // SPLIT_K
+    last = (part + 1) * steps // SPLIT_K
+    zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = zero
+
+    half = blocks4 * 16
+    w4 += n * half
+    for step in range(first, min(last, steps4)):
+        column = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
+        factor = _load(factors, step * STEP + blocks_of_step, padded(blocks4))
+        low, high = fold_fp4(_load(w4, column, half), spread(factor, 16))
+        part_sum = _dot(low, x, column, half, zero)
+        acc += _dot(high, x + half, column, half, part_sum)
+
+    first = tl.maximum(first - steps4, 0)
+    last = last - steps4
+    width = blocks6 * 8
+    w6 += n * width
+    x += blocks4 * 32
+    factors += padded(blocks4)
+    for step in range(first, min(last, steps6)):
+        column = step * (STEP * 8) + tl.arange(0, STEP * 8)[None, :]
+        plane0 = _load(w6, column, width)
+        plane1 = _load(w6 + plane, column, width)
+        plane2 = _load(w6 + 2 * plane, column, width)
+        factor = _load(factors, step * STEP + blocks_of_step, padded(blocks6))
+        w_0, w_1, w_2, w_3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
+        part_sum = _dot(w_0, x, column, width, zero)
+        part_sum = _dot(w_1, x + width, column, width, part_sum)
+        part_sum = _dot(w_2, x + 2 * width, column, width, part_sum)
+        acc += _dot(w_3, x + 3 * width, column, width, part_sum)
+
+    first = tl.maximum(first - steps6, 0)
+    last = last - steps6
+    width = blocks8 * 32
+    w8 += n * width
+    x += blocks6 * 32
+    factors += padded(blocks6)
+    for step in range(first, last):
+        column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        factor = _load(factors, step * STEP + blocks_of_step, padded(blocks8))
+        acc += _dot(fold_e4m3(_load(w8, column, width), spread(factor, 32)), x, column, width, zero)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "odd4", "odd6", "odd8", "tiles0", "tiles1"])
@@ -30,12 +110,9 @@ def folded_mm_kernel(
     odd4, odd6, odd8,  # 2 * blocks + 3, see `reorder_fold`
     tiles0, tiles1,  # columns of tiles of the first weight, and of the first two
     FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once. Grid: (column tiles, row tiles, SPLIT_K).
-
-    WARPS: that share K in a narrow tile; 0 for a wide one.
-    """
+    """out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once. Grid: (column tiles, row tiles, SPLIT_K)."""
     pid_n = tl.program_id(0)
     w4 = w4_0
     w6 = w6_0
@@ -84,18 +161,12 @@ def folded_mm_kernel(
     w4 += n_tile.to(tl.int64) * (blocks4 * 16)
     w6 += n_tile.to(tl.int64) * (blocks6 * 8)
     w8 += n_tile.to(tl.int64) * (blocks8 * 32)
-    w_factor += n_tile.to(tl.int64) * factor_stride(blocks4, blocks6, blocks8)
+    w_factor += n_tile.to(tl.int64) * (padded(blocks4) + padded(blocks6) + padded(blocks8))
     plane = N.to(tl.int64) * (blocks6 * 8)
-    if WARPS > 0:
-        acc = narrow_tile(
-            x, m_local, m < M, w4, w6, w8, w_factor, plane, n_local, blocks4, blocks6, blocks8, tl.program_id(2),
-            FP6, BLOCK_M, BLOCK_N, BLOCK_K, WARPS, SPLIT_K,
-        )  # fmt: skip
-    else:
-        acc = wide_tile(
-            x, m_local, w4, w6, w8, w_factor, plane, n_local, blocks4, blocks6, blocks8, tl.program_id(2),
-            FP6, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K,
-        )  # fmt: skip
+    acc = folded_mm_tile(
+        x, m_local, w4, w6, w8, w_factor, plane, n_local, blocks4, blocks6, blocks8, tl.program_id(2), FP6, BLOCK_M,
+        BLOCK_N, BLOCK_K, SPLIT_K,
+    )  # fmt: skip
     columns = N0
     if GROUPS > 1:
         columns += N1
@@ -118,8 +189,6 @@ def folded_mm_kernel(
                 acc += tl.load(partial + other * size + cell, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(lock, 0)
         w_rows = tl.load(w_row_scale + n, mask=n < N, other=0.0)
-        if WARPS > 0:
-            w_rows = w_rows * FACTOR_SCALE
         result = acc * w_rows[:, None] * tl.load(x_row_scale + m, mask=m < M, other=0.0)[None, :]
         if HAS_BIAS:
             result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
