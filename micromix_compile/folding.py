@@ -24,6 +24,8 @@ from micromix_compile import packing, reference
 from micromix_compile.formats import BLOCK_SIZE, E8M0_NAN, elem_format
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from micromix_compile.recipe import Split
     from micromix_compile.reference import QuantizedActivation
 
@@ -44,7 +46,7 @@ _TOP: Final = {"e2m1": 6, "e2m3": 11, "e3m2": 8, "e4m3": 0}
 
 
 class FoldedActivation(NamedTuple):
-    """q: (M, K) float8_e4m3fn, channels in the order of `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32."""
+    """q: (M, K) uint8, E4M3 bytes in the order of `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
 
     q: Tensor
     row_scale: Tensor
@@ -74,7 +76,8 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
     row_scale = torch.where(bits >= 0x7F800000, torch.nan, (exponent << 23).view(torch.float32))
     split = (2 * x.q4.shape[1], x.q6.shape[1], x.q8.shape[1])
     values = reference.dequantize_activation(*x)[:, fold_order(split, w_fp4=w_fp4).to(x.q4.device)]
-    return FoldedActivation(_to_e4m3(values, row_scale), row_scale, _no_locks(amax.device))
+    locks = torch.zeros(LOCKS, dtype=torch.int32, device=amax.device)
+    return FoldedActivation(_to_e4m3(values / row_scale[:, None], row_scale), row_scale, locks)
 
 
 def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> Tensor:
@@ -104,7 +107,7 @@ def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale
 
 
 def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) -> Tensor:
-    """A packed weight folded: (N, K) float8_e4m3fn, in the order of `fold_order`. factor: from `weight_factor`."""
+    """A packed weight folded: (N, K) uint8, E4M3 bytes in the order of `fold_order`. factor: from `weight_factor`."""
     split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
     padded = [-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split]
     codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
@@ -117,7 +120,7 @@ def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) ->
             scale = (byte << 8).view(torch.float16).to(torch.float32)
         values.append(reference.decode(code, elem_format(fmt)) * scale.repeat_interleave(BLOCK_SIZE, 1))
     ordered = torch.cat(values, 1)[:, fold_order(split, w_fp4=False).to(w4.device)]
-    return ordered.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return ordered.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tensor, ...]:
@@ -126,22 +129,19 @@ def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tens
 
 
 def folded_mm(
-    x: FoldedActivation, weights: list[tuple[Tensor, Tensor]], biases: list[Tensor | None], out_dtype: torch.dtype
-) -> Tensor:
-    """Products with weights (w, row_scale) in units of their row scales, side by side: (M, sum of N), rounded once."""
+    q: Tensor, row_scale: Tensor, weights: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None],
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Products of a folded activation with folded weights (w, row_scale), side by side: (M, sum of N), rounded once."""
+    x = q.view(torch.float8_e4m3fn).to(torch.float32)
     columns = []
-    for (w, row_scale), bias in zip(weights, biases, strict=True):
-        out = (x.q.to(torch.float32) @ w.to(torch.float32).T) * row_scale * x.row_scale[:, None]
+    for (w, w_row_scale), bias in zip(weights, biases, strict=True):
+        out = (x @ w.view(torch.float8_e4m3fn).to(torch.float32).T) * w_row_scale * row_scale[:, None]
         columns.append(out if bias is None else out + bias.to(torch.float32))
     return torch.cat(columns, 1).to(out_dtype)
 
 
-def _to_e4m3(values: Tensor, row_scale: Tensor) -> Tensor:
-    """Values / row_scale rounded to E4M3; zeros in rows whose scale is NaN."""
-    folded = (values / row_scale[:, None]).clamp(-LARGEST, LARGEST)
-    return torch.where(row_scale.isnan()[:, None], 0.0, folded).to(torch.float8_e4m3fn)
-
-
-def _no_locks(device: torch.device) -> Tensor:
-    return torch.zeros(LOCKS, dtype=torch.int32, device=device)
-
+def _to_e4m3(folded: Tensor, row_scale: Tensor) -> Tensor:
+    """Rounded to E4M3 bytes, saturating; zeros in rows whose scale is NaN."""
+    finite = torch.where(row_scale.isnan()[:, None], 0.0, folded)
+    return finite.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)

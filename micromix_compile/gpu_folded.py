@@ -50,14 +50,14 @@ def reorder_fold(
 ) -> FoldedActivation:  # fmt: skip
     """`folding.fold_activation` of what `gpu` quantizes with the same producer, in one launch. x: (M, C)."""
     reference.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
-    q = x.new_empty((x.shape[0], channel_perm.shape[0]), dtype=torch.float8_e4m3fn)
     out = FoldedActivation(
-        q, x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(LOCKS, dtype=torch.int32)
+        x.new_empty((x.shape[0], channel_perm.shape[0]), dtype=torch.uint8),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(LOCKS, dtype=torch.int32),
     )
     call = reorder_fold_call(
         producer, gpu.unit_column_stride(x), None if other is None else gpu.unit_column_stride(other), eps,
-        channel_perm.contiguous(), split, out._replace(q=q.view(torch.uint8)), fp6=fp6,
-        scale_rounding=scale_rounding, w_fp4=w_fp4,
+        channel_perm.contiguous(), split, out, fp6=fp6, scale_rounding=scale_rounding, w_fp4=w_fp4,
     )  # fmt: skip
     if x.shape[0]:
         with gpu.current_device(x):
@@ -69,7 +69,7 @@ def reorder_fold_call(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split,
     out: FoldedActivation, *, fp6: str, scale_rounding: str, w_fp4: bool,
 ) -> gpu.KernelCall:  # fmt: skip
-    """The launch that fills `out`, its q seen as uint8; as `gpu.reorder_quantize_call`."""
+    """The launch that fills `out`; as `gpu.reorder_quantize_call`."""
     from micromix_compile.templates.reorder_fold import reorder_fold_kernel
 
     channels = channel_perm.shape[0]
@@ -122,7 +122,7 @@ def folded_mm(
     tile = tile or tile_for(rows)
     split_k = split_k or split_for(rows, columns, x.q.shape[1], tile)
     partial = x.q.new_empty((split_k, *out.shape) if split_k > 1 else (0,), dtype=torch.float32)
-    call = folded_mm_call(x._replace(q=x.q.view(torch.uint8)), weights, out, partial, fp6=fp6, tile=tile, split_k=split_k)
+    call = folded_mm_call(x, weights, out, partial, fp6=fp6, tile=tile, split_k=split_k)
     if out.numel():
         with gpu.current_device(out):
             call.launch()
@@ -133,7 +133,7 @@ def folded_mm_call(
     x: FoldedActivation, weights: Sequence[FoldedWeight], out: Tensor, partial: Tensor, *, fp6: str, tile: FoldedTile,
     split_k: int,
 ) -> gpu.KernelCall:  # fmt: skip
-    """The launch that fills `out`, x.q seen as uint8. Only shapes and dtypes are read here."""
+    """The launch that fills `out`. Only shapes and dtypes are read here."""
     from micromix_compile.templates.folded_mm import folded_mm_kernel
 
     columns = [weight.row_scale.shape[0] for weight in weights]
@@ -194,14 +194,15 @@ def _library_mm(
     biases = [weight.bias for weight in weights]
     bias = None if biases[0] is None else torch.cat([b.to(out_dtype) for b in biases if b is not None])
     row_scales = torch.cat([weight.row_scale for weight in weights]) if len(weights) > 1 else weights[0].row_scale
+    e4m3 = torch.float8_e4m3fn
     return torch._scaled_mm(
-        x.q, expanded.T, scale_a=x.row_scale[:, None], scale_b=row_scales[None], bias=bias, out_dtype=out_dtype,
+        x.q.view(e4m3), expanded.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=row_scales[None], bias=bias, out_dtype=out_dtype,
         use_fast_accum=True,
     )  # fmt: skip
 
 
 def expand_weight(weight: FoldedWeight, out: Tensor, *, fp6: str) -> None:
-    """Fill `out`, (N, K) float8_e4m3fn, with `folding.fold_weight`."""
+    """Fill `out`, (N, K) uint8, with `folding.fold_weight`."""
     if out.numel():
         with gpu.current_device(out):
             expand_call(weight, out, fp6=fp6).launch()
@@ -219,7 +220,7 @@ def expand_call(
         grid=(-(-out.shape[0] // block_n), steps),
         args={
             **dict(zip(("w4", "w6", "w8", "w_factor"), weight, strict=False)),
-            "out": out.view(torch.uint8),
+            "out": out,
             "N": out.shape[0],
             **_odd_blocks(weight.split),
         },
