@@ -77,7 +77,8 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
     split = (2 * x.q4.shape[1], x.q6.shape[1], x.q8.shape[1])
     values = reference.dequantize_activation(*x)[:, fold_order(split, w_fp4=w_fp4).to(x.q4.device)]
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=amax.device)
-    return FoldedActivation(_to_e4m3(values / row_scale[:, None], row_scale), row_scale, locks)
+    folded = values / row_scale[:, None] + 0.0  # a zero has no sign
+    return FoldedActivation(_to_e4m3(folded, row_scale), row_scale, locks)
 
 
 def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> Tensor:
