@@ -76,7 +76,7 @@ def compile_graph(
 
     options: Inductor's own. settings: what the compiled code depends on beside the graph, for the cache key.
     """
-    from micromix_compile.lowering import mixed_mx_mm, reorder_quantize  # noqa: F401 - they register lowerings
+    from micromix_compile.lowering import folded, mixed_mx_mm, reorder_quantize  # noqa: F401 - they register lowerings
 
     patches = {**DEFAULT_OPTIONS, **options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
     return torch_compat.compile_with_inductor(gm, example_inputs, patches)

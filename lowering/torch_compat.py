@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,10 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def add_static_input(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
-    """Append a graph input of example's shape whose address stays the same between calls (no CUDA-graph copies)."""
+    """Append a graph input of example's shape whose address stays the same between calls (no CUDA-graph copies).
+
+    example: a tensor, or a fake one of this graph.
+    """
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
@@ -77,7 +81,8 @@ def add_static_input(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None, "Dynamo compiles under a fake tensor mode"
-    node.meta["example_value"] = fake_mode.from_tensor(example, static_shapes=True)
+    is_fake = isinstance(example, FakeTensor)
+    node.meta["example_value"] = example if is_fake else fake_mode.from_tensor(example, static_shapes=True)
     return node
 
 

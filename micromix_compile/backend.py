@@ -11,10 +11,11 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 
-from micromix_compile import ops
+from micromix_compile import folded_ops, ops
 from micromix_compile.assignment import assign
 from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.folded_ops import folded_factors
 from micromix_compile.lowering import inductor, torch_compat
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, run_passes
 from micromix_compile.recipe import Recipe
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
 
+
+PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, folded_ops.folded_mm)
 
 SessionKey = tuple[tuple[str, ...], MicroMixConfig, object]
 
@@ -133,10 +136,11 @@ def compile_quantized(
     """Rewrite the graph's linears and compile it with Inductor; packed weights are looked up for every call."""
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
+    context.folds = not session.config.exact and _folds(example_inputs)
     run_passes(gm, CONVERT_PASSES, context)
     close_graph(session, context)
     appended = gm.graph.find_nodes(op="placeholder")[len(placeholders) :]
-    products = [node for node in gm.graph.nodes if node.target in (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm)]
+    products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
     if products:
         _check_target(session.config, example_inputs)
     elif context.sites and not session.is_packed:
@@ -151,6 +155,8 @@ def compile_quantized(
     position = {node: i for i, node in enumerate(placeholders)}
     inputs = [(position[weight], index) for weight, index in context.inputs]
     weights = sorted({i for i, _ in inputs})
+    place = {node: i for i, node in enumerate([*placeholders, *appended])}
+    folded = [(tuple(place[node] for node in nodes), fp6) for nodes, fp6 in context.folded]
 
     def run(*args: Any) -> Any:
         session.check_not_training()
@@ -159,10 +165,20 @@ def compile_quantized(
             session.count_call(args[i])
         if weights and torch.is_grad_enabled():
             _say_once("micromix runs without gradients: its outputs don't require grad")
+        given = [*args, *(packed[i][index] for i, index in inputs)]
+        for operands, fp6 in folded:
+            w4, w6, w8, w_scale = (given[i] for i in operands)
+            given += folded_factors(w4, w6, w8, w_scale, fp6)
         with torch.no_grad():
-            return compiled(*args, *(packed[i][index] for i, index in inputs))
+            return compiled(*given)
 
     return run
+
+
+def _folds(example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph's device runs folded products."""
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor) and value.is_cuda]
+    return bool(tensors) and folded_ops.runs_folded(tensors[0])
 
 
 def _check_target(config: MicroMixConfig, example_inputs: Sequence[Any]) -> None:

@@ -58,6 +58,7 @@ class MicroMixConfig:
     granularity: channels per format are rounded to multiples of this: 32, 64 or 128.
     skip: fnmatch patterns of module names that stay as they are.
     strict: an emulated or plain-PyTorch path is an error instead of a warning.
+    exact: never the folded FP8 product of sm_90, which is faster and not exact (see `folding`).
     seed: of the random output directions in which "budget" measures how much each channel matters.
     calibration_batches, calibration_tokens: the one-line form converts itself after so many batches or tokens,
         whichever comes first.
@@ -78,6 +79,7 @@ class MicroMixConfig:
     granularity: int = 32
     skip: tuple[str, ...] = DEFAULT_SKIP
     strict: bool = False
+    exact: bool = False
     seed: int = 0
     calibration_batches: int = 32
     calibration_tokens: int = 65_536
@@ -109,7 +111,7 @@ class MicroMixConfig:
         for name in ("skip", "dump"):
             _strings(name, getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("strict", "scale_search"):
+        for name in ("strict", "exact", "scale_search"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _typed("dump_dir", self.dump_dir, str, "a string")

@@ -1,13 +1,13 @@
 """Folding: MX operands with one power of two a row, for GPUs whose matrix instructions take no block scales (sm_90).
 
 A block's values are element * 2**e. Relative to a power of two of the whole row they are element * 2**(e - r), and that
-is an E4M3 value again, exactly, as long as it lies in E4M3's range: E2M1 for e - r from -8 to 6, E2M3 from -6 to 5, E3M2
-from -5 to 4. r is such that the row's largest value comes out between 192 and 448.
+is an E4M3 value again, exactly, as long as it lies in E4M3's range: E2M1 for e - r from -8 to 6, E2M3 from -6 to 5,
+E3M2 from -5 to 4. r is such that the row's largest value comes out between 192 and 448.
 
 Activations are folded to E4M3. What falls where E4M3 is subnormal is rounded, by at most 2**-10, that is 2**-17 of the
 row's largest value; all else is exact. Packed weights stay as they are in memory; a factor a block stands in for its
-scale, and kernels fold while they unpack, with the same rounding, but MXFP4 blocks with e - r < -5 count as -5 and MXFP8
-blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value.
+scale, and kernels fold while they unpack, with the same rounding, but MXFP4 blocks with e - r < -5 count as -5 and
+MXFP8 blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value.
 
 This module says what folded operands are, in plain PyTorch. `templates.reorder_fold` and `templates.fold` compute the
 same.
@@ -46,7 +46,7 @@ _TOP: Final = {"e2m1": 6, "e2m3": 11, "e3m2": 8, "e4m3": 0}
 
 
 class FoldedActivation(NamedTuple):
-    """q: (M, K) uint8, E4M3 bytes in the order of `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
+    """q: (M, K) uint8, E4M3 bytes, order of `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
 
     q: Tensor
     row_scale: Tensor
@@ -126,7 +126,7 @@ def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) ->
 
 def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tensor, ...]:
     split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
-    return w_scale.split([k // BLOCK_SIZE for k in split], 1)
+    return tuple(w_scale.split([k // BLOCK_SIZE for k in split], 1))
 
 
 def folded_mm(

@@ -4,6 +4,7 @@ if __name__ == "passes":
     raise ImportError("import micromix_compile.passes: the folder at the repository's root is not a package of its own")
 
 from micromix_compile.passes.find_linears import find_linears
+from micromix_compile.passes.fold_products import fold_products
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.fuse_silu_mul import fuse_silu_mul
 from micromix_compile.passes.insert_observers import insert_observers
@@ -12,7 +13,7 @@ from micromix_compile.passes.rewrite_linears import rewrite_linears
 from micromix_compile.passes.share_activations import share_activations
 
 CALIBRATE_PASSES = (find_linears, insert_observers)
-CONVERT_PASSES = (find_linears, rewrite_linears, share_activations)
+CONVERT_PASSES = (find_linears, rewrite_linears, share_activations, fold_products)
 POST_GRAD_PASSES = (fuse_rms_norm, fuse_silu_mul)
 
 __all__ = [

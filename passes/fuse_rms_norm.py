@@ -16,7 +16,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 
-from micromix_compile import ops
+from micromix_compile import folded_ops, ops
 from micromix_compile.passes.producers import quantized, quantizes_rows_of, replace_quantize
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+
+FUSED = {
+    ops.reorder_quantize: ops.rms_norm_reorder_quantize,
+    folded_ops.reorder_fold: folded_ops.rms_norm_reorder_fold,
+}
 
 
 def fuse_rms_norm(graph: fx.Graph) -> int:
@@ -71,4 +76,4 @@ def _is_row_norm(match: Match) -> bool:
 
 
 def _replace(match: Match, x: Node, weight: Node, eps: float, **_: object) -> None:
-    replace_quantize(match, ops.rms_norm_reorder_quantize, (x,), weight, eps)
+    replace_quantize(match, FUSED, (x,), weight, eps)

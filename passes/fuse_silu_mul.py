@@ -15,7 +15,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 
-from micromix_compile import ops, target
+from micromix_compile import folded_ops, ops, target
 from micromix_compile.passes.producers import quantized, quantizes_rows_of, replace_quantize
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+
+FUSED = {
+    ops.reorder_quantize: ops.silu_mul_reorder_quantize,
+    folded_ops.reorder_fold: folded_ops.silu_mul_reorder_fold,
+}
 
 
 def fuse_silu_mul(graph: fx.Graph) -> int:
@@ -69,4 +74,4 @@ def _is_row_product(match: Match) -> bool:
 
 
 def _replace(match: Match, gate: Node, up: Node, **_: object) -> None:
-    replace_quantize(match, ops.silu_mul_reorder_quantize, (gate, up))
+    replace_quantize(match, FUSED, (gate, up))

@@ -87,6 +87,8 @@ class PassContext:
     example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
+    folds: products are to be folded (see `fold_products`). folded: filled by it: per two appended inputs, factors and
+        row scales, the inputs (w4, w6, w8, w_scale) that they are made from, and the MXFP6 format.
     """
 
     owner: Owner
@@ -96,6 +98,8 @@ class PassContext:
     sites: list[LinearSite] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
+    folds: bool = False
+    folded: list[tuple[tuple[fx.Node, fx.Node, fx.Node, fx.Node], str]] = field(default_factory=list)
 
 
 Pass = Callable[["fx.GraphModule", PassContext], int]

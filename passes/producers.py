@@ -8,21 +8,26 @@ import torch
 from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
 from torch.fx import Node
 
-from micromix_compile import ops
+from micromix_compile import folded_ops, ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
 
 aten = torch.ops.aten
 
 LAYOUT: Final = ("channel_perm", "k4", "k6", "k8", "fp6", "scale_rounding")
+LAYOUTS: Final = {ops.reorder_quantize: LAYOUT, folded_ops.reorder_fold: (*LAYOUT, "w_fp4")}
+"""What quantizes rows, and the names of its further arguments."""
 
 
 def quantized(rows: PatternExpr) -> list[PatternExpr]:
     """A quantize of `rows`: through a view, or of rows that are a matrix already."""
     viewed = CallFunction([aten.view.default, aten.reshape.default], rows, KeywordArg("row_shape"))
-    layout = [KeywordArg(name) for name in LAYOUT]
-    return [CallFunction(ops.reorder_quantize, matrix, *layout, _users=MULTIPLE) for matrix in (viewed, rows)]
+    return [
+        CallFunction(op, matrix, *map(KeywordArg, layout), _users=MULTIPLE)
+        for op, layout in LAYOUTS.items()
+        for matrix in (viewed, rows)
+    ]
 
 
 def quantizes_rows_of(match: Match, x: torch.Tensor) -> bool:
@@ -33,8 +38,8 @@ def quantizes_rows_of(match: Match, x: torch.Tensor) -> bool:
     return not any(node.kwargs for node in match.nodes) and _rows(match).meta["val"].shape[-1] == x.shape[-1]
 
 
-def replace_quantize(match: Match, op: Callable[..., Any], rows: Sequence[Node], *others: Any) -> None:
-    """Put `op`(*rows as matrices, *others, the quantize's layout) in the place of producer and quantize."""
+def replace_quantize(match: Match, fused_ops: Mapping[Any, Any], rows: Sequence[Node], *others: Any) -> None:
+    """Put fused_ops[quantize](*rows as matrices, *others, its layout) in the place of producer and quantize."""
     quantize, graph, found = match.output_node(), match.graph, match.kwargs
     shape = _rows(match).meta["val"].shape
     with graph.inserting_before(quantize):
@@ -45,7 +50,8 @@ def replace_quantize(match: Match, op: Callable[..., Any], rows: Sequence[Node],
                 matrix = graph.call_function(aten.reshape.default, (node, found["row_shape"]))
                 matrix.meta["val"] = node.meta["val"].reshape(shape)
             matrices.append(matrix)
-        fused = graph.call_function(op, (*matrices, *others, *(found[name] for name in LAYOUT)))
+        layout = (found[name] for name in LAYOUTS[quantize.target])  # type: ignore[index]
+        fused = graph.call_function(fused_ops[quantize.target], (*matrices, *others, *layout))
         fused.meta["val"] = quantize.meta["val"]
     quantize.replace_all_uses_with(fused)
     graph.erase_node(quantize)

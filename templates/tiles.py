@@ -35,7 +35,8 @@ class Family:
 
     mma: for people. mode: `MODE` of templates/mixed_mx_mm.py. widen_fp4: MXFP4 weights meet MXFP8 activations as
     MXFP8, because the compiler has no block-scaled MMA of two element families. shared_memory: bytes a program may use.
-    tiles: (largest M, tiles), ascending; the last holds for every M.
+    tiles: (largest M, tiles), ascending; the last holds for every M. folds: bfloat16 models run `folded_mm_kernel`
+    on FP8 MMA instead, unless exactness is asked for.
     """
 
     mma: str
@@ -43,6 +44,7 @@ class Family:
     widen_fp4: bool
     shared_memory: int
     tiles: tuple[tuple[int, tuple[Tile, ...]], ...]
+    folds: bool = False
 
     def constants(
         self, tile: Tile, *, fp6: str, w_fp4: bool, has_bias: bool, x_swizzled: bool = False, w_swizzled: bool = False
@@ -132,6 +134,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
             (512, (Tile(128, 128, 64, 8, 3), Tile(256, 128, 64, 8, 3))),
             (_ANY, (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3))),
         ),
+        folds=True,
     ),
     # bfloat16 MMA of any GPU that has one.
     "bf16": Family(

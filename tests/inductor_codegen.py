@@ -20,9 +20,10 @@ from fake_cuda import fake_cuda, generate
 from torch import Tensor
 from torch._inductor import config
 
+import micromix_compile.lowering.folded
 import micromix_compile.lowering.mixed_mx_mm
 import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
-from micromix_compile import ops
+from micromix_compile import folded_ops, ops
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.offline import mma_kind
 from micromix_compile.passes import POST_GRAD_PASSES
@@ -62,6 +63,26 @@ def gelu(x: Tensor, perm: Tensor, bias: Tensor, *weights: Tensor) -> tuple[Tenso
     """A producer without a kernel of its own, and an activation behind the product."""
     q = ops.reorder_quantize(torch.nn.functional.gelu(x), perm, *SPLITS[0], *LAYOUT)
     return (torch.nn.functional.gelu(ops.mixed_mx_mm(*q, *weights, bias, LAYOUT[0], x.dtype), approximate="tanh"),)
+
+
+def folded_mlp(x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """`mlp` on the folded path: gate and up are one product."""
+    for split in SPLITS[:2]:
+        gate, up, down = weights[:5], weights[5:10], weights[10:15]
+        q = folded_ops.reorder_fold(ops.rms_norm(x, norm, 1e-6), perm, *split, *LAYOUT, False)
+        lists = [list(pair) for pair in zip(gate, up, strict=True)]
+        both = folded_ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
+        g, u = (torch.ops.aten.slice.Tensor(both, 1, start, start + HIDDEN) for start in (0, HIDDEN))
+        act = torch.nn.functional.silu(g) * u
+        q = folded_ops.reorder_fold(act, hidden_perm, *SPLITS[2], *LAYOUT, False)
+        x = x + folded_ops.folded_mm(*q, *([part] for part in down), [], LAYOUT[0], x.dtype)
+        weights = weights[15:]
+    return (x,)
+
+
+def folded_specs(rows: int, split: Sequence[int]) -> list[Spec]:
+    factors = sum(-(-k // 512) * 16 for k in split)
+    return [*weight_specs(rows, split, fp4=False)[:3], ((rows, factors), torch.uint8), ((rows,), torch.float32)]
 
 
 def quantized(x: Tensor, perm: Tensor) -> Any:
@@ -106,6 +127,11 @@ def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callab
     if name == "gelu":
         specs: list[Spec] = [((rows, C), dtype), ((C,), torch.int32), ((HIDDEN,), dtype)]
         return gelu, specs + weight_specs(HIDDEN, SPLITS[0], fp4=fp4)
+    if name == "folded":
+        specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int32), ((HIDDEN,), torch.int32)]
+        for split in SPLITS[:2]:
+            specs += folded_specs(HIDDEN, split) * 2 + folded_specs(C, SPLITS[2])
+        return folded_mlp, specs
     specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int32), ((HIDDEN,), torch.int32), ((HIDDEN,), dtype)]
     for split in SPLITS[:2]:
         specs += weight_specs(HIDDEN, split, fp4=fp4) * 2 + weight_specs(C, SPLITS[2], fp4=fp4)

@@ -1,0 +1,98 @@
+"""Inductor's lowerings of the folded ops: launches of Triton kernels, or the op itself.
+
+The product of many rows, or of a number that is not known while compiling, stays a call of the op, which decides when
+it runs between the kernel that reads packed weights and the library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._inductor.lowering import fallback_handler, register_lowering
+
+from micromix_compile import folded_ops, gpu_folded, target
+from micromix_compile.folding import LOCKS, FoldedActivation
+from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.lowering import inductor
+from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _folds(node: Any) -> bool:
+    family = target.target_of(node.get_device()).family if inductor.compiles_for_us() else None
+    return family is not None and family.folds
+
+
+def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
+    """Lower `op`, whose arguments `arguments` maps to producer, x, other, eps, channel_perm, split and names."""
+    call_op = fallback_handler(op, add_to_fallback_set=False)
+
+    @register_lowering(op, type_promotion_kind=None)
+    def lower(x: Any, *rest: Any) -> Any:
+        if not _folds(x) or 0 in x.get_size():
+            return call_op(x, *rest)
+        producer, source, other, eps, perm, split, fp6, scale_rounding, w_fp4 = arguments(x, *rest)
+        rows, device = x.get_size()[0], x.get_device()
+        outputs = (
+            empty([rows, sum(split)], torch.uint8, device),
+            empty([rows], torch.float32, device),
+            empty([LOCKS], torch.int32, device),
+        )
+        tensors: list[Any] = [None if node is None else Operand(in_memory(node)) for node in (source, other, perm)]
+        filled: Any = FoldedActivation(*map(Operand, outputs))  # type: ignore[arg-type]
+        call = gpu_folded.reorder_fold_call(
+            producer, tensors[0], tensors[1], eps, tensors[2], split, filled, fp6=fp6, scale_rounding=scale_rounding,
+            w_fp4=w_fp4,
+        )  # fmt: skip
+        launch(call)
+        return outputs
+
+
+_register(
+    folded_ops.reorder_fold, lambda x, perm, k4, k6, k8, *names: ("none", x, None, 0.0, perm, (k4, k6, k8), *names)
+)
+_register(
+    folded_ops.rms_norm_reorder_fold,
+    lambda x, weight, eps, perm, k4, k6, k8, *names: ("rms_norm", x, weight, eps, perm, (k4, k6, k8), *names),
+)
+_register(
+    folded_ops.silu_mul_reorder_fold,
+    lambda gate, up, perm, k4, k6, k8, *names: ("silu_mul", gate, up, 0.0, perm, (k4, k6, k8), *names),
+)
+
+_call_folded_mm = fallback_handler(folded_ops.folded_mm, add_to_fallback_set=False)
+
+
+@register_lowering(folded_ops.folded_mm, type_promotion_kind=None)
+def _lower_folded_mm(
+    q: Any, row_scale: Any, locks: Any, w4: Any, w6: Any, w8: Any, w_factor: Any, w_row_scale: Any, bias: Any,
+    fp6: str, out_dtype: torch.dtype,
+) -> Any:  # fmt: skip
+    rows = Operand(q).shape[0]
+    columns = [Operand(node).shape[0] for node in w_row_scale]
+    is_known = isinstance(rows, int) and rows > 0 and _folds(q)
+    if not is_known or gpu_folded.uses_library(rows, columns, out_dtype):
+        return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
+    tensors = zip(w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4), strict=True)
+    weights: Any = [
+        FoldedWeight(*(None if node is None else Operand(_operand(node)) for node in one))  # type: ignore[arg-type]
+        for one in tensors
+    ]
+    x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
+    out = empty([rows, sum(columns)], out_dtype, q.get_device())
+    tile = gpu_folded.tile_for(rows)
+    split_k = gpu_folded.split_for(rows, columns, x.q.shape[1], tile)
+    partial = x.row_scale
+    if split_k > 1:
+        partial = Operand(empty([split_k, rows, sum(columns)], torch.float32, q.get_device()))
+    result: Any = Operand(out)
+    launch(gpu_folded.folded_mm_call(x, weights, result, partial, fp6=fp6, tile=tile, split_k=split_k))
+    return out
+
+
+def _operand(node: Any) -> Any:
+    """A part of a weight in memory; what is empty is never read."""
+    return node if 0 in node.get_size() else contiguous(node)

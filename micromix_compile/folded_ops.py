@@ -1,0 +1,155 @@
+"""The operations of the folded path (see `folding`), which `passes.fold_products` puts in the place of those in `ops`.
+
+    micromix::reorder_fold(x, channel_perm, k4, k6, k8, fp6, scale_rounding, w_fp4) -> (q, row_scale, locks)
+    micromix::rms_norm_reorder_fold(x, weight, eps, channel_perm, ...)              -> (q, row_scale, locks)
+    micromix::silu_mul_reorder_fold(gate, up, channel_perm, ...)                    -> (q, row_scale, locks)
+    micromix::folded_mm(q, row_scale, locks, w4[], w6[], w8[], w_factor[], w_row_scale[], bias[], fp6, out_dtype)
+        -> (M, sum of N)
+
+The lists have an entry for each weight that reads the activation; `bias` may be empty. `locks` is scratch memory: zeros
+before a product and after it. On a GPU without FP8 MMA, or a CPU, they are plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from micromix_compile import folding, gpu_folded, ops, reference, target
+from micromix_compile.folding import LOCKS, FoldedActivation
+from micromix_compile.formats import ScaleRounding
+from micromix_compile.gpu_folded import FoldedWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Folded = tuple[Tensor, Tensor, Tensor]
+
+_LAYOUT_ARGS = "Tensor channel_perm, int k4, int k6, int k8, str fp6, str scale_rounding, bool w_fp4"
+_FOLDED = "(Tensor q, Tensor row_scale, Tensor locks)"
+
+_lib = torch.library.Library("micromix", "FRAGMENT")
+_lib.define(f"reorder_fold(Tensor x, {_LAYOUT_ARGS}) -> {_FOLDED}")
+_lib.define(f"rms_norm_reorder_fold(Tensor x, Tensor weight, float eps, {_LAYOUT_ARGS}) -> {_FOLDED}")
+_lib.define(f"silu_mul_reorder_fold(Tensor gate, Tensor up, {_LAYOUT_ARGS}) -> {_FOLDED}")
+_lib.define(
+    "folded_mm(Tensor q, Tensor row_scale, Tensor locks, Tensor[] w4, Tensor[] w6, Tensor[] w8, Tensor[] w_factor, "
+    "Tensor[] w_row_scale, Tensor[] bias, str fp6, ScalarType out_dtype) -> Tensor"
+)
+
+reorder_fold: Callable[..., Folded] = torch.ops.micromix.reorder_fold.default
+rms_norm_reorder_fold: Callable[..., Folded] = torch.ops.micromix.rms_norm_reorder_fold.default
+silu_mul_reorder_fold: Callable[..., Folded] = torch.ops.micromix.silu_mul_reorder_fold.default
+folded_mm: Callable[..., Tensor] = torch.ops.micromix.folded_mm.default
+
+
+_factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> tuple[Tensor, Tensor]:
+    """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change."""
+    version = 0 if w_scale.is_inference() else w_scale._version
+    kept = _factors.get(w_scale)
+    if kept is None or kept[0] != version:
+        row_scale = folding.weight_row_scale(w4, w6, w8, w_scale, fp6)
+        kept = (version, folding.weight_factor(w4, w6, w8, w_scale, row_scale), row_scale)
+        _factors[w_scale] = kept
+    return kept[1], kept[2]
+
+
+def runs_folded(x: Tensor) -> bool:
+    """Whether the folded kernels are those of x's device."""
+    family = target.triton_family(x)
+    return family is not None and family.folds
+
+
+def _fold(
+    producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, k4: int, k6: int, k8: int,
+    fp6: str, scale_rounding: str, w_fp4: bool,
+) -> Folded:  # fmt: skip
+    split = (k4, k6, k8)
+    if runs_folded(x):
+        return gpu_folded.reorder_fold(
+            producer, x, other, eps, channel_perm, split, fp6, scale_rounding, w_fp4=w_fp4
+        )  # fmt: skip
+    if producer == "rms_norm":
+        assert other is not None, "a norm has a weight"
+        x = ops.rms_norm(x, other, eps)
+    elif producer == "silu_mul":
+        assert other is not None, "a gate has an up"
+        x = torch.nn.functional.silu(x) * other
+    rounding = ScaleRounding(scale_rounding)
+    quantized = reference.reorder_quantize(x, channel_perm, split, fp6=fp6, scale_rounding=rounding)
+    return folding.fold_activation(quantized, _amax(x), w_fp4=w_fp4)
+
+
+def _amax(x: Tensor) -> Tensor:
+    return x.abs().amax(1).float() if x.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float32)
+
+
+def _reorder_fold(x: Tensor, *layout: object) -> Folded:
+    return _fold("none", x, None, 0.0, *layout)  # type: ignore[arg-type]
+
+
+def _rms_norm_reorder_fold(x: Tensor, weight: Tensor, eps: float, *layout: object) -> Folded:
+    reference.check_norm_weight(x, weight)
+    return _fold("rms_norm", x, weight, eps, *layout)  # type: ignore[arg-type]
+
+
+def _silu_mul_reorder_fold(gate: Tensor, up: Tensor, *layout: object) -> Folded:
+    reference.check_gate_and_up(gate, up)
+    return _fold("silu_mul", gate, up, 0.0, *layout)  # type: ignore[arg-type]
+
+
+def _folded_mm(
+    q: Tensor, row_scale: Tensor, locks: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor],
+    w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], fp6: str, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    biases: list[Tensor | None] = [*bias] or [None] * len(w4)
+    if runs_folded(q):
+        fields = zip(w4, w6, w8, w_factor, w_row_scale, biases, strict=True)
+        weights = [FoldedWeight(*one) for one in fields]
+        return gpu_folded.folded_mm(FoldedActivation(q, row_scale, locks), weights, fp6=fp6, out_dtype=out_dtype)
+    folded = [folding.fold_weight(*one, fp6) for one in zip(w4, w6, w8, w_factor, strict=True)]
+    return folding.folded_mm(q, row_scale, list(zip(folded, w_row_scale, strict=True)), biases, out_dtype)
+
+
+def _fake_fold(x: Tensor, *layout: object) -> Folded:
+    channel_perm, k4, k6, k8, fp6, scale_rounding, _ = layout
+    reference.check_reorder_quantize(x, channel_perm, (k4, k6, k8), fp6, scale_rounding)  # type: ignore[arg-type]
+    rows, channels = x.shape[0], channel_perm.shape[0]  # type: ignore[attr-defined]
+    return (
+        x.new_empty((rows, channels), dtype=torch.uint8),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(LOCKS, dtype=torch.int32),
+    )
+
+
+def _fake_rms_norm_fold(x: Tensor, weight: Tensor, eps: float, *layout: object) -> Folded:
+    reference.check_norm_weight(x, weight)
+    return _fake_fold(x, *layout)
+
+
+def _fake_silu_mul_fold(gate: Tensor, up: Tensor, *layout: object) -> Folded:
+    reference.check_gate_and_up(gate, up)
+    return _fake_fold(gate, *layout)
+
+
+def _fake_folded_mm(
+    q: Tensor, row_scale: Tensor, locks: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor],
+    w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], fp6: str, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((q.shape[0], sum(w.shape[0] for w in w4)), dtype=out_dtype)
+
+
+for _name, _kernel, _fake in (
+    ("reorder_fold", _reorder_fold, _fake_fold),
+    ("rms_norm_reorder_fold", _rms_norm_reorder_fold, _fake_rms_norm_fold),
+    ("silu_mul_reorder_fold", _silu_mul_reorder_fold, _fake_silu_mul_fold),
+    ("folded_mm", _folded_mm, _fake_folded_mm),
+):
+    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"micromix::{_name}", _fake, lib=_lib)

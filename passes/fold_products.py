@@ -1,0 +1,135 @@
+"""Pass 5, where matrix instructions take no block scales but FP8 (sm_90): quantize and products -> their folded twins.
+
+Linears that read one activation become one product, side by side: q, k and v; gate and up.
+"""
+
+from __future__ import annotations
+
+import operator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from micromix_compile import folded_ops, ops
+from micromix_compile.folding import FACTOR_PADDING
+from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.gpu_folded import MAX_GROUP
+from micromix_compile.passes.pass_manager import PassContext, copy_meta
+from micromix_compile.passes.share_activations import is_quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import fx
+
+aten = torch.ops.aten
+
+_FP6 = 9  # arguments of mixed_mx_mm: four of x, four of w, bias, fp6, out_dtype
+_BIAS = 8
+
+
+def fold_products(gm: fx.GraphModule, context: PassContext) -> int:
+    """Rewrite each quantize all of whose users are bfloat16 products; fills `context.folded`. Returns how many."""
+    if not context.folds:
+        return 0
+    folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    rewritten = 0
+    for quantize in [node for node in gm.graph.nodes if is_quantize(node)]:
+        products = _products(quantize)
+        if products:
+            _rewrite(gm.graph, context, quantize, products, folded)
+            rewritten += 1
+    return rewritten
+
+
+def _products(quantize: fx.Node) -> list[fx.Node]:
+    """The products that read all parts of a quantize, in order; none if there is another user or dtype."""
+    if any(part.target is not operator.getitem for part in quantize.users):
+        return []
+    users = {user for part in quantize.users for user in part.users}
+    for user in users:
+        is_product = user.target in (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm) and not user.kwargs
+        if not is_product or user.args[-1] != torch.bfloat16:
+            return []
+        if [getattr(part, "args", None) for part in user.args[:4]] != [(quantize, i) for i in range(4)]:
+            return []
+    kinds = {_weights_are_fp4(quantize, user) for user in users}
+    return sorted(users) if len(kinds) == 1 else []
+
+
+def _weights_are_fp4(quantize: fx.Node, product: fx.Node) -> bool:
+    """Whether weights are all MXFP4 and activations are not."""
+    packed = _example(product.args[4]).shape[1] * 2
+    return bool(packed == sum(quantize.args[2:5]) != quantize.args[2])  # type: ignore[arg-type]
+
+
+def _example(node: Any) -> torch.Tensor:
+    example = node.meta["example_value"]
+    assert isinstance(example, torch.Tensor), "a graph input has an example"
+    return example
+
+
+def _rewrite(
+    graph: fx.Graph, context: PassContext, quantize: fx.Node, products: list[fx.Node],
+    folded: dict[fx.Node, tuple[fx.Node, fx.Node]],
+) -> None:  # fmt: skip
+    with graph.inserting_before(quantize):
+        fold = graph.call_function(folded_ops.reorder_fold, (*quantize.args, _weights_are_fp4(quantize, products[0])))
+        x = [graph.call_function(operator.getitem, (copy_meta(quantize, fold), i)) for i in range(3)]
+    for group in _groups(products):
+        weights = [[*product.args[4:7], *_folded_inputs(graph, context, product, folded)] for product in group]
+        biases = [product.args[_BIAS] for product in group if product.args[_BIAS] is not None]
+        with graph.inserting_before(group[0]):
+            lists = [list(column) for column in zip(*weights, strict=True)]
+            joint = graph.call_function(folded_ops.folded_mm, (*x, *lists, biases, *group[0].args[_FP6:]))
+            copy_meta(group[0], joint)
+            outputs = list(_columns(graph, joint, group))
+        for product, output in zip(group, outputs, strict=True):
+            product.replace_all_uses_with(output)
+            graph.erase_node(product)
+    for part in list(quantize.users):
+        graph.erase_node(part)
+    graph.erase_node(quantize)
+
+
+def _groups(products: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """Products that can be one: all with a bias or all without, and every operand an input of the graph."""
+
+    def kind(product: fx.Node) -> tuple[bool, fx.Node | None]:
+        operands = [node for node in product.args[4:9] if node is not None]
+        inputs_only = all(node.op in ("placeholder", "get_attr") for node in operands)  # type: ignore[union-attr]
+        return product.args[_BIAS] is None, None if inputs_only else product
+
+    for _, run in groupby(products, kind):
+        members = list(run)
+        yield from (members[i : i + MAX_GROUP] for i in range(0, len(members), MAX_GROUP))
+
+
+def _columns(graph: fx.Graph, joint: fx.Node, group: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """Each product's columns of the joint one."""
+    start = 0
+    for product in group:
+        stop = start + _example(product.args[4]).shape[0]
+        is_all = len(group) == 1
+        yield joint if is_all else copy_meta(product, graph.call_function(aten.slice.Tensor, (joint, 1, start, stop)))
+        start = stop
+
+
+def _folded_inputs(
+    graph: fx.Graph, context: PassContext, product: fx.Node, folded: dict[fx.Node, tuple[fx.Node, fx.Node]]
+) -> tuple[fx.Node, fx.Node]:
+    """Graph inputs with the factors and the row scales of a product's weight."""
+    w4, w6, w8, w_scale = product.args[4:8]
+    assert isinstance(w_scale, torch.fx.Node), "scales are a graph input"
+    if w_scale not in folded:
+        scale = _example(w_scale)
+        split = (_example(w4).shape[1] * 2, _example(w6).shape[2] * 4, _example(w8).shape[1])
+        width = sum(-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split)
+        name = f"micromix_folded_{len(context.folded)}"
+        folded[w_scale] = (
+            context.owner.add_input(graph, f"{name}_factor", scale.new_empty((scale.shape[0], width))),
+            context.owner.add_input(graph, f"{name}_row", scale.new_empty(scale.shape[0], dtype=torch.float32)),
+        )
+        context.folded.append(((w4, w6, w8, w_scale), str(product.args[_FP6])))  # type: ignore[arg-type]
+    return folded[w_scale]
