@@ -114,6 +114,26 @@ def test_a_producer_joins_the_quantizer_or_stays_whole(case: str, producer: str,
     assert f"'EPS': {1e-6 if producer == 'rms_norm' else 0.0}" in source
 
 
+def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products() -> None:
+    code = generated("folded", (9, 0), rows=16, compile=True)
+    kinds = [name.rsplit("_kernel_", 1)[0] for name in code["launches"]]
+    layer = ["reorder_fold", "folded_mm", "reorder_fold", "folded_mm"]
+    assert kinds == [*layer, "triton_poi_fused_add_0", *layer, "triton_poi_fused_add_1"]
+    quantizers = [code["kernels"][name] for name in code["launches"][:3:2]]
+    assert "'PRODUCER': 'rms_norm'" in quantizers[0]
+    assert "'PRODUCER': 'silu_mul'" in quantizers[1]
+    for name in code["kernels"]:
+        if name.startswith("folded_mm"):
+            assert code["mma"][name] == ["wgmma e4m3"]
+
+
+@pytest.mark.parametrize("changes", [{"rows": 300}, {"rows": 16, "dynamic": True}], ids=["many rows", "any rows"])
+def test_a_folded_product_of_many_or_any_rows_is_decided_when_it_runs(changes: dict[str, Any]) -> None:
+    launches = generated("folded", (9, 0), **changes)["launches"]
+    assert "torch.ops.micromix.folded_mm" in launches
+    assert not any(name.startswith("folded_mm_kernel") for name in launches)
+
+
 def load(name: str, source: str, folder: Path) -> ModuleType:
     """The generated kernel as a function of Triton's interpreter, in its float32 arithmetic."""
     from torch._inductor.runtime import triton_helpers, triton_heuristics

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
-from micromix_compile import ops, target
+from micromix_compile import folded_ops, ops, reference, target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -31,8 +31,12 @@ def launches(run: object, *arguments: object) -> list[str]:
     return [event.name for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]
 
 
-def compiled(model: nn.Module, recipe: micromix.Recipe, **options: object) -> nn.Module:
-    return torch.compile(model, backend="micromix", options={"recipe": recipe, **options})
+def compiled(model: nn.Module, recipe: micromix.Recipe, *, exact: bool = True, **options: object) -> nn.Module:
+    return torch.compile(model, backend="micromix", options={"recipe": recipe, "exact": exact, **options})
+
+
+FOLDS = torch.cuda.is_available() and folded_ops.runs_folded(torch.empty(0, device="cuda"))
+needs_folding = pytest.mark.skipif(torch.cuda.is_available() and not FOLDS, reason="needs a GPU of sm_90")
 
 
 def norm_free(net: nn.Module) -> nn.Module:
@@ -197,3 +201,100 @@ def test_packed_modules_move_between_devices() -> None:
         actual = packed.cuda()(x.cuda()).cpu()
     assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().max()
     assert packed.layers[0].gate.order.channel_perm is packed.layers[0].up.order.channel_perm
+
+
+# ---- The folded path of sm_90
+
+
+@needs_folding
+@pytest.mark.parametrize("rows", [1, 16, 40, 64, 300])
+@pytest.mark.parametrize("weights", ["same", "mxfp4"])
+def test_a_folded_linear_is_near_the_exact_one(rows: int, weights: str) -> None:
+    # Operands differ by what folding rounds, at most 2**-9 of a row's largest value, which these hardly reach. FP8 MMA
+    # keeps 13 bits below the largest of the summands of an instruction: with 32 of them an error of at most 2**-8 of
+    # the sum of magnitudes. Then one rounding to bfloat16.
+    net = nn.Linear(1056, 208, dtype=torch.bfloat16, device="cuda").eval()
+    x = torch.randn(rows, 1056, dtype=torch.bfloat16, device="cuda") * torch.exp(torch.randn(1056, device="cuda"))
+    x = x.bfloat16()
+    config = micromix.MicroMixConfig(weights=weights, policy="mxfp8-anchor", weight_rounding="nearest", skip=())
+    recipe = micromix.calibrate(net, [x], config)
+    packed = micromix.quantize_(copy.deepcopy(nn.Sequential(net)), micromix.calibrate(nn.Sequential(net), [x], config))
+    with torch.no_grad():
+        fast = compiled(net, recipe, exact=False)
+        got, want = fast(x).double(), packed(x).double()
+        layer = packed[0]
+        q = ops.reorder_quantize(x, layer.order.channel_perm, *layer.split, layer.fp6, layer.scale_rounding)
+        left = reference.dequantize_activation(*q).abs()
+        parts = (layer.weight_q4, layer.weight_q6, layer.weight_q8, layer.weight_scale)
+        right = reference.dequantize_weight(*parts, layer.fp6).abs()
+    bound = 2.0**-8 * (left @ right.T).double() + 2.0**-7 * want.abs()
+    assert bool(((got - want).abs() <= bound).all())
+    assert not torch.equal(fast(x), torch.zeros_like(fast(x)))
+
+
+@needs_folding
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_folded_models_give_the_same_bits_every_time(mode: str) -> None:
+    net = norm_free(make_net(torch.bfloat16)).cuda()
+    recipe = micromix.calibrate(net, [torch.randn(2, 7, 64, dtype=torch.bfloat16, device="cuda")])
+    first, fast = compiled(net, recipe, exact=False), compiled(copy.deepcopy(net), recipe, exact=False, mode=mode)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(3, 11, 64, dtype=torch.bfloat16, device="cuda")
+            assert torch.equal(fast(x).clone(), first(x))
+
+
+@needs_folding
+def test_folded_models_take_any_rows_on_two_streams() -> None:
+    net = norm_free(make_net(torch.bfloat16)).cuda()
+    recipe = micromix.calibrate(net, [torch.randn(1, 64, 64, dtype=torch.bfloat16, device="cuda")])
+    packed, fast = micromix.quantize_(copy.deepcopy(net), recipe), compiled(net, recipe, exact=False)
+    inputs = [
+        torch.randn(1, rows, 64, dtype=torch.bfloat16, device="cuda")
+        for rows in (7, 64, 1, 5000, 2, 65, 128, 3333, 0, 256, 256, 256, 256, 256)
+    ]
+    with torch.no_grad():
+        alone = [fast(x) for x in inputs]
+        for x, y in zip(inputs, alone, strict=True):
+            expected = packed(x)
+            assert y.shape == expected.shape
+            if y.numel():
+                assert (y - expected).float().abs().mean() <= 0.02 * expected.float().abs().max()
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        outputs = []
+        for i, x in enumerate(inputs):
+            with torch.cuda.stream(streams[i % 2]):
+                torch.cuda._sleep(100_000)
+                outputs.append(fast(x))
+        torch.cuda.synchronize()
+    for got, want in zip(outputs, alone, strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_folding
+def test_a_folded_decoder_layer_is_4_quantizers_and_4_products() -> None:
+    model = llama(torch.bfloat16).cuda()
+    recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
+    fast = compiled(model, recipe, exact=False, strict=True)
+    ids = torch.randint(0, 256, (2, 12), device="cuda")
+    with torch.no_grad():
+        fast(ids)
+        names = launches(fast, ids)
+    assert sum("reorder_fold" in name for name in names) == 4 * LAYERS
+    assert sum("folded_mm" in name for name in names) == 4 * LAYERS
+    assert not any("mixed_mx_mm" in name or "reorder_quantize" in name for name in names)
+
+
+@needs_folding
+def test_packed_models_fold_too_and_generate() -> None:
+    model = llama(torch.bfloat16).cuda()
+    packed = micromix.quantize_(model, micromix.calibrate(model, [ids.cuda() for ids in token_batches()]))
+    ids = torch.randint(0, 256, (1, 9), device="cuda")
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    options["disable_compile"] = True
+    packed.forward = torch.compile(packed.forward, backend="micromix", mode="reduce-overhead")
+    with torch.no_grad():
+        names = launches(packed, ids)
+    assert any("folded_mm" in name for name in names)
+    assert torch.equal(packed.generate(ids, **options), packed.generate(ids, **options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import micromix_compile as micromix
-from micromix_compile import ops
+from micromix_compile import backend, folded_ops, ops
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.passes import CONVERT_PASSES, PassContext, find_linears, insert_observers, run_passes
+from micromix_compile.passes.fold_products import fold_products
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.rewrite_linears import rewrite_linears
 from micromix_compile.passes.share_activations import share_activations
@@ -243,3 +245,91 @@ def test_graphs_are_dumped_before_and_after_the_named_pass(tmp_path: Path) -> No
     assert names == ["0000.before.rewrite_linears.txt", "0001.after.rewrite_linears.txt"]
     assert "mixed_mx_mm" not in (tmp_path / names[0]).read_text()
     assert "mixed_mx_mm" in (tmp_path / names[1]).read_text()
+
+
+# ---- fold_products
+
+
+def folded_graph(model: nn.Module, *inputs: Tensor, folds: bool = True, **options: Any) -> tuple[Any, ...]:
+    recipe = micromix.calibrate(model, [inputs[0]], MicroMixConfig(**options))
+    session = session_with(model=model, recipe=recipe)
+
+    def fold(gm: fx.GraphModule, context: PassContext) -> int:
+        context.folds = folds
+        return fold_products(gm, context)
+
+    session.passes = (find_linears, rewrite_linears, share_activations, fold)  # type: ignore[attr-defined]
+    return trace(model, *inputs, session=session)
+
+
+class Gated(nn.Module):
+    """Two linears of different widths that share their input, one that follows; `bias` says which have one."""
+
+    def __init__(self, dtype: torch.dtype, bias: tuple[bool, bool]) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 96, bias=bias[0], dtype=dtype)
+        self.up = nn.Linear(64, 48, bias=bias[1], dtype=dtype)
+        self.down = nn.Linear(48, 64, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.sigmoid(self.gate(x)[..., :48]) * self.up(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_one_activation_become_one_folded_product(bias: bool) -> None:
+    model = Gated(torch.bfloat16, (bias, bias)).eval()
+    gm, context, counts = folded_graph(model, torch.randn(2, 3, 64, dtype=torch.bfloat16))
+    assert counts["micromix.reorder_quantize.default"] == counts["micromix.mixed_mx_mm.default"] == 0
+    assert counts["micromix.reorder_fold.default"] == counts["micromix.folded_mm.default"] == 2
+    joint = next(node for node in gm.graph.nodes if node.target is folded_ops.folded_mm)
+    assert [len(column) for column in joint.args[3:9]] == [2] * 5 + [2 * bias]
+    assert [node.args[1:] for node in joint.users] == [(1, 0, 96), (1, 96, 144)]
+    assert len(context.folded) == 3
+    appended = gm.graph.find_nodes(op="placeholder")[-2 * len(context.folded) :]
+    assert [node.meta["example_value"].dtype for node in appended] == [torch.uint8, torch.float32] * 3
+
+
+def test_products_with_and_without_a_bias_stay_apart() -> None:
+    model = Gated(torch.bfloat16, (True, False)).eval()
+    _, _, counts = folded_graph(model, torch.randn(2, 3, 64, dtype=torch.bfloat16))
+    assert counts["micromix.reorder_fold.default"] == 2
+    assert counts["micromix.folded_mm.default"] == 3
+
+
+@pytest.mark.parametrize("why", ["float32", "a device that does not"])
+def test_nothing_folds_in(why: str) -> None:
+    dtype = torch.float32 if why == "float32" else torch.bfloat16
+    model = Gated(dtype, (False, False)).eval()
+    _, context, counts = folded_graph(model, torch.randn(2, 3, 64, dtype=dtype), folds=why == "float32")
+    assert counts["micromix.reorder_fold.default"] == 0
+    assert counts["micromix.mixed_mx_mm.default"] == 3
+    assert not context.folded
+
+
+def test_a_quantize_with_another_reader_stays() -> None:
+    graph = fx.Graph()
+    x, perm = graph.placeholder("x"), graph.placeholder("perm")
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    graph.output(graph.call_function(operator.getitem, (quantize, 3)))
+    gm = fx.GraphModule({}, graph)
+    context = PassContext(owner=None, example_inputs=(), folds=True)  # type: ignore[arg-type]
+    assert fold_products(gm, context) == 0
+    assert quantize in gm.graph.nodes
+
+
+@pytest.mark.parametrize("weights", ["same", "mxfp4"])
+def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = make_net(torch.bfloat16)
+    recipe = micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()], MicroMixConfig(weights=weights))
+    x = torch.randn(3, 5, 64).bfloat16()
+    outputs = []
+    for folds in (False, True):
+        torch._dynamo.reset()
+        monkeypatch.setattr(backend, "_folds", lambda _, folds=folds: folds)
+        fast = torch.compile(net, backend="micromix", options={"recipe": recipe})
+        with torch.no_grad():
+            outputs.append(fast(x))
+    difference = (outputs[0] - outputs[1]).float().abs()
+    assert difference.mean() <= 2.0**-9 * outputs[0].float().abs().mean()
