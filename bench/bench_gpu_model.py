@@ -1,17 +1,21 @@
-"""Whole models on a GPU: tokens and logits against the eager packed model, launches of a decoder layer beside BF16's.
+"""Whole models on a GPU: tokens and logits against the eager packed model, launches and speed beside BF16's.
 
     python bench/bench_gpu_model.py [--part smollm2-tokens|smollm2-launches|llama-8b] [--tokens 64] [--json FILE]
 
-smollm2 is the default model with real weights: greedy tokens of the compiled model, with a static cache, must be those
-of the eager packed model, which runs the same kernels one by one. llama-8b has Llama-3.1-8B's shape and random weights,
-made on the device. Nothing is timed here but the first call.
+smollm2 is the default model with real weights: greedy tokens of the compiled model in float32, with a static cache,
+must be those of the eager packed model, which runs the same kernels one by one; in bfloat16, which runs folded on sm_90,
+the tokens that agree are counted. llama-8b has Llama-3.1-8B's shape, random weights made on the device, and 75/20/5 of
+its channels in MXFP4, 6 and 8: launches a layer, a forward pass of 2,048 tokens, decoding with a static cache in a CUDA
+graph.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import micromix_compile as micromix
 from micromix_compile import texts, zoo
@@ -49,7 +53,10 @@ def kind(name: str) -> str:
     """What a kernel is, from its name."""
     for part, meaning in (
         ("reorder_quantize", "quantize"),
+        ("reorder_fold", "quantize"),
         ("mixed_mx_mm", "mixed matmul"),
+        ("folded_mm", "mixed matmul"),
+        ("expand_weight", "expand"),
         ("triton_", "other Triton"),
     ):
         if part in name:
@@ -66,8 +73,39 @@ def first_call(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Of the calls' times on the GPU; `run` is warm."""
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, steps: int = 24) -> float:
+    """Milliseconds of one decoding step behind 128 tokens, replayed as a CUDA graph."""
+    torch._dynamo.reset()
+    cache = StaticCache(config=model.config, max_cache_len=1024)
+    model(torch.randint(0, 1000, (batch, 128), device=CUDA), past_key_values=cache, logits_to_keep=1)
+    fast = torch.compile(model, **keywords)
+    token = torch.randint(0, 1000, (batch, 1), device=CUDA)
+    position = torch.full((batch, 1), 128, device=CUDA)
+
+    def step() -> None:
+        fast(token, past_key_values=cache, position_ids=position, logits_to_keep=1)
+        position.add_(1)
+
+    for _ in range(4):  # compiles, records
+        step()
+    return median_ms(step, steps)
+
+
 def compare_launches(model: nn.Module, recipe: micromix.Recipe, ids: Tensor) -> dict[str, Any]:
-    """Launches per decoder layer of the BF16 compile and of ours, for one forward pass without a cache."""
+    """Launches per decoder layer of the BF16 compile and of ours for one forward pass without a cache, and its time."""
     layers = model.config.num_hidden_layers
     result: dict[str, Any] = {}
     logits: Tensor | None = None
@@ -80,6 +118,7 @@ def compare_launches(model: nn.Module, recipe: micromix.Recipe, ids: Tensor) -> 
             "first_call_s": round(seconds, 1),
             "launches": dict(counts),
             "per_layer": round(sum(counts.values()) / layers, 2),
+            "forward_ms": median_ms(lambda fast=fast: fast(ids, use_cache=False), 5),
         }
         logits = fast(ids, use_cache=False).logits
     torch._dynamo.reset()
@@ -109,15 +148,23 @@ def default_model(dtype: torch.dtype) -> tuple[nn.Module, Any, Tensor, micromix.
 
 
 def smollm2_tokens(tokens: int) -> dict[str, Any]:
-    """Greedy tokens of the default model in float32, compiled and eager. In bfloat16 an ulp may move an MX code."""
-    model, tokenizer, _, recipe = default_model(torch.float32)
-    ids = tokenizer("The most surprising thing about the ocean is", return_tensors="pt").input_ids.to(CUDA)
-    expected = greedy(micromix.quantize_(copy.deepcopy(model), recipe), ids, tokens)
-    model.forward = torch.compile(model.forward, backend="micromix", options={"recipe": recipe, "strict": True})
-    seconds = first_call(lambda: greedy(model, ids, tokens))
-    actual = greedy(model, ids, tokens)
-    same = int((actual == expected).int().cumprod(0).sum())
-    return {"equal_tokens": f"{same} of {tokens}", "first_call_s": round(seconds, 1), "text": tokenizer.decode(actual)}
+    """Greedy tokens of the default model, compiled and eager. In bfloat16 an ulp may move an MX code."""
+    result: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch._dynamo.reset()
+        model, tokenizer, _, recipe = default_model(dtype)
+        ids = tokenizer("The most surprising thing about the ocean is", return_tensors="pt").input_ids.to(CUDA)
+        expected = greedy(micromix.quantize_(copy.deepcopy(model), recipe), ids, tokens)
+        model.forward = torch.compile(model.forward, backend="micromix", options={"recipe": recipe, "strict": True})
+        seconds = first_call(lambda model=model, ids=ids: greedy(model, ids, tokens))
+        actual = greedy(model, ids, tokens)
+        same = int((actual == expected).int().cumprod(0).sum())
+        result[str(dtype)] = {
+            "equal_tokens": f"{same} of {tokens}",
+            "first_call_s": round(seconds, 1),
+            "text": tokenizer.decode(actual),
+        }
+    return result
 
 
 def smollm2_launches(_: int) -> dict[str, Any]:
@@ -134,15 +181,42 @@ def llama_8b(_: int) -> dict[str, Any]:
     )  # fmt: skip
     with CUDA:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    batches = [torch.randint(0, config.vocab_size, (1, 512), device=CUDA) for _ in range(2)]
-    start = time.perf_counter()
-    recipe = micromix.calibrate(model, [{"input_ids": ids, "use_cache": False} for ids in batches], progress=False)
-    seconds = time.perf_counter() - start
-    before = torch.cuda.memory_allocated()
-    result = {"calibration_s": round(seconds, 1), **compare_launches(model, recipe, batches[0])}
+    ids = torch.randint(0, config.vocab_size, (1, 2048), device=CUDA)
+    plain = micromix.MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
+    recipe = micromix.calibrate(model, [{"input_ids": ids[:, :256], "use_cache": False}], plain, progress=False)
+    recipe = with_shares(recipe, (0.75, 0.2, 0.05))
+    memory = {"bf16": peak_gib(lambda: model(ids, use_cache=False, logits_to_keep=1))}
+    decode = {"inductor": decode_ms(model, {"mode": "reduce-overhead"}, 1)}
+    result: dict[str, Any] = compare_launches(model, recipe, ids)  # leaves the model packed
+    decode["micromix"] = decode_ms(model, {"backend": "micromix", "mode": "reduce-overhead"}, 1)
+    result["decode_ms"] = decode
     torch._dynamo.reset()
-    result["weights_gib"] = {"bf16": before / 2**30, "packed": torch.cuda.memory_allocated() / 2**30}
-    return result
+    memory["weights packed"] = torch.cuda.memory_allocated() / 2**30
+    fast = torch.compile(model, backend="micromix")
+    memory["micromix"] = peak_gib(lambda: fast(ids, use_cache=False, logits_to_keep=1))
+    return {**result, "peak_gib": memory}
+
+
+def with_shares(recipe: micromix.Recipe, shares: tuple[float, float, float]) -> micromix.Recipe:
+    """The recipe with the same shares of channels per format in every linear."""
+    groups = {}
+    for name, group in recipe.groups.items():
+        channels = group.channel_perm.numel()
+        k6, k8 = (round(share * channels / 32) * 32 for share in shares[1:])
+        groups[name] = dataclasses.replace(group, split=(channels - k6 - k8, k6, k8))
+    linears = {
+        fqn: dataclasses.replace(linear, group=groups[linear.group.name]) for fqn, linear in recipe.linears.items()
+    }
+    return dataclasses.replace(recipe, linears=linears)
+
+
+def peak_gib(run: Callable[[], object]) -> float:
+    """Largest memory that tensors take while `run` runs."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -163,12 +237,13 @@ def main() -> None:
     with torch.inference_mode():
         for part in arguments.part or PARTS:
             results[part] = PARTS[part](arguments.tokens)
-    table = Table("model", "backend", "launches a layer", "of them", "first call", title=results["target"])
+    table = Table("model", "backend", "launches a layer", "of them", "first call", "forward", title=results["target"])
     for name in {"smollm2-launches", "llama-8b"} & results.keys():
         for backend in ("inductor", "micromix"):
             row = results[name][backend]
             parts = ", ".join(f"{count} {what}" for what, count in sorted(row["launches"].items()))
-            table.add_row(name, backend, str(row["per_layer"]), parts, f"{row['first_call_s']} s")
+            times = f"{row['first_call_s']} s", f"{row['forward_ms']:.2f} ms"
+            table.add_row(name, backend, str(row["per_layer"]), parts, *times)
     Console().print(table)
     print(json.dumps(results, indent=2))
     if arguments.json:
