@@ -3,8 +3,8 @@
     python bench/bench_gpu_model.py [--part smollm2-tokens|smollm2-launches|llama-8b] [--tokens 64] [--json FILE]
 
 smollm2 is the default model with real weights: greedy tokens of the compiled model in float32, with a static cache,
-must be those of the eager packed model, which runs the same kernels one by one; in bfloat16, which runs folded on sm_90,
-the tokens that agree are counted. llama-8b has Llama-3.1-8B's shape, random weights made on the device, and 75/20/5 of
+must be those of the eager packed model, which runs the same kernels one by one; in bfloat16, folded on sm_90, the
+tokens that agree are counted. llama-8b has Llama-3.1-8B's shape, random weights made on the device, and 75/20/5 of
 its channels in MXFP4, 6 and 8: launches a layer, a forward pass of 2,048 tokens, decoding with a static cache in a CUDA
 graph.
 """

@@ -70,16 +70,18 @@ def reorder_fold_kernel(
 
     byte = scale_byte(y, is4, is8, FP6, SCALE_ROUNDING)
     code = float32_to_e4m3(_round_folded(y, byte - row_exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
-    # Four channels that are neighbours are a word; which word of the row, depends on the format.
-    low, high = tl.split(tl.reshape(code.to(tl.uint32), (BLOCKS, 8, 2, 2)))
+    # Four channels that are neighbours are a word; which word of the row, depends on the format. In one dimension, for in
+    # two the compiler does not see along which neighbours lie.
+    low, high = tl.split(tl.reshape(code.to(tl.uint32), (BLOCK_K // 4, 2, 2)))
     low, high = tl.split(low | (high << 8))
-    word = low | (high << 16)
-    c = tl.arange(0, 8)[None, :]
-    block = block[:, None]
+    c = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+    block = c >> 3
+    c = c & 7
     half = block * 4 + (c >> 1) + (c & 1) * (streams * 4)
     plane = b4 * 8 + (block - b4) * 2 + (c & 1) + (c >> 1) * (b6 * 2)
     place = tl.where(block < streams, half, tl.where(block < b4 + b6, plane, block * 8 + c))
-    tl.store(q_ptr.to(tl.pointer_type(tl.uint32)) + row * (blocks * 8) + place, word, mask=block < blocks)
+    row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (blocks * 8)
+    tl.store(row_ptr + place, low | (high << 16), mask=block < blocks)
 
 
 @triton.jit
