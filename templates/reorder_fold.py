@@ -70,8 +70,8 @@ def reorder_fold_kernel(
 
     byte = scale_byte(y, is4, is8, FP6, SCALE_ROUNDING)
     code = float32_to_e4m3(_round_folded(y, byte - row_exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
-    # Four channels that are neighbours are a word; which word of the row, depends on the format. In one dimension, for in
-    # two the compiler does not see along which neighbours lie.
+    # Four channels that are neighbours are a word; which word of the row, depends on the format. In one dimension, for
+    # in two the compiler does not see along which neighbours lie.
     low, high = tl.split(tl.reshape(code.to(tl.uint32), (BLOCK_K // 4, 2, 2)))
     low, high = tl.split(low | (high << 8))
     c = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
