@@ -29,6 +29,7 @@ from micromix_compile.config import (
     MicroMixConfig,
 )
 from micromix_compile.formats import FP6_FORMATS, ScaleRounding
+from micromix_compile.tasks import BUNDLED, load_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.evaluation import RowResult
     from micromix_compile.recipe import Recipe
+    from micromix_compile.tasks import Task
 
 logger = logging.getLogger("micromix_compile")
 
@@ -51,6 +53,7 @@ app = typer.Typer(
 DTYPES: Final = ("float32", "bfloat16", "float16")
 EVALUATION_WINDOWS: Final = 12
 CALIBRATION_WINDOWS: Final = 32
+TASK_ITEMS: Final = 200
 DEMO_PROMPT: Final = "Explain in two sentences why the sky is blue."
 CONFIG_OPTIONS: Final = (
     *("policy", "target_bits", "target_kind", "lam", "fp6", "weights", "scale_rounding", "weight_rounding"),
@@ -230,6 +233,10 @@ def eval_(
     window_length: WindowLength = texts.WINDOW_LENGTH,
     dtype: DType = "float32",
     device: Device = "cpu",
+    tasks: Annotated[
+        list[str] | None, typer.Option(help=f"Zero-shot tasks: {_choices(tuple(BUNDLED))}, or a local .jsonl file.")
+    ] = None,
+    task_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = TASK_ITEMS,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
@@ -243,10 +250,10 @@ def eval_(
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
-    """Measure perplexity in each format.
+    """Measure perplexity, and accuracy on zero-shot tasks, in each format.
 
     Every row runs through the compiled backend and is compared with the unquantized model. Of a packed checkpoint,
-    which has one format and no unquantized model beside it, only the perplexity is measured.
+    which has one format and no unquantized model beside it, only perplexity and tasks are measured.
     """
     from micromix_compile import evaluation
 
@@ -258,11 +265,12 @@ def eval_(
     loaded = _load(model, dtype, device)
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
+    wanted = [load_task(name, loaded.tokenizer, task_items) for part in tasks or () for name in part.split()]
     if _is_packed(model):
-        results = [evaluation.packed_row(loaded.model, measured)]
+        results = [evaluation.packed_row(loaded.model, measured, tasks=wanted)]
     else:
         recipe = _decide(recipe, config, loaded, data, column, calibration_windows, window_length)
-        results = _measure(loaded, recipe, names, measured)
+        results = _measure(loaded, recipe, names, measured, wanted)
     Console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
     if json_file is not None:
         settings = {
@@ -439,12 +447,14 @@ def _decide(
     return micromix.calibrate(loaded.model, tokens.to(loaded.model.device).split(1), config)
 
 
-def _measure(loaded: zoo.LoadedModel, recipe: Recipe, rows: Sequence[str], windows: torch.Tensor) -> list[RowResult]:
+def _measure(
+    loaded: zoo.LoadedModel, recipe: Recipe, rows: Sequence[str], windows: torch.Tensor, tasks: Sequence[Task] = ()
+) -> list[RowResult]:
     """All rows; says on standard error how far it is, for people who watch a log instead of a terminal."""
     from micromix_compile import evaluation
 
     results = []
-    for result in evaluation.evaluate_rows(loaded.model, recipe, rows, windows):
+    for result in evaluation.evaluate_rows(loaded.model, recipe, rows, windows, tasks=tasks):
         results.append(result)
         _note(f"{result.row}: perplexity {result.evaluation.perplexity:.3f}")
     return results
@@ -505,6 +515,8 @@ def _table(results: Sequence[RowResult], title: str) -> Table:
     table.add_column("row")
     for column in ("element\nbits", "stored\nbits", "stored\nMiB", "perplexity", "KL", "top-1"):
         table.add_column(column, justify="right")
+    for task in results[0].tasks:
+        table.add_column(f"{task.task}\n({task.items} items)", justify="right")
     for result in results:
         quality = result.evaluation
         table.add_row(
@@ -515,6 +527,7 @@ def _table(results: Sequence[RowResult], title: str) -> Table:
             _number(quality.perplexity, 3),
             _number(quality.kl, 4),
             _number(quality.top1, 3),
+            *(f"{task.accuracy:.3f} ± {task.standard_error:.3f}" for task in result.tasks),
         )
     return table
 
