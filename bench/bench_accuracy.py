@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Config = micromix.MicroMixConfig
 BEST = Config()
-PLAIN = Config(weight_rounding="nearest", scale_search=False)
+PLAIN = Config(weight_rounding="nearest", scale_search=False, scale_rounding="rceil", uniform_order="model")
 ANCHOR = replace(PLAIN, policy="mxfp8-anchor")
 AUTHORS = replace(ANCHOR, fp6="e3m2", granularity=128)
 

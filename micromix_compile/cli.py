@@ -24,6 +24,7 @@ from micromix_compile.config import (
     GRANULARITIES,
     POLICIES,
     TARGET_KINDS,
+    UNIFORM_ORDERS,
     WEIGHT_MODES,
     WEIGHT_ROUNDINGS,
     MicroMixConfig,
@@ -57,7 +58,7 @@ TASK_ITEMS: Final = 200
 DEMO_PROMPT: Final = "Explain in two sentences why the sky is blue."
 CONFIG_OPTIONS: Final = (
     *("policy", "target_bits", "target_kind", "lam", "fp6", "weights", "scale_rounding", "weight_rounding"),
-    *("scale_search", "granularity", "skip"),
+    *("scale_search", "uniform_order", "granularity", "skip"),
 )
 """The fields of the config that commands take, in the order in which they take them."""
 
@@ -88,6 +89,9 @@ TargetKind = Annotated[str | None, typer.Option(help=f"The bits that the target 
 WeightRounding = Annotated[str | None, typer.Option(help=f"How weights are rounded: {_choices(WEIGHT_ROUNDINGS)}.")]
 ScaleSearch = Annotated[
     bool | None, typer.Option("--scale-search/--no-scale-search", help="Choose the scales of weights by error.")
+]
+UniformOrder = Annotated[
+    str | None, typer.Option(help=f"Order of channels that all have one format: {_choices(UNIFORM_ORDERS)}.")
 ]
 Lam = Annotated[float | None, typer.Option(help="Factor on the thresholds; larger means more MXFP4.")]
 FP6 = Annotated[str | None, typer.Option(help=f"The MXFP6 element format: {_choices(FP6_FORMATS)}.")]
@@ -160,6 +164,7 @@ def calibrate(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -167,7 +172,7 @@ def calibrate(
     if out.is_dir():
         raise UsageError(f"--out must be a file, and {out} is a directory")
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(MicroMixConfig(), *chosen, granularity, skip)
+    config = _config(MicroMixConfig(), *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     recipe = _decide(None, config, loaded, data, column, windows, window_length)
     recipe.save(out)
@@ -195,6 +200,7 @@ def quantize(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -209,7 +215,7 @@ def quantize(
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(base, *chosen, granularity, skip)
+    config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
     with _status("packing"), zoo.replace_directory(out) as directory:
@@ -247,6 +253,7 @@ def eval_(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -261,7 +268,7 @@ def eval_(
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(base, *chosen, granularity, skip)
+    config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
@@ -310,6 +317,7 @@ def generate(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -319,7 +327,7 @@ def generate(
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(base, *chosen, granularity, skip)
+    config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     if _is_packed(model):
         _print_text("packed", _generate(loaded, prompt, max_new_tokens))

@@ -179,7 +179,7 @@ def row_names(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
-    """`config` itself for "micromix"; else the uniform policy that the row's name says, weights rounded to nearest.
+    """`config` itself for "micromix"; else the uniform policy that the row's name says, in its plainest form.
 
     Raises ValueError for a name that is no quantized row.
     """
@@ -188,8 +188,8 @@ def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
     policy, _, fp6 = row.partition("-")
     if row not in row_names(torch.float32)[1:]:
         raise ValueError(f"row must be one of {', '.join(row_names(torch.float32)[1:])}, got {row!r}")
-    plain: dict[str, Any] = {"weights": "same", "weight_rounding": "nearest", "scale_search": False}
-    return replace(config, policy=policy, fp6=fp6 or config.fp6, **plain)
+    plain: dict[str, Any] = {"weight_rounding": "nearest", "scale_search": False, "uniform_order": "model"}
+    return replace(config, policy=policy, fp6=fp6 or config.fp6, weights="same", **plain)
 
 
 def evaluate_rows(

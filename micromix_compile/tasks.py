@@ -41,7 +41,7 @@ BUNDLED: Final = {
 """Folders in the package's own collection of requests."""
 
 _LENGTH_STEP: Final = 32
-"""Texts are padded to multiples of this, so that a compiled model sees few shapes: on the right, which no token sees."""
+"""Texts are padded to multiples of it, so that a compiled model sees few shapes: on the right, where no token looks."""
 
 
 @dataclass(frozen=True, slots=True)
