@@ -123,12 +123,13 @@ def split_groups(recipe: Recipe) -> dict[str, Split]:
     for linear in recipe.linears.values():
         outputs[linear.group.name] += linear.out_features
     candidates = [_candidates(group, outputs[name], config) for name, group in recipe.groups.items()]
-    kind = "stored" if config.target_kind == "stored" else "element"
     budget = float(config.target_bits) * recipe.parameters
     try:
         splits = solve_budget(candidates, budget, config.granularity)
     except ValueError as error:
-        raise ValueError(f"target_bits={config.target_bits} {kind} bits cannot be had: {error}") from error
+        raise ValueError(
+            f"target_bits={config.target_bits} of kind {config.target_kind!r} cannot be had: {error}"
+        ) from error
     return dict(zip(recipe.groups, splits, strict=True))
 
 
@@ -150,8 +151,9 @@ def _candidates(group: GroupRecipe, outputs: int, config: MicroMixConfig) -> Can
     real = group.channel_perm >= 0
     in_order[:, real] = per_channel[:, group.channel_perm[real].long()]
     in_features = group.statistics.abs_mean.numel()
-    if config.target_kind == "element":
-        four, six, eight = (bits * outputs * in_features / channels for bits in (4, 6, 8))
+    if config.target_kind != "stored":
+        spent = (4, 8, 8) if config.target_kind == "time" else (4, 6, 8)
+        four, six, eight = (bits * outputs * in_features / channels for bits in spent)
         return Candidates(costs=in_order, prices=(four, six, eight))
     four, six, eight = (float(b * outputs) for b in ((4, 6, 8) if config.weights == "same" else (4, 4, 4)))
     fixed = channels * (outputs * 8 / BLOCK_SIZE + 8 * 4)  # scales, and the order's int32

@@ -21,7 +21,7 @@ SORTING_POLICIES: Final = ("budget", *THRESHOLD_POLICIES)
 UNIFORM_POLICIES: Final = ("mxfp4", "mxfp6", "mxfp8")
 """Policies that give every channel one format."""
 
-TARGET_KINDS: Final = ("element", "stored")
+TARGET_KINDS: Final = ("element", "stored", "time")
 WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
 WEIGHT_MODES: Final = ("same", "mxfp4")
 UNIFORM_ORDERS: Final = ("model", "sheltered")
@@ -51,7 +51,8 @@ class MicroMixConfig:
         (MicroMix, Eq. 6; see `assignment`); "budget" spends `target_bits` where a predicted divergence from the
         unquantized model is least (see `budget`); "mxfp4", "mxfp6" and "mxfp8" give every channel that format.
     target_bits, target_kind: what "budget" may spend on average: "element" bits a channel weighted by
-        multiply-accumulates, or "stored" bits a weight with scales, padding and orders.
+        multiply-accumulates, "stored" bits a weight with scales, padding and orders, or "time": element bits of which
+        MXFP6 takes 8, because Blackwell's tensor cores run it as fast as MXFP8 and half as fast as MXFP4.
     lam: factor on the thresholds; larger means more MXFP4.
     fp6: the MXFP6 element format, "e2m3" or "e3m2" (the paper's).
     weights: "same" gives a weight its channel's format, "mxfp4" makes every weight MXFP4.

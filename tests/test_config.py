@@ -38,7 +38,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("target_bits", 3.9, ValueError, "target_bits must be in [4, 16], got {}"),
     ("target_bits", float("nan"), ValueError, "target_bits must be in [4, 16], got {}"),
     ("target_bits", "5", TypeError, "target_bits must be a number, got {}"),
-    ("target_kind", "bytes", ValueError, "target_kind must be one of element, stored, got {}"),
+    ("target_kind", "bytes", ValueError, "target_kind must be one of element, stored, time, got {}"),
     ("weight_rounding", "up", ValueError, "weight_rounding must be one of nearest, gptq, got {}"),
     ("uniform_order", "mean", ValueError, "uniform_order must be one of model, sheltered, got {}"),
     ("scale_search", "yes", TypeError, "scale_search must be True or False, got {}"),
