@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Config = micromix.MicroMixConfig
 BEST = Config()
-PLAIN = Config(weight_rounding="nearest", scale_search=False)
+PLAIN = Config(weight_rounding="nearest", scale_search=False, scale_rounding="rceil", uniform_order="model")
 ANCHOR = replace(PLAIN, policy="mxfp8-anchor")
 AUTHORS = replace(ANCHOR, fp6="e3m2", granularity=128)
 
@@ -69,13 +69,19 @@ ABLATION = {
         "budget": PLAIN,
         "budget e3m2": replace(PLAIN, fp6="e3m2"),
         "budget, granularity 128": replace(PLAIN, granularity=128),
+        "budget+fit": replace(PLAIN, scale_rounding="fit"),
         "budget+search": replace(PLAIN, scale_search=True),
         "budget+gptq": replace(PLAIN, weight_rounding="gptq"),
-        "budget+gptq+search": BEST,
+        "budget+gptq+search": replace(BEST, scale_rounding="rceil"),
+        "budget+gptq+search+fit": BEST,
     }.items()
 } | {
-    "mxfp8-anchor+gptq+search": replace(AUTHORS, weight_rounding="gptq", scale_search=True),
-    "mxfp8-anchor e2m3/32+gptq+search": replace(BEST, policy="mxfp8-anchor"),
+    "mxfp6, fit": replace(PLAIN, policy="mxfp6", scale_rounding="fit"),
+    "mxfp6, sheltered": replace(PLAIN, policy="mxfp6", uniform_order="sheltered"),
+    "mxfp4, fit": replace(PLAIN, policy="mxfp4", scale_rounding="fit"),
+    "mxfp4, sheltered": replace(PLAIN, policy="mxfp4", uniform_order="sheltered"),
+    "mxfp8-anchor+all": replace(BEST, policy="mxfp8-anchor", fp6="e3m2", granularity=128),
+    "mxfp8-anchor e2m3/32+all": replace(BEST, policy="mxfp8-anchor"),
 }
 KEY = {name: TABLE[name] for name in ("budget 5.48", "budget 4.5")}
 
@@ -92,13 +98,14 @@ class Calibration:
     offset: int = 0
 
 
+# The table has the rows of 32 samples and seed 0.
 STUDIES: dict[str, list[Calibration]] = {
     "table": [Calibration(study="table", rows=TABLE)],
     "curve": [Calibration(study="curve", rows=CURVE)],
     "ablation": [Calibration(study="ablation", rows=ABLATION)],
     "texts": [Calibration(study="texts", rows=KEY, data=data, samples=10) for data in ("wiki", "c4", "technical")],
-    "samples": [Calibration(study="samples", rows=KEY, samples=samples) for samples in (8, 32, 128)],
-    "seeds": [Calibration(study="seeds", rows=KEY, seed=seed, offset=32 * seed) for seed in range(4)],
+    "samples": [Calibration(study="samples", rows=KEY, samples=samples) for samples in (8, 128)],
+    "seeds": [Calibration(study="seeds", rows=KEY, seed=seed, offset=32 * seed) for seed in (1, 2, 3)],
 }
 
 

@@ -24,11 +24,13 @@ from micromix_compile.config import (
     GRANULARITIES,
     POLICIES,
     TARGET_KINDS,
+    UNIFORM_ORDERS,
     WEIGHT_MODES,
     WEIGHT_ROUNDINGS,
     MicroMixConfig,
 )
 from micromix_compile.formats import FP6_FORMATS, ScaleRounding
+from micromix_compile.tasks import BUNDLED, load_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.evaluation import RowResult
     from micromix_compile.recipe import Recipe
+    from micromix_compile.tasks import Task
 
 logger = logging.getLogger("micromix_compile")
 
@@ -51,10 +54,11 @@ app = typer.Typer(
 DTYPES: Final = ("float32", "bfloat16", "float16")
 EVALUATION_WINDOWS: Final = 12
 CALIBRATION_WINDOWS: Final = 32
+TASK_ITEMS: Final = 200
 DEMO_PROMPT: Final = "Explain in two sentences why the sky is blue."
 CONFIG_OPTIONS: Final = (
     *("policy", "target_bits", "target_kind", "lam", "fp6", "weights", "scale_rounding", "weight_rounding"),
-    *("scale_search", "granularity", "skip"),
+    *("scale_search", "uniform_order", "granularity", "skip"),
 )
 """The fields of the config that commands take, in the order in which they take them."""
 
@@ -85,6 +89,9 @@ TargetKind = Annotated[str | None, typer.Option(help=f"The bits that the target 
 WeightRounding = Annotated[str | None, typer.Option(help=f"How weights are rounded: {_choices(WEIGHT_ROUNDINGS)}.")]
 ScaleSearch = Annotated[
     bool | None, typer.Option("--scale-search/--no-scale-search", help="Choose the scales of weights by error.")
+]
+UniformOrder = Annotated[
+    str | None, typer.Option(help=f"Order of channels that all have one format: {_choices(UNIFORM_ORDERS)}.")
 ]
 Lam = Annotated[float | None, typer.Option(help="Factor on the thresholds; larger means more MXFP4.")]
 FP6 = Annotated[str | None, typer.Option(help=f"The MXFP6 element format: {_choices(FP6_FORMATS)}.")]
@@ -157,6 +164,7 @@ def calibrate(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -164,7 +172,7 @@ def calibrate(
     if out.is_dir():
         raise UsageError(f"--out must be a file, and {out} is a directory")
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(MicroMixConfig(), *chosen, granularity, skip)
+    config = _config(MicroMixConfig(), *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     recipe = _decide(None, config, loaded, data, column, windows, window_length)
     recipe.save(out)
@@ -192,6 +200,7 @@ def quantize(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -206,7 +215,7 @@ def quantize(
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(base, *chosen, granularity, skip)
+    config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
     with _status("packing"), zoo.replace_directory(out) as directory:
@@ -230,6 +239,10 @@ def eval_(
     window_length: WindowLength = texts.WINDOW_LENGTH,
     dtype: DType = "float32",
     device: Device = "cpu",
+    tasks: Annotated[
+        list[str] | None, typer.Option(help=f"Zero-shot tasks: {_choices(tuple(BUNDLED))}, or a local .jsonl file.")
+    ] = None,
+    task_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = TASK_ITEMS,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
@@ -240,13 +253,14 @@ def eval_(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
-    """Measure perplexity in each format.
+    """Measure perplexity, and accuracy on zero-shot tasks, in each format.
 
     Every row runs through the compiled backend and is compared with the unquantized model. Of a packed checkpoint,
-    which has one format and no unquantized model beside it, only the perplexity is measured.
+    which has one format and no unquantized model beside it, only perplexity and tasks are measured.
     """
     from micromix_compile import evaluation
 
@@ -254,15 +268,16 @@ def eval_(
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(base, *chosen, granularity, skip)
+    config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
+    wanted = [load_task(name, loaded.tokenizer, task_items) for part in tasks or () for name in part.split()]
     if _is_packed(model):
-        results = [evaluation.packed_row(loaded.model, measured)]
+        results = [evaluation.packed_row(loaded.model, measured, tasks=wanted)]
     else:
         recipe = _decide(recipe, config, loaded, data, column, calibration_windows, window_length)
-        results = _measure(loaded, recipe, names, measured)
+        results = _measure(loaded, recipe, names, measured, wanted)
     Console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
     if json_file is not None:
         settings = {
@@ -302,6 +317,7 @@ def generate(
     scale_rounding: Rounding = None,
     weight_rounding: WeightRounding = None,
     scale_search: ScaleSearch = None,
+    uniform_order: UniformOrder = None,
     granularity: Granularity = None,
     skip: Skip = None,
 ) -> None:
@@ -311,7 +327,7 @@ def generate(
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
-    config = _config(base, *chosen, granularity, skip)
+    config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     if _is_packed(model):
         _print_text("packed", _generate(loaded, prompt, max_new_tokens))
@@ -439,12 +455,14 @@ def _decide(
     return micromix.calibrate(loaded.model, tokens.to(loaded.model.device).split(1), config)
 
 
-def _measure(loaded: zoo.LoadedModel, recipe: Recipe, rows: Sequence[str], windows: torch.Tensor) -> list[RowResult]:
+def _measure(
+    loaded: zoo.LoadedModel, recipe: Recipe, rows: Sequence[str], windows: torch.Tensor, tasks: Sequence[Task] = ()
+) -> list[RowResult]:
     """All rows; says on standard error how far it is, for people who watch a log instead of a terminal."""
     from micromix_compile import evaluation
 
     results = []
-    for result in evaluation.evaluate_rows(loaded.model, recipe, rows, windows):
+    for result in evaluation.evaluate_rows(loaded.model, recipe, rows, windows, tasks=tasks):
         results.append(result)
         _note(f"{result.row}: perplexity {result.evaluation.perplexity:.3f}")
     return results
@@ -505,6 +523,8 @@ def _table(results: Sequence[RowResult], title: str) -> Table:
     table.add_column("row")
     for column in ("element\nbits", "stored\nbits", "stored\nMiB", "perplexity", "KL", "top-1"):
         table.add_column(column, justify="right")
+    for task in results[0].tasks:
+        table.add_column(f"{task.task}\n({task.items} items)", justify="right")
     for result in results:
         quality = result.evaluation
         table.add_row(
@@ -515,6 +535,7 @@ def _table(results: Sequence[RowResult], title: str) -> Table:
             _number(quality.perplexity, 3),
             _number(quality.kl, 4),
             _number(quality.top1, 3),
+            *(f"{task.accuracy:.3f} ± {task.standard_error:.3f}" for task in result.tasks),
         )
     return table
 

@@ -17,11 +17,14 @@ POLICIES: Final[tuple[str, ...]] = get_args(Policy)
 THRESHOLD_POLICIES: Final = ("mxfp8-anchor", "paper", "released")
 """Policies that split channels by calibrated thresholds."""
 SORTING_POLICIES: Final = ("budget", *THRESHOLD_POLICIES)
-"""Policies that mix formats; the others give every channel one, in the model's own order."""
+"""Policies that mix formats."""
+UNIFORM_POLICIES: Final = ("mxfp4", "mxfp6", "mxfp8")
+"""Policies that give every channel one format."""
 
-TARGET_KINDS: Final = ("element", "stored")
+TARGET_KINDS: Final = ("element", "stored", "time")
 WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
 WEIGHT_MODES: Final = ("same", "mxfp4")
+UNIFORM_ORDERS: Final = ("model", "sheltered")
 MIN_TARGET_BITS: Final = 4
 MAX_TARGET_BITS: Final = 16
 """Above 8 only padding and small layers' scales are left to pay for; nothing takes more than twice that."""
@@ -48,13 +51,16 @@ class MicroMixConfig:
         (MicroMix, Eq. 6; see `assignment`); "budget" spends `target_bits` where a predicted divergence from the
         unquantized model is least (see `budget`); "mxfp4", "mxfp6" and "mxfp8" give every channel that format.
     target_bits, target_kind: what "budget" may spend on average: "element" bits a channel weighted by
-        multiply-accumulates, or "stored" bits a weight with scales, padding and orders.
+        multiply-accumulates, "stored" bits a weight with scales, padding and orders, or "time": element bits of which
+        MXFP6 takes 8, because Blackwell's tensor cores run it as fast as MXFP8 and half as fast as MXFP4.
     lam: factor on the thresholds; larger means more MXFP4.
     fp6: the MXFP6 element format, "e2m3" or "e3m2" (the paper's).
     weights: "same" gives a weight its channel's format, "mxfp4" makes every weight MXFP4.
-    scale_rounding: "rceil", "floor" or "even"; see `ScaleRounding`.
+    scale_rounding: "fit", "rceil" (the authors'), "floor" (OCP's) or "even"; see `ScaleRounding`.
     weight_rounding: "nearest", or "gptq": weights make up for each other's rounding errors on the calibrated inputs.
     scale_search: weights choose between two block exponents by error. Activations always follow `scale_rounding`.
+    uniform_order: channels of the policies of one format stay in the order of the "model", or are "sheltered": the
+        largest share their blocks with those that lose least by it (see `assignment`). Mixed formats sort by size.
     granularity: channels per format are rounded to multiples of this: 32, 64 or 128.
     skip: fnmatch patterns of module names that stay as they are.
     strict: an emulated or plain-PyTorch path is an error instead of a warning.
@@ -73,9 +79,10 @@ class MicroMixConfig:
     lam: float = 1.0
     fp6: str = "e2m3"
     weights: str = "same"
-    scale_rounding: ScaleRounding = ScaleRounding.RCEIL
+    scale_rounding: ScaleRounding = ScaleRounding.FIT
     weight_rounding: str = "gptq"
     scale_search: bool = True
+    uniform_order: str = "sheltered"
     granularity: int = 32
     skip: tuple[str, ...] = DEFAULT_SKIP
     strict: bool = False
@@ -96,6 +103,7 @@ class MicroMixConfig:
         _one_of("weights", self.weights, WEIGHT_MODES)
         _one_of("scale_rounding", self.scale_rounding, tuple(ScaleRounding))
         _one_of("weight_rounding", self.weight_rounding, WEIGHT_ROUNDINGS)
+        _one_of("uniform_order", self.uniform_order, UNIFORM_ORDERS)
         _typed("granularity", self.granularity, int, f"one of {', '.join(map(str, GRANULARITIES))}")
         _one_of("granularity", self.granularity, GRANULARITIES)
         _typed("lam", self.lam, int | float, "a number")

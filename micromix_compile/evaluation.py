@@ -1,4 +1,4 @@
-"""Perplexity of a language model, and how far it moved from a reference model."""
+"""Perplexity of a language model, how far it moved from a reference model, and the table of all of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from micromix_compile.assignment import assign
 from micromix_compile.formats import FP6_FORMATS
 from micromix_compile.progress import track
 from micromix_compile.quantize import MicroMixLinear
+from micromix_compile.tasks import run_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.recipe import Recipe
+    from micromix_compile.tasks import Task, TaskResult
 
 FULL_PRECISION: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Name of the unquantized row in each dtype."""
@@ -67,11 +69,13 @@ class RowResult:
     stored_bits: float | None = None
     stored_bytes: int | None = None
     evaluation: Evaluation
+    tasks: tuple[TaskResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a perplexity or divergence that isn't finite becomes None."""
         flat = {**asdict(self), **asdict(self.evaluation)}
         del flat["evaluation"]
+        flat["tasks"] = [{**asdict(task), "standard_error": task.standard_error} for task in self.tasks]
         return {key: value if _has_json(value) else None for key, value in flat.items()}
 
 
@@ -175,7 +179,7 @@ def row_names(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
-    """`config` itself for "micromix"; else the uniform policy that the row's name says, weights rounded to nearest.
+    """`config` itself for "micromix"; else the uniform policy that the row's name says, in its plainest form.
 
     Raises ValueError for a name that is no quantized row.
     """
@@ -184,12 +188,18 @@ def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
     policy, _, fp6 = row.partition("-")
     if row not in row_names(torch.float32)[1:]:
         raise ValueError(f"row must be one of {', '.join(row_names(torch.float32)[1:])}, got {row!r}")
-    plain: dict[str, Any] = {"weights": "same", "weight_rounding": "nearest", "scale_search": False}
-    return replace(config, policy=policy, fp6=fp6 or config.fp6, **plain)
+    plain: dict[str, Any] = {"weight_rounding": "nearest", "scale_search": False, "uniform_order": "model"}
+    return replace(config, policy=policy, fp6=fp6 or config.fp6, weights="same", **plain)
 
 
 def evaluate_rows(
-    model: nn.Module, recipe: Recipe, rows: Sequence[str], windows: Tensor, *, progress: bool = True
+    model: nn.Module,
+    recipe: Recipe,
+    rows: Sequence[str],
+    windows: Tensor,
+    *,
+    tasks: Sequence[Task] = (),
+    progress: bool = True,
 ) -> Iterator[RowResult]:
     """One result per row, each on the real model through `torch.compile(backend="micromix")`.
 
@@ -203,7 +213,8 @@ def evaluate_rows(
     configs = [None if row == FULL_PRECISION[dtype] else row_config(row, recipe.config) for row in rows]
     for row, config in zip(rows, configs, strict=True):
         if config is None:
-            yield _full_precision(row, model, recipe, windows, progress)
+            full = _full_precision(row, model, recipe, windows, progress)
+            yield replace(full, tasks=_run_tasks(model, tasks, windows, row, progress))
             continue
         assigned = assign(recipe, config)
         torch.compiler.reset()
@@ -218,8 +229,13 @@ def evaluate_rows(
             stored_bits=assigned.stored_bits,
             stored_bytes=assigned.stored_bytes,
             evaluation=result,
+            tasks=_run_tasks(compiled, tasks, windows, row, progress),
         )
     torch.compiler.reset()
+
+
+def _run_tasks(model: Any, tasks: Sequence[Task], windows: Tensor, row: str, progress: bool) -> tuple[TaskResult, ...]:
+    return tuple(run_task(model, task, device=windows.device, label=row, progress=progress) for task in tasks)
 
 
 def _full_precision(row: str, model: nn.Module, recipe: Recipe, windows: Tensor, progress: bool) -> RowResult:
@@ -235,9 +251,12 @@ def _full_precision(row: str, model: nn.Module, recipe: Recipe, windows: Tensor,
     )
 
 
-def packed_row(model: LanguageModel, windows: Tensor, *, progress: bool = True) -> RowResult:
-    """The row of a packed checkpoint: perplexity only, for want of the unquantized model."""
-    return RowResult(row="packed", evaluation=evaluate(model, windows, label="evaluating packed", progress=progress))
+def packed_row(
+    model: LanguageModel, windows: Tensor, *, tasks: Sequence[Task] = (), progress: bool = True
+) -> RowResult:
+    """The row of a packed checkpoint: perplexity and tasks only, for want of the unquantized model."""
+    result = evaluate(model, windows, label="evaluating packed", progress=progress)
+    return RowResult(row="packed", evaluation=result, tasks=_run_tasks(model, tasks, windows, "packed", progress))
 
 
 def versions() -> dict[str, str]:

@@ -28,11 +28,14 @@ class ScaleRounding(enum.StrEnum):
     FLOOR: floor(log2(amax)) - emax, the rule of OCP section 6.3; amax may saturate.
     RCEIL: ceil(log2(amax / max_value)), the authors' rule; nothing saturates.
     EVEN:  floor(log2(r)) - emax, where r is amax rounded to the element's mantissa width.
+    FIT:   the smallest exponent at which amax, rounded to the element's steps, is max_value or less. No element is
+           further off than with RCEIL; where the two differ, steps are half as wide and amax rounds to max_value.
     """
 
     FLOOR = "floor"
     RCEIL = "rceil"
     EVEN = "even"
+    FIT = "fit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,14 +83,16 @@ def scale_byte(amax: Tensor, fmt: ElemFormat, scale_rounding: ScaleRounding) -> 
     rounding = ScaleRounding(scale_rounding)
     bits = amax.view(torch.int32) & 0x7FFFFFFF  # a NaN may carry a sign
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    max_mantissa = int(torch.tensor(fmt.max_value).view(torch.int32)) & 0x7FFFFF
+    half_step = 1 << (22 - fmt.mantissa_bits)
     if rounding == ScaleRounding.FLOOR:
         carry = torch.zeros_like(exponent)
     elif rounding == ScaleRounding.RCEIL:
-        max_mantissa = int(torch.tensor(fmt.max_value).view(torch.int32)) & 0x7FFFFF
         carry = (mantissa > max_mantissa).to(torch.int32)
-    else:
-        half_step = 1 << (22 - fmt.mantissa_bits)
+    elif rounding == ScaleRounding.EVEN:
         carry = (mantissa + half_step) >> 23
+    else:
+        carry = (mantissa > max_mantissa + half_step).to(torch.int32)
     byte = (exponent + carry - fmt.emax).clamp(min=0)
     return torch.where(exponent == 255, E8M0_NAN, byte)
 

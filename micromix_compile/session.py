@@ -41,7 +41,7 @@ _numbers = itertools.count()
 Key = tuple[object, ...]
 PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 CALIBRATE: Key = ("calibrate",)
-UNDECIDED = MicroMixConfig(policy="mxfp8")
+UNDECIDED = MicroMixConfig(policy="mxfp8", uniform_order="model")
 """The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
 
 UNQUANTIZED: Key = ("unquantized",)

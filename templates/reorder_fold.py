@@ -29,7 +29,7 @@ def reorder_fold_kernel(
     PRODUCER: tl.constexpr,  # "none", "rms_norm" or "silu_mul"
     EPS: tl.constexpr,
     FP6: tl.constexpr,  # "e2m3" or "e3m2"
-    SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil" or "even"
+    SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil", "even" or "fit"
     W_FP4: tl.constexpr,  # all weights are MXFP4: every block in their order
     FORMATS: tl.constexpr,  # digest of the table that `by_format` reads
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two

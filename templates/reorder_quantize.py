@@ -36,7 +36,7 @@ def reorder_quantize_kernel(
     PRODUCER: tl.constexpr,  # "none", "rms_norm" or "silu_mul"
     EPS: tl.constexpr,
     FP6: tl.constexpr,  # "e2m3" or "e3m2"
-    SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil" or "even"
+    SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil", "even" or "fit"
     FORMATS: tl.constexpr,  # digest of the table that `_field` reads, which Triton's cache would not see otherwise
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
@@ -226,6 +226,9 @@ def scale_byte(y, is4, is8, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr):
         byte += (mantissa > by_format(is4, is8, FP6, "max_mantissa")).to(tl.int32)
     elif SCALE_ROUNDING == "even":
         byte += (mantissa + by_format(is4, is8, FP6, "half_step")) >> 23
+    elif SCALE_ROUNDING == "fit":
+        most = by_format(is4, is8, FP6, "max_mantissa") + by_format(is4, is8, FP6, "half_step")
+        byte += (mantissa > most).to(tl.int32)
     else:
         tl.static_assert(SCALE_ROUNDING == "floor", "unknown SCALE_ROUNDING")
     return tl.where(exponent == 255, 255, tl.maximum(byte, 0))

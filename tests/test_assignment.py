@@ -8,9 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from micromix_compile.assignment import channel_order, padded_channels, solve_split, split_of, thresholds
+from micromix_compile.assignment import (
+    channel_order,
+    padded_channels,
+    sheltered_order,
+    solve_split,
+    split_of,
+    thresholds,
+)
 from micromix_compile.config import GRANULARITIES, MicroMixConfig
+from micromix_compile.formats import ScaleRounding
 from micromix_compile.recipe import ChannelStatistics, Threshold
+from micromix_compile.sensitivity import rounding_errors
 
 shares = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda p: (min(p), max(p)))
 
@@ -104,7 +113,7 @@ def test_thresholds_that_were_not_counted_are_named() -> None:
 
 @pytest.mark.parametrize(("policy", "position"), [("mxfp4", 0), ("mxfp6", 1), ("mxfp8", 2)])
 def test_uniform_policies_use_one_format_in_the_models_order(policy: str, position: int) -> None:
-    config = MicroMixConfig(policy=policy)
+    config = MicroMixConfig(policy=policy, uniform_order="model")
     counted = statistics(abs_mean=torch.rand(70))
     split = split_of(counted, config)
     assert split[position] == sum(split) == 96
@@ -120,6 +129,48 @@ def test_the_order_is_ascending_with_padding_first(channels: int) -> None:
     assert order[:padding].tolist() == [-1] * padding
     assert sorted(order[padding:].tolist()) == list(range(channels))
     assert mean[order[padding:].long()].diff().ge(0).all()
+
+
+@given(st.integers(1, 150), st.integers(0, 2**31), st.sampled_from((0, 1, 10)))
+def test_a_sheltered_order_has_every_channel_once_and_blocks_ascend(channels: int, seed: int, spread: int) -> None:
+    mean = torch.randn(channels, generator=torch.Generator().manual_seed(seed)).mul(spread).exp()
+    sizes = mean.tolist()
+    order = channel_order(statistics(abs_mean=mean), MicroMixConfig(policy="mxfp8"))
+    assert sorted(order[order >= 0].tolist()) == list(range(len(sizes)))
+    assert (order[: -len(sizes) % 32] == -1).all()
+    sheltered = sheltered_order(mean)
+    assert sorted(sheltered.tolist()) == list(range(len(sizes)))
+    rest = len(sizes) % 32
+    tops = [block.max().item() for block in (mean[sheltered[:rest]], *mean[sheltered[rest:]].split(32)) if len(block)]
+    assert tops == sorted(tops)
+
+
+def test_the_largest_channel_takes_those_that_have_least_to_lose() -> None:
+    """Channel 0 would flatten any other; channels 1 to 31 hold nearly nothing, and 32 to 63 keep to themselves."""
+    mean = torch.tensor([1000.0, *[0.001] * 31, *[1.0] * 32])
+    order = sheltered_order(mean)
+    assert set(order[32:].tolist()) == set(range(32))
+
+
+def test_a_large_channel_may_sit_beside_its_equals() -> None:
+    """Thirty-two channels of one size lose nothing to each other."""
+    mean = torch.tensor([*[100.0] * 32, *[0.5] * 32, *[1.0] * 32])
+    order = sheltered_order(mean)
+    assert set(order[64:].tolist()) == set(range(32))
+
+
+@pytest.mark.parametrize("name", ["e2m1", "e2m3"])
+def test_a_sheltered_order_halves_the_error_that_an_outlier_causes(name: str) -> None:
+    """One channel of 256 far above the others, which have many sizes."""
+    sizes = torch.rand(256).mul(3).exp()
+    sizes[100] *= 300
+    x = torch.randn(200, 256) * sizes
+
+    def error(order: torch.Tensor) -> float:
+        errors = rounding_errors(x, order, name, ScaleRounding.RCEIL).square().sum(0)
+        return (errors.sum() - errors[100]).item()
+
+    assert error(sheltered_order(sizes)) < 0.5 * min(error(torch.argsort(sizes)), error(torch.arange(256)))
 
 
 def test_configs_are_hashable_and_comparable() -> None:

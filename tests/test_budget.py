@@ -156,6 +156,17 @@ def test_a_recipe_keeps_its_target_in_element_or_stored_bits(target: float, weig
     assert element.linears["a.0"].group is element.linears["a.1"].group
 
 
+@given(st.floats(4, 8), st.sampled_from(GRANULARITIES))
+def test_a_budget_of_time_pays_for_mxfp6_what_mxfp8_takes(target: float, granularity: int) -> None:
+    torch.manual_seed(0)
+    plain = MicroMixConfig(policy="budget", granularity=granularity)
+    timed = assign(make_recipe(plain), dataclasses.replace(plain, target_bits=target, target_kind="time"))
+    taken = sum((4 * k4 + 8 * (k6 + k8)) * linear.in_features * linear.out_features / (k4 + k6 + k8)
+                for linear in timed.linears.values() for k4, k6, k8 in [linear.split])  # fmt: skip
+    assert taken <= target * timed.parameters * (1 + 1e-9)
+    assert all(k6 == 0 for _, k6, _ in (linear.split for linear in timed.linears.values()))  # MXFP8 is better
+
+
 def test_with_mxfp4_weights_activations_cost_no_storage() -> None:
     config = MicroMixConfig(policy="budget", weights="mxfp4", target_bits=6.0, target_kind="stored")
     assert {
@@ -176,5 +187,5 @@ def test_costs_that_were_not_taken_are_named() -> None:
 
 def test_a_target_that_cannot_be_had_is_named() -> None:
     config = MicroMixConfig(policy="budget", target_bits=4.1, target_kind="stored")
-    with pytest.raises(ValueError, match=r"target_bits=4.1 stored bits cannot be had"):
+    with pytest.raises(ValueError, match=r"target_bits=4.1 of kind 'stored' cannot be had"):
         assign(make_recipe(config), dataclasses.replace(config, lam=2.0))

@@ -95,6 +95,19 @@ def test_eval_prints_the_rows_and_writes_them_with_their_circumstances(
     assert content["hardware"]["cpu"]
 
 
+def test_eval_runs_tasks_on_every_row(small_model: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """A column in the table, and accuracy with its error in the file."""
+    request = {"request": {"context": "Up and", "continuation": " down"}, "doc_id": 0, "label": ["down"]}
+    (tmp_path / "words.jsonl").write_text(f"{json.dumps(request)}\n{json.dumps({**request, 'doc_id': 1})}\n")
+    wanted = ("--tasks", tmp_path / "words.jsonl", "--rows", "fp32 mxfp4", "--json", tmp_path / "results.json")
+    out = run_well("eval", "--model", small_model, "--recipe", recipe_file, "--windows", 1, *SHORT, *wanted)
+    assert "words" in out
+    for row in json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]:
+        assert row["tasks"] == [{"task": "words", "items": 2, "accuracy": 0.0, "standard_error": 0.0}]
+    refused = run("eval", "--model", small_model, "--tasks", "words")
+    assert (refused.exit_code, "task must be one of lambada, arc_easy, " in refused.stderr) == (1, True)
+
+
 def test_quantize_writes_a_checkpoint_that_evaluates_and_speaks(
     small_model: Path, recipe_file: Path, tmp_path: Path
 ) -> None:

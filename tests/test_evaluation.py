@@ -165,6 +165,7 @@ def test_a_row_is_flat_in_json() -> None:
         "predictions": 3,
         "kl": 0.5,
         "top1": 0.25,
+        "tasks": [],
     }
 
 

@@ -77,6 +77,10 @@ def exact_scale_byte(amax: float, name: str, rounding: ScaleRounding) -> int:
         case ScaleRounding.EVEN:
             step = Fraction(2) ** (floor_log2(value) - (info.precision - 1))
             exponent = floor_log2(round(value / step) * step) - info.emax  # round() takes ties to even
+        case ScaleRounding.FIT:
+            largest, step = Fraction(info.max), Fraction(2) ** (info.emax - (info.precision - 1))
+            exponent = floor_log2(value) - info.emax
+            exponent += value / Fraction(2) ** exponent > largest + step / 2
     return max(exponent, -127) + 127
 
 
@@ -187,8 +191,9 @@ def scale_edges(name: str) -> list[int]:
     """float32 mantissas where a scale rounding may change its mind, each with its neighbours."""
     fmt = elem_format(name)
     max_mantissa = round(math.frexp(fmt.max_value)[0] * 2**24) - 2**23
-    even_tie = 2**23 - 2 ** (22 - fmt.mantissa_bits)
-    around = (mantissa + ulp for mantissa in (0, max_mantissa, even_tie, 2**22) for ulp in (-1, 0, 1))
+    half_step = 2 ** (22 - fmt.mantissa_bits)
+    edges = (0, max_mantissa, max_mantissa + half_step, 2**23 - half_step, 2**22)
+    around = (mantissa + ulp for mantissa in edges for ulp in (-1, 0, 1))
     return sorted({mantissa % 2**23 for mantissa in around})
 
 

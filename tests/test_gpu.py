@@ -49,7 +49,7 @@ def norm_free(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fp6", ["e2m3", "e3m2"])
-@pytest.mark.parametrize("scale_rounding", ["rceil", "floor", "even"])
+@pytest.mark.parametrize("scale_rounding", ["rceil", "floor", "even", "fit"])
 def test_quantized_bytes_equal_those_of_the_cpu(dtype: torch.dtype, fp6: str, scale_rounding: str) -> None:
     x = (torch.randn(33, 250) * torch.exp(6 * torch.randn(250))).to(dtype)
     x[3, 7], x[5, 11], x[6] = float("nan"), float("inf"), 0.0

@@ -177,6 +177,15 @@ def test_the_largest_magnitude_saturates_under_floor_and_does_not_under_rceil(na
     assert codes[0, 3].item() < fmt.max_code
 
 
+@given(x=matrices(finite_blocks), name=elem_formats)
+def test_no_element_is_further_off_with_fit_than_with_rceil(x: Tensor, name: str) -> None:
+    fit, rceil = (
+        (dequantize(*quantize(x, name, scale_rounding=rounding), name) - x).double().abs()
+        for rounding in (ScaleRounding.FIT, ScaleRounding.RCEIL)
+    )
+    assert (fit <= rceil).all()
+
+
 @given(x=matrices(), name=elem_formats, rounding=scale_roundings, dtype=float_dtypes)
 def test_half_precision_quantizes_as_its_float32_cast(
     x: Tensor, name: str, rounding: ScaleRounding, dtype: torch.dtype

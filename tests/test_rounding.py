@@ -20,7 +20,9 @@ from micromix_compile.formats import ELEM_FORMATS, ScaleRounding, elem_format
 from micromix_compile.quantize import round_weights
 from micromix_compile.recipe import ChannelStatistics, GroupRecipe
 
-NEAREST = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
+NEAREST = MicroMixConfig(
+    policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False, scale_rounding=ScaleRounding.RCEIL
+)
 GPTQ = dataclasses.replace(NEAREST, weight_rounding="gptq")
 KEPT_FORMATS = ("e2m1", "e2m3", "e3m2", "e4m3")
 moderate = st.one_of(lattice_blocks(min_exponent=-20, max_exponent=10), bell_blocks().map(lambda b: b % 16))
@@ -177,6 +179,7 @@ def test_rounded_weights_reach_every_way_of_running(options: dict[str, object], 
         backend="micromix",
         options={
             "policy": "mxfp8-anchor",
+            "scale_rounding": "rceil",
             "weight_rounding": "nearest",
             "scale_search": False,
             **options,

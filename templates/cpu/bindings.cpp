@@ -61,8 +61,9 @@ Fp6 parse_fp6(std::string_view name) {
 ScaleRounding parse_rounding(std::string_view name) {
   if (name == "floor") return ScaleRounding::floor;
   if (name == "rceil") return ScaleRounding::rceil;
-  CHECK_VALUE(name == "even", "'", name, "' is not a valid ScaleRounding");
-  return ScaleRounding::even;
+  if (name == "even") return ScaleRounding::even;
+  CHECK_VALUE(name == "fit", "'", name, "' is not a valid ScaleRounding");
+  return ScaleRounding::fit;
 }
 
 bool is_kernel_float(at::ScalarType dtype) {

@@ -14,7 +14,7 @@ constexpr int kExponentBias = 127;     // of float32 and of E8M0
 constexpr uint32_t kMantissaMask = 0x7FFFFF;
 constexpr uint32_t kMagnitudeMask = 0x7FFFFFFF;
 
-enum class ScaleRounding { floor, rceil, even };
+enum class ScaleRounding { floor, rceil, even, fit };
 enum class Fp6 { e2m3, e3m2 };
 
 struct ElemFormat {

@@ -22,11 +22,15 @@ int scale_byte(uint32_t amax_bits, ScaleRounding rounding) {
   const uint32_t mantissa = amax_bits & kMantissaMask;
   const int exponent = static_cast<int>(amax_bits >> 23);
   if (exponent == 255) return kNanScale;
+  const uint32_t max_mantissa = bits_of(format.max_value) & kMantissaMask;
+  constexpr uint32_t half_step = 1u << (22 - format.mantissa_bits);
   uint32_t carry = 0;
   if (rounding == ScaleRounding::rceil) {
-    carry = mantissa > (bits_of(format.max_value) & kMantissaMask);
+    carry = mantissa > max_mantissa;
   } else if (rounding == ScaleRounding::even) {
-    carry = (mantissa + (1u << (22 - format.mantissa_bits))) >> 23;
+    carry = (mantissa + half_step) >> 23;
+  } else if (rounding == ScaleRounding::fit) {
+    carry = mantissa > max_mantissa + half_step;
   }
   return std::max(exponent + static_cast<int>(carry) - format.emax, 0);
 }
