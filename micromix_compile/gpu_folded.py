@@ -183,9 +183,7 @@ def uses_library(rows: int, columns: Sequence[int], out_dtype: torch.dtype) -> b
     return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
 
 
-def _library_mm(
-    x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype
-) -> Tensor:
+def _library_mm(x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype) -> Tensor:
     """One FP8 product of all weights, expanded side by side into a buffer that lives as long as the call."""
     columns = [weight.row_scale.shape[0] for weight in weights]
     expanded = x.q.new_empty((sum(columns), x.q.shape[1]))
@@ -196,8 +194,8 @@ def _library_mm(
     row_scales = torch.cat([weight.row_scale for weight in weights]) if len(weights) > 1 else weights[0].row_scale
     e4m3 = torch.float8_e4m3fn
     return torch._scaled_mm(
-        x.q.view(e4m3), expanded.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=row_scales[None], bias=bias, out_dtype=out_dtype,
-        use_fast_accum=True,
+        x.q.view(e4m3), expanded.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=row_scales[None], bias=bias,
+        out_dtype=out_dtype, use_fast_accum=True,
     )  # fmt: skip
 
 
@@ -232,4 +230,3 @@ def expand_call(
 def _odd_blocks(split: Split) -> dict[str, int]:
     """Blocks of each segment as numbers that no compiler specializes a kernel on."""
     return {name: 2 * (k // BLOCK_SIZE) + 3 for name, k in zip(("odd4", "odd6", "odd8"), split, strict=True)}
-

@@ -41,13 +41,11 @@ def _fp6_ptx(used: int, moves: tuple[tuple[int, int, int], ...]) -> str:
 _REGISTERS = ".reg .b16 first, second; .reg .b32 a, b, t, factor;"
 _FACTOR = "prmt.b32 factor, ${}, 0, 0x0404;"  # float16, from its upper byte, twice
 _E2M3_PTX = tl.constexpr(_fp6_ptx(0x9F, ((0, 0x80, -1), (0, 0x10, 1), (1, 0x0C, 3), (2, 0x03, 5))))
-_E3M2_PTX = tl.constexpr(
-    _fp6_ptx(0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, -2), (2, 0x10, 2), (2, 0x08, -3)))
-)
+_E3M2_PTX = tl.constexpr(_fp6_ptx(0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, -2), (2, 0x10, 2), (2, 0x08, -3))))
 _E4M3_PTX = tl.constexpr(f"{{ {_REGISTERS} {_FACTOR.format(2)}{_word_ptx('$1', '$0')}\n}}")
 
-# A table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8 to all but the zero in
-# its lowest byte. Signs are bits 3 of the nibbles, which prmt spreads over bytes.
+# A table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8 to all but the zero
+# in its lowest byte. Signs are bits 3 of the nibbles, which prmt spreads over bytes.
 _E2M1_PTX = tl.constexpr(
     """{
     .reg .b32 low, high, code, upper, sign;
