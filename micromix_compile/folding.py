@@ -2,12 +2,14 @@
 
 A block's values are element * 2**e. Relative to a power of two of the whole row they are element * 2**(e - r), and
 that is an E4M3 value again, exactly, as long as it lies in E4M3's range: E2M1 for e - r from -8 to 6, E2M3 from -6 to
-5, E3M2 from -5 to 4. r is such that the row's largest value comes out between 192 and 448.
+5, E3M2 from -5 to 4. r is such that the row's largest value comes out between 192 and 384 in activations, and in
+weights, where the scales alone decide, between 120 and 448.
 
 Activations are folded to E4M3. What falls where E4M3 is subnormal is rounded, by at most 2**-10, that is 2**-17 of
-the row's largest value; all else is exact. Packed weights stay as they are in memory; a factor a block stands in for its
-scale, and kernels fold while they unpack, with the same rounding, but MXFP4 blocks with e - r < -5 count as -5 and MXFP8
-blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value.
+the row's largest value; all else is exact. Packed weights stay as they are in memory; a factor a block stands in for
+its scale, and kernels fold while they unpack, with the same rounding, but MXFP4 blocks with e - r < -5 count as -5 and
+MXFP8 blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value. A zero has no sign, but may have
+one where a negative value was rounded to it.
 
 This module says what folded operands are, in plain PyTorch. `templates.reorder_fold` and `templates.fold` compute the
 same.

@@ -68,7 +68,7 @@ def assert_product_is_exact(
 
 def pack_activation(x: Tensor, split: Split, fp6: str, *, w_fp4: bool = False) -> FoldedActivation:
     """x: (M, K) float32, quantized in the order of its channels and folded."""
-    quantized = reference.reorder_quantize(x, torch.arange(x.shape[1]), split, fp6=fp6)
+    quantized = reference.reorder_quantize(x, torch.arange(x.shape[1], device=x.device), split, fp6=fp6)
     return folding.fold_activation(quantized, x.abs().amax(1), w_fp4=w_fp4)
 
 
@@ -87,7 +87,7 @@ def folded_product(x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: st
     for weight in weights:
         folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6)
         right = (reference.decode(folded, e4m3).double() * weight.row_scale.double()[:, None]).T
-        offset = torch.zeros(right.shape[1], dtype=torch.float64) if weight.bias is None else weight.bias.double()
+        offset = torch.zeros_like(right[0]) if weight.bias is None else weight.bias.double()
         exact.append(left @ right + offset)
         magnitude.append(left.abs() @ right.abs() + offset.abs())
     return torch.cat(exact, 1), torch.cat(magnitude, 1)
@@ -119,5 +119,5 @@ def assert_folded_product_is_exact(
         bound += 2.0**-25  # its subnormals
     assert got.shape == exact.shape
     poisoned = exact.isnan()
-    assert torch.equal(got.cpu().isnan(), poisoned)
-    assert bool(((got.cpu().double() - exact).abs() <= bound)[~poisoned].all())
+    assert torch.equal(got.isnan(), poisoned)
+    assert bool(((got.double() - exact).abs() <= bound)[~poisoned].all())
