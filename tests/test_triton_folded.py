@@ -291,7 +291,7 @@ def every_code_under_every_factor(fmt: str) -> FoldedWeight:
         factors = torch.cat((torch.zeros(1, dtype=torch.uint8), upper.to(torch.uint8)))
         codes = torch.arange(256 if fmt == "e4m3" else 64, dtype=torch.uint8)
         codes = torch.where(codes & 0x7F == 0x7F, 0, codes) if fmt == "e4m3" else codes
-    codes = codes.expand(len(factors), -1)
+    codes = codes.repeat(len(factors), 1)
     aligned = codes[:, :0]
     if fmt in FP6_FORMATS:
         aligned, _ = packing.align_fp6(codes, codes.new_zeros(len(codes), 2), fmt)
@@ -391,7 +391,7 @@ def test_product_of_any_shape_and_group(
 
 
 @pytest.mark.parametrize("split_k", [1, 2, 4, 8])
-@pytest.mark.parametrize("columns", [(1,), (70,), (33, 32, 5)])
+@pytest.mark.parametrize("columns", [(1,), (35,), (33, 16, 5)])
 def test_products_of_integers_are_exact(device: str, split_k: int, columns: tuple[int, ...]) -> None:
     for tile in tiles_on(device):
         for rows, split, fp6 in ((1, (416, 0, 32), "e2m3"), (tile.BLOCK_M + 3, (96, 160, 96), "e3m2")):
