@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from micromix_compile.templates.tiles import Family, Tile
+    from micromix_compile.templates.tiles import Family, FoldedTile, Tile
 
 # Columns of tensor memory that one sm_100 processor has (PTX ISA, "Tensor Memory").
 TENSOR_MEMORY_COLUMNS: Final = 512
 
 _MATMUL: Final = "micromix_compile.templates.mixed_mx_mm:mixed_mx_mm_kernel"
+_FOLDED: Final = "micromix_compile.templates.folded_mm:folded_mm_kernel"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +121,33 @@ def mixed_mx_mm(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def folded_mm(
+    capability: int, tile: FoldedTile, *, fp6: str = "e2m3", groups: int = 1, bias: bool = True, split_k: int = 1,
+    out_dtype: str = "bf16", columns: int = 4096,
+) -> Kernel:  # fmt: skip
+    """The folded product of `groups` weights. columns: of each, of which Triton sees if it is 1 or a multiple of 16."""
+    weights = dict.fromkeys((f"{name}_{i}" for i in range(3) for name in ("w4", "w6", "w8", "w_factor")), "*u8")
+    scales = dict.fromkeys(("x_row_scale", *(f"w_row_scale_{i}" for i in range(3))), "*fp32")
+    biases = [f"bias_{i}" for i in range(3)]
+    pointers = weights | scales | (dict.fromkeys(biases, f"*{out_dtype}") if bias else {})
+    pointers |= {"x": "*u8", "out": f"*{out_dtype}", "partial": "*fp32", "locks": "*i32"}
+    extents = {f"N{i}": columns if i < groups else 0 for i in range(3)}
+    constants = {name: value for name, value in extents.items() if value == 1} | ({} if bias else dict.fromkeys(biases))
+    extents = {name: value for name, value in extents.items() if value != 1}
+    return Kernel(
+        function=_FOLDED,
+        capability=capability,
+        signature=pointers | dict.fromkeys((*extents, "M", "odd4", "odd6", "odd8", "tiles0", "tiles1"), "i32"),
+        constexprs={
+            "FP6": fp6, "GROUPS": groups, "HAS_BIAS": bias, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+            "BLOCK_K": tile.BLOCK_K, "SPLIT_K": split_k, **constants,
+        },
+        aligned=(*pointers, *(name for name, value in extents.items() if value % 16 == 0)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def compile_all(kernels: Sequence[Kernel], *, workers: int = 2) -> list[Compiled | NotSupported]:

@@ -1,13 +1,15 @@
 """Folding: MX operands with one power of two a row, for GPUs whose matrix instructions take no block scales (sm_90).
 
-A block's values are element * 2**e. Relative to a power of two of the whole row they are element * 2**(e - r), and that
-is an E4M3 value again, exactly, as long as it lies in E4M3's range: E2M1 for e - r from -8 to 6, E2M3 from -6 to 5,
-E3M2 from -5 to 4. r is such that the row's largest value comes out between 192 and 448.
+A block's values are element * 2**e. Relative to a power of two of the whole row they are element * 2**(e - r), and
+that is an E4M3 value again, exactly, as long as it lies in E4M3's range: E2M1 for e - r from -8 to 6, E2M3 from -6 to
+5, E3M2 from -5 to 4. r is such that the row's largest value comes out between 192 and 384 in activations, and in
+weights, where the scales alone decide, between 120 and 448.
 
-Activations are folded to E4M3. What falls where E4M3 is subnormal is rounded, by at most 2**-10, that is 2**-17 of the
-row's largest value; all else is exact. Packed weights stay as they are in memory; a factor a block stands in for its
-scale, and kernels fold while they unpack, with the same rounding, but MXFP4 blocks with e - r < -5 count as -5 and
-MXFP8 blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value.
+Activations are folded to E4M3. What falls where E4M3 is subnormal is rounded, by at most 2**-10, that is 2**-17 of
+the row's largest value; all else is exact. Packed weights stay as they are in memory; a factor a block stands in for
+its scale, and kernels fold while they unpack, with the same rounding, but MXFP4 blocks with e - r < -5 count as -5 and
+MXFP8 blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value. A zero has no sign, but may have
+one where a negative value was rounded to it.
 
 This module says what folded operands are, in plain PyTorch. `templates.reorder_fold` and `templates.fold` compute the
 same.
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile import packing, reference
-from micromix_compile.formats import BLOCK_SIZE, E8M0_NAN, elem_format
+from micromix_compile.formats import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, elem_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +48,7 @@ _TOP: Final = {"e2m1": 6, "e2m3": 11, "e3m2": 8, "e4m3": 0}
 
 
 class FoldedActivation(NamedTuple):
-    """q: (M, K) uint8, E4M3 bytes, order of `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
+    """q: (M, K) uint8, E4M3 bytes in `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
 
     q: Tensor
     row_scale: Tensor
@@ -75,9 +77,12 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
     exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x400000).int()).clamp(min=1)
     row_scale = torch.where(bits >= 0x7F800000, torch.nan, (exponent << 23).view(torch.float32))
     split = (2 * x.q4.shape[1], x.q6.shape[1], x.q8.shape[1])
-    values = reference.dequantize_activation(*x)[:, fold_order(split, w_fp4=w_fp4).to(x.q4.device)]
+    # Relative to the row: a value near the top of float32's range may round to one above it.
+    relative = reference.scale_value((x.scale.to(torch.int32) - exponent[:, None] + E8M0_BIAS).clamp(0, E8M0_NAN - 1))
+    elements = reference.dequantize_activation(x.q4, x.q6, x.q8, torch.full_like(x.scale, E8M0_BIAS))
+    values = elements * relative.repeat_interleave(BLOCK_SIZE, 1) + 0.0  # a zero has no sign
+    folded = values[:, fold_order(split, w_fp4=w_fp4).to(x.q4.device)]
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=amax.device)
-    folded = values / row_scale[:, None] + 0.0  # a zero has no sign
     return FoldedActivation(_to_e4m3(folded, row_scale), row_scale, locks)
 
 
@@ -126,7 +131,8 @@ def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) ->
 
 def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tensor, ...]:
     split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
-    return tuple(w_scale.split([k // BLOCK_SIZE for k in split], 1))
+    parts: tuple[Tensor, ...] = w_scale.split([k // BLOCK_SIZE for k in split], 1)
+    return parts
 
 
 def folded_mm(

@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micromix_compile import packing, reference
+from micromix_compile import folding, packing, reference
+from micromix_compile.formats import elem_format
+from micromix_compile.gpu_folded import FoldedWeight
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from micromix_compile.folding import FoldedActivation
     from micromix_compile.reference import QuantizedActivation
 
     Split = tuple[int, int, int]
@@ -55,6 +60,63 @@ def assert_product_is_exact(
     lost = 2.0**-133 * (left.abs().sum(1, keepdim=True) + right.abs().sum(0, keepdim=True))
     accumulated = n / (1 - n) * magnitude + left.shape[1] * 2.0**-126 + lost
     bound = accumulated + UNIT_ROUNDOFF[got.dtype] * (exact.abs() + accumulated)
+    assert got.shape == exact.shape
+    poisoned = exact.isnan()
+    assert torch.equal(got.isnan(), poisoned)
+    assert bool(((got.double() - exact).abs() <= bound)[~poisoned].all())
+
+
+def pack_activation(x: Tensor, split: Split, fp6: str, *, w_fp4: bool = False) -> FoldedActivation:
+    """x: (M, K) float32, quantized in the order of its channels and folded."""
+    quantized = reference.reorder_quantize(x, torch.arange(x.shape[1], device=x.device), split, fp6=fp6)
+    return folding.fold_activation(quantized, x.abs().amax(1), w_fp4=w_fp4)
+
+
+def folded_weight(w: QuantizedActivation, fp6: str, bias: Tensor | None = None) -> FoldedWeight:
+    """Quantized rows as a packed weight with factors and row scales."""
+    packed = (w.q4, packing.pack_fp6(w.q6, fp6), w.q8)
+    row_scale = folding.weight_row_scale(*packed, w.scale, fp6)
+    return FoldedWeight(*packed, folding.weight_factor(*packed, w.scale, row_scale), row_scale, bias)
+
+
+def folded_product(x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str) -> tuple[Tensor, Tensor]:
+    """The product of folded operands with biases, in float64, and |X| |W|^T + |b|: both (M, sum of N)."""
+    e4m3 = elem_format("e4m3")
+    left = reference.decode(x.q, e4m3).double() * x.row_scale.double()[:, None]
+    exact, magnitude = [], []
+    for weight in weights:
+        folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6)
+        right = (reference.decode(folded, e4m3).double() * weight.row_scale.double()[:, None]).T
+        offset = torch.zeros_like(right[0]) if weight.bias is None else weight.bias.double()
+        exact.append(left @ right + offset)
+        magnitude.append(left.abs() @ right.abs() + offset.abs())
+    return torch.cat(exact, 1), torch.cat(magnitude, 1)
+
+
+def assert_folded_product_is_exact(
+    got: Tensor, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, *, mma_channels: int = 0
+) -> None:
+    """|got - exact| stays below what the additions and one final rounding can do.
+
+    Folded operands and their products are exact, and so is the multiplication by powers of two. Float32 additions, K
+    of them and at most 8 for the parts of K and the bias, round by 2**-24 of a partial sum: gamma_(K + 9), as in
+    `assert_product_is_exact`.
+
+    mma_channels: of the sums that FP8 MMA makes, where it does (0 elsewhere). On sm_90 an instruction adds 32 products
+    to a sum by aligning all to the largest and cutting off what is below 2**-13 of it, so that each of its 33 addends
+    is off by less than 2**-13 of the sum of magnitudes: n = mma_channels * 33 / 32 truncations, gamma_n of u = 2**-13.
+    """
+    exact, magnitude = folded_product(x, weights, fp6)
+
+    def gamma(n: float, unit: float) -> float:
+        assert n * unit < 1, "too many additions for a bound"
+        return n * unit / (1 - n * unit)
+
+    added = (1 + gamma(x.q.shape[1] + 9, 2.0**-24)) * (1 + gamma(mma_channels * 33 / 32, 2.0**-13)) - 1
+    accumulated = added * magnitude + 2.0**-126
+    bound = accumulated + UNIT_ROUNDOFF[got.dtype] * (exact.abs() + accumulated)
+    if got.dtype == torch.float16:
+        bound += 2.0**-25  # its subnormals
     assert got.shape == exact.shape
     poisoned = exact.isnan()
     assert torch.equal(got.isnan(), poisoned)

@@ -122,7 +122,7 @@ def kernel_of(call: gpu.KernelCall, capability: int) -> Kernel:
 
 
 def triton_type(value: object) -> str:
-    names = {torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32"}
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32"}
     return f"*{names[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
 
 

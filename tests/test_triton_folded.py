@@ -1,0 +1,549 @@
+"""The folded Triton kernels against `folding`, byte for byte, and their products: interpreted, or on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from products import assert_folded_product_is_exact, folded_product, folded_weight, pack_activation
+from strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, reorder_cases
+from torch import Tensor
+from torch.nn.functional import silu
+
+from micromix_compile import folding, gpu_folded, ops, packing, reference
+from micromix_compile.folding import FoldedActivation
+from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
+from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.reference import FLOAT_DTYPES
+from micromix_compile.templates.tiles import FOLDED_TILES, FoldedTile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled_memory"),
+    # The interpreter is NumPy: it warns where float32 overflows or meets a NaN, and of its own use of NumPy.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+Split = tuple[int, int, int]
+
+SEGMENTS = {"e2m1": (1, 0, 0), "e2m3": (0, 1, 0), "e3m2": (0, 1, 0), "e4m3": (0, 0, 1)}
+TOP = ReorderCase(torch.full((1, 32), 3.4e38), torch.arange(32), (32, 0, 0), "e2m3", ScaleRounding.RCEIL)
+
+
+# ---- activations: reorder, quantize and fold
+
+
+def assert_folds(
+    got: FoldedActivation, y: Tensor, perm: Tensor, split: Split, fp6: str, rounding: str, *, w_fp4: bool
+) -> None:
+    """The same bytes and scales as in two steps from y.
+
+    In a row whose scale is NaN bytes may be anything, and a negative value that is rounded to zero may lose its sign.
+    """
+    quantized = reference.reorder_quantize(y, perm, split, fp6=fp6, scale_rounding=ScaleRounding(rounding))
+    want = folding.fold_activation(quantized, y.abs().amax(1), w_fp4=w_fp4)
+    assert (got.q.dtype, got.row_scale.dtype, got.locks.dtype) == (torch.uint8, torch.float32, torch.int32)
+    assert got.q.shape == want.q.shape
+    assert torch.equal(got.row_scale.cpu().isnan(), want.row_scale.isnan())
+    finite = want.row_scale.isfinite()
+    assert torch.equal(got.row_scale.cpu()[finite], want.row_scale[finite])
+    q = got.q.cpu()
+    same = (q == want.q) | ((q == 0) & (want.q == 0x80))
+    wrong = (~same & finite[:, None]).nonzero()
+    assert not len(wrong), f"q differs in {len(wrong)} bytes, first at {wrong[0].tolist()}"
+    if len(y):
+        assert torch.equal(got.locks.cpu(), want.locks)
+
+
+def check_fold(
+    device: str, x: Tensor, perm: Tensor, split: Split, fp6: str, rounding: str, *, w_fp4: bool = False
+) -> None:
+    got = gpu_folded.reorder_fold("none", x.to(device), None, 0.0, perm.to(device), split, fp6, rounding, w_fp4=w_fp4)
+    assert_folds(got, x, perm, split, fp6, rounding, w_fp4=w_fp4)
+
+
+def one_format(fmt: str, channels: int) -> tuple[Split, str]:
+    k4, k6, k8 = (channels * share for share in SEGMENTS[fmt])
+    return (k4, k6, k8), fmt if fmt in FP6_FORMATS else "e2m3"
+
+
+@settings(max_examples=40)
+@given(reorder_cases(), float_dtypes, index_dtypes, st.booleans())
+@example(TOP, torch.float32, torch.int64, False)
+def test_activations_equal_the_two_steps(
+    device: str, case: ReorderCase, dtype: torch.dtype, index_dtype: torch.dtype, w_fp4: bool
+) -> None:
+    perm = case.channel_perm.to(index_dtype)
+    check_fold(device, case.x.to(dtype), perm, case.split, case.fp6, case.scale_rounding, w_fp4=w_fp4)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("scale_rounding", list(ScaleRounding))
+def test_magnitudes_of_the_whole_range_with_specials_in_some_rows(
+    device: str, dtype: torch.dtype, scale_rounding: str
+) -> None:
+    centers = (-20, 0, 9) if dtype == torch.float16 else (-148, -126, -60, 0, 100, 121, 126)
+    for index, center in enumerate(centers):
+        x = hostile_rows(5, 1000, dtype, seed=center + 200, center=center)
+        x[:3] = torch.where(x[:3].abs().float() <= 2.0 ** min(center + 4, 127), x[:3], 0.0)
+        x[3] = torch.where(x[3].isfinite(), x[3], 0.0)  # with the dtype's largest value
+        perm = torch.cat((torch.randperm(1000), torch.full((24,), -1)))[torch.randperm(1024)].to(torch.int32)
+        check_fold(device, x, perm, (416, 352, 256), FP6_FORMATS[index % 2], scale_rounding, w_fp4=index % 3 == 1)
+
+
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+@pytest.mark.parametrize("scale_rounding", list(ScaleRounding))
+def test_every_exponent_of_the_largest_value(device: str, fp6: str, scale_rounding: str) -> None:
+    """With the mantissas around 1.5, where the row's exponent steps. The interpreter takes a part of them."""
+    mantissas = torch.tensor([0x00, 0x3F, 0x40, 0x41, 0x7F], dtype=torch.int32)
+    largest = ((torch.arange(255, dtype=torch.int32) << 7)[:, None] + mantissas).flatten()
+    largest = largest[:: 37 if device == "cpu" else 1]
+    x = largest.to(torch.uint16).view(torch.bfloat16)[:, None].repeat(1, 192)
+    x[:, 1::7] *= -0.59375
+    x[:, 2::7] *= 2.0**-5
+    x[:, 96:] *= 2.0**-9  # every second block
+    check_fold(
+        device, x, torch.arange(192).reshape(2, 3, 32).transpose(0, 1).flatten(), (64, 64, 64), fp6, scale_rounding
+    )
+
+
+@pytest.mark.parametrize("fmt", SEGMENTS)
+@pytest.mark.parametrize("w_fp4", [False, True])
+def test_every_bfloat16_beside_a_block_that_fixes_the_row(device: str, fmt: str, w_fp4: bool) -> None:
+    """In order, so that a block has values of one size: down to where E4M3 rounds all to zero."""
+    values = torch.arange(32768, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    values = values[(values >= 2.0**-14) & (values <= 384)]
+    signs = torch.where(torch.arange(len(values)) % 3 == 0, -1, 1).to(torch.bfloat16)
+    x = torch.cat((values * signs, torch.full((-len(values) % BLOCK_SIZE + BLOCK_SIZE,), 384.0).bfloat16()))[None]
+    for rounding in ScaleRounding:
+        check_fold(device, x, torch.arange(x.shape[1]), *one_format(fmt, x.shape[1]), rounding, w_fp4=w_fp4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "special", "channels"),
+    [(dtype, special, 192) for dtype in FLOAT_DTYPES for special in (torch.nan, torch.inf, -torch.inf)]
+    + [(torch.bfloat16, torch.nan, 20000)],
+)
+def test_a_special_value_takes_its_rows_scale_alone(
+    device: str, dtype: torch.dtype, special: float, channels: int
+) -> None:
+    x = -torch.rand(4, channels).to(dtype)
+    x[0, 5], x[2, channels - 1] = special, special
+    perm = torch.arange(channels)
+    got = gpu_folded.reorder_fold(
+        "none", x.to(device), None, 0.0, perm.to(device), (64, 64, channels - 128), "e2m3", "rceil", w_fp4=False
+    )
+    assert got.row_scale.isnan().tolist() == [True, False, True, False]
+    assert_folds(got, x, perm, (64, 64, channels - 128), "e2m3", "rceil", w_fp4=False)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("split", [(32, 0, 0), (0, 32, 0), (0, 0, 32), (64, 0, 96), (0, 160, 32), (2080, 0, 32)])
+def test_any_rows_and_empty_segments(device: str, rows: int, split: Split) -> None:
+    channels = sum(split) - 3
+    perm = torch.cat((torch.randperm(channels), torch.full((3,), -1, dtype=torch.int64))).to(torch.int32)
+    for w_fp4 in (False, True):
+        check_fold(device, torch.randn(rows, channels), perm, split, "e3m2", "rceil", w_fp4=w_fp4)
+
+
+@pytest.mark.parametrize(("dtype", "w_fp4"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_rows_wider_than_one_tile(device: str, dtype: torch.dtype, w_fp4: bool) -> None:
+    """All programs of a row have its scale, wherever its largest value is."""
+    channels = 28672 + 7
+    x = torch.randn(3, channels).to(dtype)
+    x[0, 3], x[1, -1], x[2, 20000] = 1000.0, -777.0, 50.0
+    perm = torch.cat((torch.randperm(channels), torch.full((25,), -1)))[torch.randperm(28704)]
+    check_fold(device, x, perm, (16416, 8160, 4128), "e2m3", "rceil", w_fp4=w_fp4)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: torch.cat((x, x, x[:, :1]), 1)[:, 1 : x.shape[1] + 1],
+        lambda x: x[:1].expand(7, -1),
+    ],
+    ids=["column major", "every second column", "wide odd rows", "one row repeated"],
+)
+def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(9, 64, dtype=torch.bfloat16, device=device)
+    perm = torch.randperm(64)
+    got = gpu_folded.reorder_fold(
+        "none", arrange(x), None, 0.0, perm.to(device), (32, 0, 32), "e2m3", "rceil", w_fp4=False
+    )
+    assert_folds(got, arrange(x.cpu()).contiguous(), perm, (32, 0, 32), "e2m3", "rceil", w_fp4=False)
+
+
+def test_only_the_outputs_of_a_fold_are_written(device: str) -> None:
+    x, perm = torch.randn(3, 96, device=device), torch.arange(96, device=device)
+    want = gpu_folded.reorder_fold("none", x, None, 0.0, perm, (32, 32, 32), "e2m3", "rceil", w_fp4=False)
+    q = torch.full((5, 96), 0xA5, dtype=torch.uint8, device=device)
+    row_scale, locks = torch.full((5,), 7.0, device=device), torch.full((folding.LOCKS + 2,), 7, device=device).int()
+    inner = FoldedActivation(q[1:4], row_scale[1:4], locks[1:-1])
+    gpu_folded.reorder_fold_call(
+        "none", x, None, 0.0, perm, (32, 32, 32), inner, fp6="e2m3", scale_rounding="rceil", w_fp4=False
+    ).launch()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(inner, want, strict=True))
+    assert bool((q[[0, 4]] == 0xA5).all())
+    assert row_scale[[0, 4]].tolist() == [7.0, 7.0]
+    assert locks[[0, -1]].tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(("channels", "w_fp4"), [(32, False), (256, True), (1024, False)])
+def test_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
+    device: str, dtype: torch.dtype, channels: int, w_fp4: bool
+) -> None:
+    # As in the quantizer's tests: with small integers and a power of two for their number, no step has two results.
+    x = torch.randint(-15, 16, (9, channels)).to(dtype)
+    x[0] = 0
+    weight = torch.randn(channels).to(dtype)
+    perm = torch.randperm(channels).to(torch.int32)
+    k4, k6 = channels // 64 * 32, channels // 128 * 32
+    split = (k4, k6, channels - k4 - k6)
+    x, weight = x.to(device), weight.to(device)
+    got = gpu_folded.reorder_fold("rms_norm", x, weight, 1e-5, perm.to(device), split, "e2m3", "rceil", w_fp4=w_fp4)
+    assert_folds(got, ops.rms_norm(x, weight, 1e-5).cpu(), perm, split, "e2m3", "rceil", w_fp4=w_fp4)
+
+
+def test_norm_and_fold_of_a_row_wider_than_one_tile(device: str) -> None:
+    """32768 channels that are 0 or ±4: their mean square is exact in any order, and so is their norm."""
+    channels = 32768
+    x = torch.zeros(2, channels, device=device)
+    x[0, ::4], x[1, 1::4], x[1, 5::8] = 4.0, -4.0, 4.0
+    weight = 1 + torch.rand(channels, device=device)
+    perm = torch.randperm(channels)
+    split = (16384, 8192, 8192)
+    got = gpu_folded.reorder_fold("rms_norm", x, weight, 0.0, perm.to(device), split, "e2m3", "rceil", w_fp4=False)
+    assert_folds(got, ops.rms_norm(x, weight, 0.0).cpu(), perm, split, "e2m3", "rceil", w_fp4=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("w_fp4", [False, True])
+def test_silu_mul_and_fold_equals_its_steps_for_every_gate(device: str, dtype: torch.dtype, w_fp4: bool) -> None:
+    gate = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+    # As in the quantizer's tests: no gates at which float32's last places could turn the rounding to the dtype.
+    exact = silu(gate.double())
+    near = torch.stack([(exact * (1 + e)).to(dtype) for e in (-(2.0**-20), 2.0**-20)])
+    gate = gate[(near[0] == near[1]) & exact.isfinite()]
+    gate = gate[: len(gate) // 2048 * 2048].reshape(-1, 2048)
+    assert gate.numel() > 40000
+    up = torch.randn(gate.shape).to(dtype)
+    perm, split = torch.randperm(2048), (1024, 512, 512)
+    got = gpu_folded.reorder_fold(
+        "silu_mul", gate.to(device), up.to(device), 0.0, perm.to(device), split, "e2m3", "rceil", w_fp4=w_fp4
+    )
+    assert_folds(got, silu(gate) * up, perm, split, "e2m3", "rceil", w_fp4=w_fp4)
+
+
+# ---- weights: expanded
+
+
+def on(device: str | torch.device, weight: FoldedWeight) -> FoldedWeight:
+    return FoldedWeight(*(None if part is None else part.to(device) for part in weight))  # type: ignore[arg-type]
+
+
+def random_weight(columns: int, split: Split, fp6: str, *, bias: bool = False, device: str = "cpu") -> FoldedWeight:
+    """Rows of blocks of all sizes that folding treats differently."""
+    k = sum(split)
+    w = torch.randn(columns, k, device=device)
+    w *= torch.exp2(torch.randint(-18, 3, (columns, k // BLOCK_SIZE), device=device)).repeat_interleave(BLOCK_SIZE, 1)
+    quantized = reference.reorder_quantize(w, torch.arange(k, device=device), split, fp6=fp6)
+    return folded_weight(quantized, fp6, torch.randn(columns, device=device).bfloat16() if bias else None)
+
+
+def check_expanded(device: str, weight: FoldedWeight, fp6: str) -> None:
+    """Equal bytes, and nothing before or behind them."""
+    want = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6)
+    room = torch.full((want.shape[0] + 2, want.shape[1]), 0xA5, dtype=torch.uint8, device=device)
+    gpu_folded.expand_weight(on(device, weight), room[1:-1], fp6=fp6)
+    wrong = (room[1:-1].cpu() != want).nonzero()
+    assert not len(wrong), f"{len(wrong)} bytes differ, first at {wrong[0].tolist()}"
+    assert bool((room[[0, -1]] == 0xA5).all())
+
+
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+@pytest.mark.parametrize("columns", [0, 1, 7])
+@pytest.mark.parametrize(
+    "split", [(32, 0, 0), (0, 32, 0), (0, 0, 32), (64, 0, 96), (0, 160, 32), (1056, 544, 32), (992, 1024, 1056)]
+)
+def test_expanded_weights_equal_the_definition(device: str, fp6: str, columns: int, split: Split) -> None:
+    check_expanded(device, random_weight(columns, split, fp6), fp6)
+
+
+POWERS = [2.0**e for e in range(-16, 12)]
+
+
+def every_code_under_every_factor(fmt: str) -> FoldedWeight:
+    """A row a factor. All that a factor byte can be, and all codes but E4M3's NaN."""
+    if fmt == "e2m1":
+        factors = 8 * torch.arange(12, dtype=torch.uint8)
+        codes = torch.arange(32, dtype=torch.uint8) % 16
+    else:
+        upper = torch.tensor(POWERS, dtype=torch.float16).view(torch.int16) >> 8
+        factors = torch.cat((torch.zeros(1, dtype=torch.uint8), upper.to(torch.uint8)))
+        codes = torch.arange(256 if fmt == "e4m3" else 64, dtype=torch.uint8)
+        codes = torch.where(codes & 0x7F == 0x7F, 0, codes) if fmt == "e4m3" else codes
+    codes = codes.repeat(len(factors), 1)
+    aligned = codes[:, :0]
+    if fmt in FP6_FORMATS:
+        aligned, _ = packing.align_fp6(codes, codes.new_zeros(len(codes), 2), fmt)
+    w4 = packing.pack_fp4(codes) if fmt == "e2m1" else codes[:, :0]
+    w6 = packing.pack_fp6(aligned, fmt if fmt in FP6_FORMATS else "e2m3")
+    w8 = codes if fmt == "e4m3" else codes[:, :0]
+    factor = factors[:, None].repeat(1, folding.FACTOR_PADDING)
+    return FoldedWeight(w4, w6, w8, factor, torch.ones(len(factors)))
+
+
+@pytest.mark.parametrize("fmt", SEGMENTS)
+def test_every_code_is_folded_under_every_factor(device: str, fmt: str) -> None:
+    check_expanded(device, every_code_under_every_factor(fmt), fmt if fmt in FP6_FORMATS else "e2m3")
+
+
+# ---- products
+
+
+def tiles_on(device: str) -> tuple[FoldedTile, ...]:
+    """All tiles on a GPU; in the interpreter small ones, for several programs and steps."""
+    if device == "cpu":
+        return FoldedTile(16, 32, 64, 4, 2), FoldedTile(32, 16, 128, 4, 2)
+    return tuple(dict.fromkeys(tile for _, tile in FOLDED_TILES))
+
+
+def multiply(
+    x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, tile: FoldedTile | None, split_k: int | None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    out = gpu_folded.folded_mm(x, weights, fp6=fp6, out_dtype=out_dtype, tile=tile, split_k=split_k)
+    assert out.dtype == out_dtype
+    assert not x.locks.any(), "locks are left"
+    return out
+
+
+def folded_rows(rows: int, split: Split, fp6: str, *, w_fp4: bool = False, device: str = "cpu") -> FoldedActivation:
+    k = sum(split)
+    x = torch.randn(rows, k, device=device) * torch.exp2(torch.randint(-6, 3, (rows, k), device=device))
+    return pack_activation(x, split, fp6, w_fp4=w_fp4)
+
+
+def integers(
+    rows: int, columns: Sequence[int], split: Split, fp6: str, *, w_fp4: bool = False, bias: bool = True,
+    device: str = "cpu",
+) -> tuple[FoldedActivation, list[FoldedWeight]]:  # fmt: skip
+    """Operands of which every sum is exact, in any order, in float32 and in the 14 bits of sm_90's FP8 MMA.
+
+    x has four entries of ±1 or ±2 a block, w integers up to 7 or twice that: a step of 8 blocks adds at most 32
+    products up to 28, 896 < 2**13, and 28,672 channels less than 2**17. Up to 2,048 channels stay below 2**13 too.
+    """
+    blocks = sum(split) // BLOCK_SIZE
+
+    def doubled(values: Tensor) -> Tensor:
+        factor = torch.randint(1, 3, (len(values), blocks, 1), device=device)
+        return (values.unflatten(1, (blocks, BLOCK_SIZE)) * factor).flatten(1).float()
+
+    nonzero = torch.rand(rows, blocks, BLOCK_SIZE, device=device).argsort(2) < 4
+    x = doubled(nonzero.flatten(1) * (2 * torch.randint(0, 2, (rows, sum(split)), device=device) - 1))
+    weights = []
+    for n in columns:
+        w = torch.randint(-7, 8, (n, sum(split)), device=device)
+        first = w[:, : sum(split) if w_fp4 else split[0]]
+        first[first.abs() == 5] = 3  # E2M1 has no 5 and no 7
+        first[first.abs() == 7] = -6
+        w_split = (sum(split), 0, 0) if w_fp4 else split
+        quantized = reference.reorder_quantize(doubled(w), torch.arange(sum(split), device=device), w_split, fp6=fp6)
+        offset = torch.randint(-50, 51, (n,), device=device).bfloat16() if bias else None
+        weights.append(folded_weight(quantized, fp6, offset))
+    return pack_activation(x, split, fp6, w_fp4=w_fp4), weights
+
+
+def assert_equals_integers(got: Tensor, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str) -> None:
+    exact, _ = folded_product(x, weights, fp6)
+    assert torch.equal(exact, exact.round())
+    assert torch.equal(got, exact.float().to(got.dtype))
+
+
+@settings(max_examples=15)
+@given(
+    st.data(), st.tuples(*[st.integers(0, 3).map(lambda n: n * BLOCK_SIZE)] * 3).filter(any),
+    st.sampled_from(FP6_FORMATS), st.lists(st.integers(1, 40), min_size=1, max_size=gpu_folded.MAX_GROUP),
+    st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans(),
+)  # fmt: skip
+@example(None, (32, 32, 32), "e2m3", [33, 1, 2], 8, True, False)
+def test_product_of_any_shape_and_group(
+    device: str, data: st.DataObject | None, split: Split, fp6: str, columns: list[int], split_k: int, bias: bool,
+    w_fp4: bool,
+) -> None:  # fmt: skip
+    rows = data.draw(st.integers(1, 40)) if data else 17
+    tile = data.draw(st.sampled_from(tiles_on(device))) if data else tiles_on(device)[0]
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)) if data else 0)
+    w_split = (sum(split), 0, 0) if w_fp4 else split
+    x = folded_rows(rows, split, fp6, w_fp4=w_fp4, device=device)
+    weights = [random_weight(n, w_split, fp6, bias=bias, device=device) for n in columns]
+    got = multiply(x, weights, fp6, tile, split_k)
+    assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=0 if device == "cpu" else tile.BLOCK_K)
+
+
+@pytest.mark.parametrize("split_k", [1, 2, 4, 8])
+@pytest.mark.parametrize("columns", [(1,), (35,), (33, 16, 5)])
+def test_products_of_integers_are_exact(device: str, split_k: int, columns: tuple[int, ...]) -> None:
+    for tile in tiles_on(device):
+        for rows, split, fp6 in ((1, (416, 0, 32), "e2m3"), (tile.BLOCK_M + 3, (96, 160, 96), "e3m2")):
+            x, weights = integers(rows, columns, split, fp6, w_fp4=rows == 1, bias=rows > 1, device=device)
+            assert_equals_integers(multiply(x, weights, fp6, tile, split_k), x, weights, fp6)
+
+
+@pytest.mark.parametrize("out_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("split_k", [1, 4])
+def test_the_sum_is_rounded_once(device: str, out_dtype: torch.dtype, split_k: int) -> None:
+    if device == "cpu" and out_dtype == torch.bfloat16:
+        pytest.skip("the interpreter's cast to bfloat16 truncates")
+    x = folded_rows(21, (96, 64, 64), "e2m3", device=device)
+    weights = [random_weight(n, (96, 64, 64), "e2m3", bias=True, device=device) for n in (50, 3)]
+    wide = multiply(x, weights, "e2m3", tiles_on(device)[0], split_k)
+    assert torch.equal(multiply(x, weights, "e2m3", tiles_on(device)[0], split_k, out_dtype), wide.to(out_dtype))
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_a_row_without_a_scale_is_nan_in_the_product_and_no_other(device: str, split_k: int) -> None:
+    split = (64, 32, 32)
+    values = torch.randn(19, 128)
+    values[18, 70], values[2, 1] = torch.nan, torch.inf
+    perm = torch.arange(128, device=device)
+    x = gpu_folded.reorder_fold("none", values.to(device), None, 0.0, perm, split, "e2m3", "rceil", w_fp4=False)
+    quantized = reference.reorder_quantize(torch.randn(21, 128), torch.arange(128), split, fp6="e2m3")
+    quantized.scale[20, 1] = 255
+    weight = on(device, folded_weight(quantized, "e2m3"))
+    got = multiply(x, [weight], "e2m3", tiles_on(device)[0], split_k).cpu()
+    want = torch.zeros(19, 21, dtype=torch.bool)
+    want[18], want[2], want[:, 20] = True, True, True
+    assert torch.equal(got.isnan(), want)
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_no_rows_or_no_columns_are_no_product(device: str, split_k: int) -> None:
+    for rows, columns in ((0, 5), (3, 0)):
+        x, weights = integers(rows, [columns], (32, 32, 0), "e2m3", device=device)
+        assert multiply(x, weights, "e2m3", tiles_on(device)[0], split_k).shape == (rows, columns)
+
+
+def test_the_product_reads_what_the_fold_wrote(device: str) -> None:
+    """From rows to the product of a group, both kernels, twice with one activation: its locks are free again."""
+    values, split = torch.randn(18, 352), (160, 128, 64)
+    perm = torch.randperm(352)
+    x = gpu_folded.reorder_fold(
+        "none", values.to(device), None, 0.0, perm.to(device), split, "e3m2", "rceil", w_fp4=False
+    )
+    weights = [random_weight(n, split, "e3m2", bias=True, device=device) for n in (35, 16)]
+    tile = tiles_on(device)[0]
+    first = multiply(x, weights, "e3m2", tile, 2)
+    assert_folded_product_is_exact(first, x, weights, "e3m2", mma_channels=0 if device == "cpu" else tile.BLOCK_K)
+    assert torch.equal(multiply(x, weights, "e3m2", tile, 2), first)
+
+
+def test_parts_of_k_never_outnumber_the_locks_or_the_steps() -> None:
+    for rows in (1, 16, 17, 64, 65, 1000, 100_000):
+        tile = gpu_folded.tile_for(rows)
+        assert rows <= tile.BLOCK_M or tile == FOLDED_TILES[-1][1]
+        for columns in ([1], [4096], [4096, 1024, 1024], [14336, 14336], [152_064]):
+            tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
+            for channels in (32, 576, 4096, 14336, 28672):
+                parts = gpu_folded.split_for(rows, columns, channels, tile)
+                assert parts in (1, 2, 4, 8)
+                assert parts == 1 or (tiles <= folding.LOCKS and channels >= parts * tile.BLOCK_K)
+
+
+def test_the_library_is_asked_for_what_it_takes() -> None:
+    most = gpu_folded.EXPAND_FROM
+    assert gpu_folded.uses_library(most, [64, 32], torch.bfloat16)
+    assert not gpu_folded.uses_library(most - 1, [64, 32], torch.bfloat16)
+    assert not gpu_folded.uses_library(most, [64, 33], torch.bfloat16)
+    assert not gpu_folded.uses_library(most, [64, 32], torch.float32)
+
+
+# ---- real sizes, on a GPU
+
+
+def share(channels: int, share4: float, share6: float) -> Split:
+    k4, k6 = (int(channels * part) // BLOCK_SIZE * BLOCK_SIZE for part in (share4, share6))
+    return k4, k6, channels - k4 - k6
+
+
+SHARES = ((0.75, 0.2), (0.5, 0.35), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.4, 0.0))
+SIZES = [(1, 1, 64), (3, 5, 96), (7, 999, 160), (16, 576, 576), (17, 1536, 576), (33, 49, 1088), (1, 6144, 4096)]
+SIZES += [(16, 4096, 4096), (63, 4097, 4096), (64, 513, 14336), (5, 4096, 14336), (1, 1025, 28672), (31, 257, 28672)]
+SIZES += [(129, 257, 8192), (300, 152, 18944), (1000, 999, 2048)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", range(len(SIZES)))
+@pytest.mark.parametrize("shares", SHARES)
+def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
+    """With what `folded_mm` chooses for few rows, and with every tile and number of parts."""
+    rows, columns, channels = SIZES[index]
+    split, fp6 = share(channels, *shares), FP6_FORMATS[index % 2]
+    group = [columns, 3 * columns // 4 + 1, 7][: index % 3 + 1]
+    x, weights = integers(rows, group, split, fp6, bias=index % 2 == 0, device="cuda")
+    chosen = [gpu_folded.tile_for(rows)] if channels > 8192 else [tile for _, tile in FOLDED_TILES]
+    for tile in chosen:
+        tiles = sum(-(-n // tile.BLOCK_N) for n in group) * -(-rows // tile.BLOCK_M)
+        for split_k in (1, 2, 4, 8) if tiles <= folding.LOCKS else (1,):
+            assert_equals_integers(multiply(x, weights, fp6, tile, split_k), x, weights, fp6)
+    assert_equals_integers(multiply(x, weights, fp6, None, None), x, weights, fp6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [tile for _, tile in FOLDED_TILES], ids=lambda tile: f"{tile.BLOCK_M} rows")
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+@pytest.mark.parametrize("w_fp4", [False, True])
+def test_every_tile_stays_within_the_bound_of_fp8_mma(tile: FoldedTile, fp6: str, w_fp4: bool) -> None:
+    split = (1056, 544, 288)
+    x = folded_rows(tile.BLOCK_M + 3, split, fp6, w_fp4=w_fp4, device="cuda")
+    weights = [random_weight(n, (1888, 0, 0) if w_fp4 else split, fp6, bias=True, device="cuda") for n in (301, 64, 5)]
+    for split_k in (1, 2, 4, 8):
+        got = multiply(x, weights, fp6, tile, split_k)
+        assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=tile.BLOCK_K)
+
+
+@pytest.mark.gpu
+def test_parts_of_k_are_added_in_one_order() -> None:
+    """Whichever program comes last: the same bits, again and again."""
+    split = share(14336, 0.75, 0.2)
+    for rows in (1, 16, 64):
+        x = folded_rows(rows, split, "e2m3", device="cuda")
+        weights = [random_weight(n, split, "e2m3", device="cuda") for n in (1024, 512)]
+        first = multiply(x, weights, "e2m3", None, 8)
+        for _ in range(20):
+            assert torch.equal(multiply(x, weights, "e2m3", None, 8), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [(64,), (528, 16), (4096, 1024, 1024)])
+@pytest.mark.parametrize("rows", [65, 128, 1000])
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+def test_products_of_many_rows_by_way_of_the_library(group: tuple[int, ...], rows: int, fp6: str) -> None:
+    """Integers exactly, as long as all of K stays below 2**13; anything else within the bound of one sum over all K."""
+    for bias in (False, True):
+        x, weights = integers(rows, group, share(2048, 0.5, 0.35), fp6, bias=bias, device="cuda")
+        assert gpu_folded.uses_library(rows, group, torch.bfloat16)
+        assert_equals_integers(multiply(x, weights, fp6, None, None, torch.bfloat16), x, weights, fp6)
+    x = folded_rows(rows, share(4096, 0.75, 0.2), fp6, device="cuda")
+    weights = [random_weight(n, share(4096, 0.75, 0.2), fp6, bias=True, device="cuda") for n in group]
+    got = multiply(x, weights, fp6, None, None, torch.bfloat16)
+    assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=4096)
+
+
+@pytest.mark.gpu
+def test_bytes_of_large_weights_equal_the_definition() -> None:
+    for columns, channels in ((6144, 4096), (1001, 14336), (257, 28672)):
+        for fp6 in FP6_FORMATS:
+            weight = random_weight(columns, share(channels, 0.75, 0.2), fp6, device="cuda")
+            out = torch.empty((columns, channels), dtype=torch.uint8, device="cuda")
+            gpu_folded.expand_weight(weight, out, fp6=fp6)
+            assert torch.equal(out, folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6))
