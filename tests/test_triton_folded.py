@@ -375,7 +375,7 @@ def assert_equal_but_for_one_rounding(got: Tensor, exact: Tensor) -> None:
     assert torch.equal(got, exact.float().to(got.dtype))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.data(), st.tuples(*[st.integers(0, 3).map(lambda n: n * BLOCK_SIZE)] * 3).filter(any),
     st.sampled_from(FP6_FORMATS), st.lists(st.integers(1, 40), min_size=1, max_size=gpu_folded.MAX_GROUP),
@@ -396,8 +396,7 @@ def test_product_of_any_shape_and_group(
     assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=0 if device == "cpu" else tile.BLOCK_K)
 
 
-@pytest.mark.parametrize("split_k", [1, 2, 4, 8])
-@pytest.mark.parametrize("columns", [(1,), (35,), (33, 16, 5)])
+@pytest.mark.parametrize(("split_k", "columns"), [(1, (33, 16, 5)), (2, (1,)), (4, (35,)), (8, (33, 5))])
 def test_products_of_integers_are_exact(device: str, split_k: int, columns: tuple[int, ...]) -> None:
     for tile in tiles_on(device):
         for rows, split, fp6 in ((1, (416, 0, 32), "e2m3"), (tile.BLOCK_M + 3, (96, 160, 96), "e3m2")):
@@ -406,15 +405,15 @@ def test_products_of_integers_are_exact(device: str, split_k: int, columns: tupl
             assert_equal_but_for_one_rounding(multiply(x, weights, fp6, tile, split_k), want)
 
 
-@pytest.mark.parametrize("out_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("split_k", [1, 4])
-def test_the_sum_is_rounded_once(device: str, out_dtype: torch.dtype, split_k: int) -> None:
-    if device == "cpu" and out_dtype == torch.bfloat16:
-        pytest.skip("the interpreter's cast to bfloat16 truncates")
+def test_the_sum_is_rounded_once(device: str, split_k: int) -> None:
+    """The interpreter's own cast to bfloat16 truncates."""
     x = folded_rows(21, (96, 64, 64), "e2m3", device=device)
     weights = [random_weight(n, (96, 64, 64), "e2m3", bias=True, device=device) for n in (50, 3)]
     wide = multiply(x, weights, "e2m3", tiles_on(device)[0], split_k)
-    assert torch.equal(multiply(x, weights, "e2m3", tiles_on(device)[0], split_k, out_dtype), wide.to(out_dtype))
+    for out_dtype in (torch.float16,) if device == "cpu" else (torch.float16, torch.bfloat16):
+        narrow = multiply(x, weights, "e2m3", tiles_on(device)[0], split_k, out_dtype)
+        assert torch.equal(narrow, wide.to(out_dtype))
 
 
 @pytest.mark.parametrize("split_k", [1, 2])
