@@ -121,7 +121,7 @@ def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) ->
     for part, k, code, fmt in zip(factor.split(padded, 1), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True):
         byte = part[:, : k // BLOCK_SIZE].to(torch.int16)
         if fmt == "e2m1":
-            scale = torch.exp2((byte >> 3) + MIN_FP4_EXPONENT)
+            scale = reference.scale_value((byte >> 3) + (MIN_FP4_EXPONENT + E8M0_BIAS))
         else:
             scale = (byte << 8).view(torch.float16).to(torch.float32)
         values.append(reference.decode(code, elem_format(fmt)) * scale.repeat_interleave(BLOCK_SIZE, 1))

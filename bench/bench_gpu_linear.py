@@ -1,0 +1,516 @@
+"""Linears on sm_90, by kernels and whole, beside BF16, FP8 and int4: times, bandwidth, flops, ratios.
+
+    python bench/bench_gpu_linear.py [--quick] [--model llama-8b ...] [--csv FILE] [--plot FILE]
+
+A linear is quantize, product and bias, with q, k and v as one, gate and up as one. A time is that of a CUDA graph of
+launches over copies of the weights, over 200 MB together, so that L2 does not serve them: median and 20/80 % of replays
+per launch. Competitors run in the same process: cuBLAS in BF16; FP8 with a scale a row, quantized by compiled PyTorch,
+with fast accumulation; weight-only int4 for few rows; and a kernel that only reads the packed bytes. Before anything is
+timed the products of a small case must be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import statistics
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from micromix_compile import folding, gpu, gpu_folded, packing, reference
+from micromix_compile.evaluation import hardware, versions
+from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.gpu_folded import FoldedWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from micromix_compile.recipe import Split
+
+MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
+    "llama-8b": {
+        "qkv": ((4096, 1024, 1024), 4096),
+        "o": ((4096,), 4096),
+        "gate_up": ((14336, 14336), 4096),
+        "down": ((4096,), 14336),
+    },
+    "qwen2.5-7b": {
+        "qkv": ((3584, 512, 512), 3584),
+        "o": ((3584,), 3584),
+        "gate_up": ((18944, 18944), 3584),
+        "down": ((3584,), 18944),
+    },
+    "qwen3-32b": {
+        "qkv": ((8192, 1024, 1024), 5120),
+        "o": ((5120,), 8192),
+        "gate_up": ((25600, 25600), 5120),
+        "down": ((5120,), 25600),
+    },
+    "llama-70b": {"down": ((8192,), 28672)},
+}
+"""(columns of each weight of the group, K) of a model's linears."""
+
+SHARES = {"75/20/5": (0.75, 0.20), "50/35/15": (0.50, 0.35)}
+ROWS = (1, 4, 16, 64, 256, 1024, 2048, 8192)
+QUICK_ROWS = (1, 16, 64, 256, 2048, 8192)
+INT4_ROWS = 16
+"""The most rows at which int4 is measured: it is made for few."""
+
+INT4_GROUP = 128
+FEW_ROWS = 64
+"""Up to here TB/s is printed, from there on TFLOP/s: what bounds a linear."""
+
+COLD_BYTES = 200 * 2**20
+QUANTIZED_SHAPE = (8192, 4096)
+FP6 = "e2m3"
+CUDA = torch.device("cuda")
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Microseconds of one launch, or of one linear."""
+
+    us: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement. floor_bytes: what must be read and written; to_fp8, to_bf16: how many times as fast."""
+
+    case: str
+    M: int
+    N: int
+    K: int
+    split: str
+    what: str
+    us: float
+    p20: float
+    p80: float
+    floor_bytes: int
+    tbps: float
+    tflops: float
+    to_fp8: float | None = None
+    to_bf16: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A group of linears that read one activation."""
+
+    name: str
+    columns: tuple[int, ...]
+    K: int
+
+    @property
+    def N(self) -> int:  # noqa: N802 - the field's name
+        """All columns."""
+        return sum(self.columns)
+
+    def row(self, what: str, rows: int, times: Times, floor_bytes: int, split: str = "") -> Row:
+        """A measurement with what follows from it."""
+        flops = 2 * rows * self.N * self.K
+        return Row(
+            self.name, rows, self.N, self.K, split, what, times.us, times.p20, times.p80, floor_bytes,
+            floor_bytes / times.us / 1e6, flops / times.us / 1e6,
+        )  # fmt: skip
+
+
+# ---- what is timed
+
+
+@triton.jit
+def read_kernel(words, out, count, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201, N803 - a Triton kernel
+    """Read int32 words and keep a sum a program, so that nothing is optimized away."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + tl.program_id(0), tl.sum(tl.load(words + place, mask=place < count, other=0), 0))
+
+
+READ_BLOCK = 8192
+
+
+def read_all(words: Tensor, out: Tensor) -> None:
+    """Read a flat int32 tensor."""
+    read_kernel[(triton.cdiv(words.numel(), READ_BLOCK),)](words, out, words.numel(), BLOCK=READ_BLOCK, num_warps=8)
+
+
+def fp8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of E4M3 with a float32 scale each, as dynamic FP8 quantization does it."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448.0
+    return (x.float() / scale).clamp(-448.0, 448.0).to(E4M3), scale
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """What stands before a quantizer."""
+    return torch.nn.functional.rms_norm(x, (x.shape[1],), weight, 1e-5)
+
+
+compiled_fp8_quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(fp8_quantize)
+compiled_rms_norm: Callable[[Tensor, Tensor], Tensor] = torch.compile(rms_norm)
+
+
+def fp8_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor) -> Tensor:
+    """FP8 product with a scale a row on both sides. weight: (N, K)."""
+    return torch._scaled_mm(
+        x, weight.T, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=BF16, use_fast_accum=True
+    )
+
+
+def split_of(channels: int, shares: tuple[float, float]) -> Split:
+    """Whole blocks of K in each format."""
+    k4, k6 = (round(channels * share / BLOCK_SIZE) * BLOCK_SIZE for share in shares)
+    return k4, k6, channels - k4 - k6
+
+
+def folded_weight(columns: int, split: Split) -> FoldedWeight:
+    """A random weight, packed, with its factors."""
+    w = torch.randn(columns, sum(split), device=CUDA, dtype=BF16)
+    quantized = reference.reorder_quantize(w, torch.arange(sum(split), device=CUDA), split, fp6=FP6)
+    packed = (quantized.q4, packing.pack_fp6(quantized.q6, FP6), quantized.q8)
+    row_scale = folding.weight_row_scale(*packed, quantized.scale, FP6)
+    factor = folding.weight_factor(*packed, quantized.scale, row_scale)
+    return FoldedWeight(*packed, factor, row_scale, torch.randn(columns, device=CUDA, dtype=BF16))
+
+
+def size(*tensors: Tensor | None) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def copies(num_bytes: int) -> int:
+    """How many operands of a size are more than L2 holds; at least two."""
+    return max(2, COLD_BYTES // num_bytes + 1)
+
+
+# ---- timing
+
+
+def measure(runs: Sequence[Callable[[], object]], *, seconds: float = 0.04) -> Times:
+    """Replay a graph of all runs for about `seconds`; times are those of one run."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in runs[:2]:
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+
+    def replay() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    once = min(replay() for _ in range(2))
+    samples = [1e3 * replay() / len(runs) for _ in range(min(max(int(1e3 * seconds / once), 5), 50))]
+    cuts = statistics.quantiles(samples, n=5)
+    return Times(statistics.median(samples), cuts[0], cuts[3])
+
+
+class Linears:
+    """One case in all variants; operands live as long as this does."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._bf16: dict[int, Times] = {}
+        self._fp8: dict[int, Times] = {}
+
+    def _activation(self, rows: int) -> Tensor:
+        x = torch.randn(rows, self._case.K, device=CUDA, dtype=BF16)
+        if rows > 1:
+            torch._dynamo.mark_dynamic(x, 0)
+        return x
+
+    def _floor(self, rows: int, weight_bytes: int) -> int:
+        """Weights, BF16 activations and outputs, once each."""
+        return weight_bytes + 2 * rows * (self._case.K + self._case.N)
+
+    def competitors(self, every_m: Sequence[int]) -> list[Row]:
+        """BF16, FP8 and int4, which know no split."""
+        case, found = self._case, []
+        bias = torch.randn(case.N, device=CUDA, dtype=BF16)
+        first = torch.randn(case.N, case.K, device=CUDA, dtype=BF16)
+        weights = [first.clone() for _ in range(copies(size(first)))]
+        for rows in every_m:
+            x = self._activation(rows)
+            self._bf16[rows] = measure([lambda w=w, x=x: torch.nn.functional.linear(x, w, bias) for w in weights])
+            found.append(case.row("bf16 linear", rows, self._bf16[rows], self._floor(rows, size(first))))
+        del weights
+        q, scale = fp8_quantize(first)
+        weights = [q.clone() for _ in range(copies(size(q)))]
+        w_scale = scale.T.contiguous()
+        for rows in every_m:
+            x = self._activation(rows)
+            xq, x_scale = compiled_fp8_quantize(x)
+            quantize = measure([lambda x=x: compiled_fp8_quantize(x)] * 8)
+            product = measure([lambda w=w, a=xq, s=x_scale: fp8_mm(a, s, w, w_scale, bias) for w in weights])
+            self._fp8[rows] = measure(
+                [lambda w=w, x=x: fp8_mm(*compiled_fp8_quantize(x), w, w_scale, bias) for w in weights]
+            )
+            found.append(case.row("fp8 quantize", rows, quantize, 3 * rows * case.K))
+            found.append(case.row("fp8 product", rows, product, size(q, xq) + 2 * rows * case.N))
+            found.append(case.row("fp8 linear", rows, self._fp8[rows], self._floor(rows, size(q))))
+        del weights
+        return found + self._int4([rows for rows in every_m if rows <= INT4_ROWS])
+
+    def _int4(self, every_m: Sequence[int]) -> list[Row]:
+        """Weight-only int4 in groups, or nothing where torch does not offer it for the shape."""
+        case, found = self._case, []
+        try:
+            codes = torch.randint(0, 256, (case.N, case.K // 2), dtype=torch.uint8, device=CUDA)
+            packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+            scales = torch.randn(case.K // INT4_GROUP, case.N, 2, device=CUDA, dtype=BF16)
+            weights = [packed.clone() for _ in range(copies(size(packed)))]
+            bias = torch.randn(case.N, device=CUDA, dtype=BF16)
+            for rows in every_m:
+                x = torch.randn(rows, case.K, device=CUDA, dtype=BF16)
+                times = measure([
+                    lambda w=w, x=x: torch.ops.aten._weight_int4pack_mm(x, w, INT4_GROUP, scales).add_(bias)
+                    for w in weights
+                ])  # fmt: skip
+                found.append(case.row("int4 linear", rows, times, self._floor(rows, size(packed, scales))))
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"no int4 for {case.name}: {str(error)[:80]}", file=sys.stderr)
+        return found
+
+    def folded(self, every_m: Sequence[int], split_name: str) -> list[Row]:
+        """Ours, by kernels and whole, and the reading of the packed bytes."""
+        case, found = self._case, []
+        split = split_of(case.K, SHARES[split_name])
+        first = [folded_weight(n, split) for n in case.columns]
+        packed = sum(size(*weight) for weight in first)
+        groups = [[FoldedWeight(*(part.clone() for part in w)) for w in first] for _ in range(copies(packed))]  # type: ignore[union-attr]
+        perm = torch.randperm(case.K, device=CUDA).to(torch.int32)
+
+        words = [torch.randint(-9, 9, (packed // 4,), dtype=torch.int32, device=CUDA) for _ in groups]
+        sums = torch.empty(triton.cdiv(packed // 4, READ_BLOCK), dtype=torch.int32, device=CUDA)
+        found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
+        del words
+        if max(every_m) >= gpu_folded.EXPAND_FROM:
+            room = torch.empty(case.N, case.K, dtype=torch.uint8, device=CUDA)
+            rows_of = room.split(list(case.columns))
+
+            def expand(group: list[FoldedWeight]) -> None:
+                for weight, out in zip(group, rows_of, strict=True):
+                    gpu_folded.expand_weight(weight, out, fp6=FP6)
+
+            times = measure([lambda g=g: expand(g) for g in groups])
+            found.append(case.row("expand", 0, times, packed + size(room), split_name))
+        for rows in every_m:
+            x = self._activation(rows)
+
+            def fold(x: Tensor = x) -> folding.FoldedActivation:
+                return gpu_folded.reorder_fold("none", x, None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
+
+            def multiply(folded: folding.FoldedActivation, group: list[FoldedWeight]) -> Tensor:
+                return gpu_folded.folded_mm(folded, group, fp6=FP6, out_dtype=BF16)
+
+            ready = fold()
+            quantize = measure([fold] * 8)
+            product = measure([lambda g=g, a=ready: multiply(a, g) for g in groups])
+            whole = measure([lambda g=g: multiply(fold(), g) for g in groups])
+            found.append(case.row("quantize", rows, quantize, 3 * rows * case.K, split_name))
+            found.append(case.row("product", rows, product, packed + size(ready.q) + 2 * rows * case.N, split_name))
+            found.append(case.row("linear", rows, whole, self._floor(rows, packed), split_name))
+        return found
+
+    def with_ratios(self, rows: Sequence[Row]) -> list[Row]:
+        """Whole linears beside those of FP8 and BF16 at the same M."""
+        return [
+            Row(**asdict(row) | {"to_fp8": self._fp8[row.M].us / row.us, "to_bf16": self._bf16[row.M].us / row.us})
+            if row.what.endswith("linear")
+            else row
+            for row in rows
+        ]
+
+
+def quantizers() -> list[Row]:
+    """Quantizers alone, behind nothing and an RMSNorm, beside a compiled RMSNorm, FP8's and a copy."""
+    rows, channels = QUANTIZED_SHAPE
+    case = Case("quantizers", (0,), channels)
+    split = split_of(channels, SHARES["75/20/5"])
+    xs = [torch.randn(rows, channels, device=CUDA, dtype=BF16) for _ in range(copies(2 * rows * channels))]
+    weight, perm = torch.randn(channels, device=CUDA, dtype=BF16), torch.randperm(channels, device=CUDA).to(torch.int32)
+    out = torch.empty_like(xs[0])
+
+    def fold(producer: str, x: Tensor, other: Tensor | None) -> object:
+        return gpu_folded.reorder_fold(producer, x, other, 1e-5, perm, split, FP6, "rceil", w_fp4=False)
+
+    runs: dict[str, tuple[Callable[[Tensor], object], float]] = {
+        "fold": (lambda x: fold("none", x, None), 3.0),
+        "rms_norm + fold": (lambda x: fold("rms_norm", x, weight), 3.0),
+        "reorder_quantize": (lambda x: gpu.reorder_quantize(x, perm, *split, FP6, "rceil"), 2.7),
+        "compiled rms_norm": (lambda x: compiled_rms_norm(x, weight), 4.0),
+        "fp8 quantize": (compiled_fp8_quantize, 3.0),
+        "copy": (out.copy_, 4.0),
+    }
+    found = []
+    for what, (run, bytes_each) in runs.items():
+        times = measure([lambda x=x, run=run: run(x) for x in xs])
+        found.append(case.row(what, rows, times, int(bytes_each * rows * channels)))
+    return found
+
+
+# ---- the gate
+
+
+def check() -> None:
+    """End the run unless small products are right: ours within 2 % of the MX product (norms), FP8 within 6 %.
+
+    The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
+    of K in FP8 MMA's 14 bits a few times that.
+    """
+    split = split_of(1024, SHARES["50/35/15"])
+    values = torch.randn(128, 1024, device=CUDA, dtype=BF16)
+    perm = torch.randperm(1024, device=CUDA).to(torch.int32)
+    weights = [folded_weight(n, split) for n in (256, 64)]
+    exact = []
+    for weight in weights:
+        folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, FP6)
+        w = folded.view(E4M3).double() * weight.row_scale.double()[:, None]
+        order = folding.fold_order(split, w_fp4=False).to(CUDA)
+        x = reference.reorder_quantize(values, perm, split, fp6=FP6)
+        assert weight.bias is not None, "made with one"
+        exact.append(reference.dequantize_activation(*x).double()[:, order] @ w.T + weight.bias.double())
+    want = torch.cat(exact, 1)
+    for rows in (1, 16, 64, 128):
+        x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
+        got = gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16)
+        _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
+    w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
+    (xq, x_scale), (wq, w_scale) = compiled_fp8_quantize(values), fp8_quantize(w)
+    got = fp8_mm(xq, x_scale, wq, w_scale.T.contiguous(), torch.zeros(256, device=CUDA, dtype=BF16))
+    _refuse_unless_near("the FP8 product", got, values.double() @ w.double().T, 0.06)
+
+
+def _refuse_unless_near(what: str, got: Tensor, want: Tensor, limit: float) -> None:
+    error = ((got.double() - want).norm() / want.norm()).item()
+    if not error <= limit:
+        raise SystemExit(f"{what} is off by {error:.3g} of its norm, more than {limit}: nothing is timed")
+
+
+# ---- output
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """All measurements, a section a case."""
+    table = Table(title="us: median per launch; × FP8, × BF16: times as fast")
+    for name in ("case", "M", "N", "K", "split", "what", "us", "20 %", "80 %", "MB", "rate", "× FP8", "× BF16"):
+        table.add_column(name, justify="left" if name in ("case", "split", "what") else "right")
+    last = None
+    for row in rows:
+        if last is not None and (row.case, row.split) != last:
+            table.add_section()
+        last = row.case, row.split
+        by_bytes = row.M <= FEW_ROWS or row.N == 0 or "quantize" in row.what
+        rate = f"{row.tbps:.2f} TB/s" if by_bytes else f"{row.tflops:.0f} TFLOP/s"
+        ratios = ("" if ratio is None else f"{ratio:.2f}" for ratio in (row.to_fp8, row.to_bf16))
+        table.add_row(
+            row.case, str(row.M or ""), str(row.N or ""), str(row.K), row.split, row.what, f"{row.us:.1f}",
+            f"{row.p20:.1f}", f"{row.p80:.1f}", f"{row.floor_bytes / 1e6:.1f}", rate, *ratios,
+        )  # fmt: skip
+    console.print(table)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """One line a measurement."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """A panel a case: how many times as fast as BF16, by M."""
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row.case for row in rows if row.to_bf16 is not None))
+    figure, panels = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.5), sharey=True, squeeze=False)
+    for panel, case in zip(panels[0], cases, strict=True):
+        lines: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.case == case and row.to_bf16 is not None:
+                lines.setdefault(f"MicroMix {row.split}" if row.split else row.what.removesuffix(" linear"), []).append(
+                    row
+                )
+        for name, line in lines.items():
+            panel.plot([row.M for row in line], [row.to_bf16 for row in line], marker="o", label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("M")
+        panel.set_title(case)
+    panels[0][0].set_ylabel("times as fast as BF16")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def cases_of(models: Sequence[str]) -> list[Case]:
+    """All linears of some models."""
+    return [Case(f"{model} {name}", *shape) for model in models for name, shape in MODELS[model].items()]
+
+
+def run(cases: Sequence[Case], every_m: Sequence[int], splits: Sequence[str]) -> list[Row]:
+    """Everything, a case after the other."""
+    rows = quantizers()
+    for case in track(cases, "linears", transient=True, console=Console(stderr=True)):
+        linears = Linears(case)
+        found = linears.competitors(every_m)
+        for split in splits:
+            found += linears.folded(every_m, split)
+        rows += linears.with_ratios(found)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    """Check, measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; llama-8b by default")
+    parser.add_argument("--quick", action="store_true", help="one split and six M")
+    parser.add_argument("--split", choices=SHARES, action="append", help="may be repeated")
+    parser.add_argument("--rows", type=int, action="append", metavar="M", help="may be repeated")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_gpu_linear.py needs a GPU")
+    console = Console(width=160)
+    header: dict[str, Any] = {**hardware(), **versions(), "cuda": torch.version.cuda}
+    console.print("  ".join(f"{name} {value}" for name, value in header.items()))
+    torch._dynamo.config.recompile_limit = 64  # of the compiled quantizer: two a K, M = 1 and any other
+    torch._dynamo.config.automatic_dynamic_shapes = False  # K stays a constant
+    torch.manual_seed(0)
+    every_m = tuple(arguments.rows or (QUICK_ROWS if arguments.quick else ROWS))
+    splits = arguments.split or list(SHARES)[: 1 if arguments.quick else None]
+    with torch.inference_mode():
+        check()
+        gc.freeze()  # every capture of a graph collects garbage
+        rows = run(cases_of(arguments.model or ["llama-8b"]), every_m, splits)
+    print_table(rows, console)
+    if arguments.csv:
+        write_csv(rows, arguments.csv)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
