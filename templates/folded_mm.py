@@ -162,7 +162,7 @@ def folded_mm_kernel(
     w6 += n_tile.to(tl.int64) * (blocks6 * 8)
     w8 += n_tile.to(tl.int64) * (blocks8 * 32)
     w_factor += n_tile.to(tl.int64) * (padded(blocks4) + padded(blocks6) + padded(blocks8))
-    plane = N.to(tl.int64) * (blocks6 * 8)
+    plane = tl.cast(N, tl.int64) * (blocks6 * 8)
     acc = folded_mm_tile(
         x, m_local, w4, w6, w8, w_factor, plane, n_local, blocks4, blocks6, blocks8, tl.program_id(2), FP6, BLOCK_M,
         BLOCK_N, BLOCK_K, SPLIT_K,
@@ -176,7 +176,7 @@ def folded_mm_kernel(
     cell = m.to(tl.int64)[None, :] * columns + n_first + n[:, None]
     is_last = True
     if SPLIT_K > 1:
-        size = M.to(tl.int64) * columns
+        size = tl.cast(M, tl.int64) * columns
         tl.store(partial + tl.program_id(2) * size + cell, acc, mask=inside)
         tl.debug_barrier()  # all threads' sums are written before the one that counts says so
         lock = locks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)

@@ -155,8 +155,16 @@ def compiled_ptx(name: str, source: str) -> list[str]:
         return [tuner._precompile_config(configuration).kernel.asm["ptx"] for configuration in tuner.configs]
 
 
+def widen(factor: int) -> None:
+    """Make the MLPs `factor` times as wide: the folded product splits K of some hundred channels."""
+    global C, HIDDEN, SPLITS
+    C, HIDDEN = C * factor, HIDDEN * factor
+    SPLITS = tuple((k4 * factor, k6 * factor, k8 * factor) for k4, k6, k8 in SPLITS)  # type: ignore[assignment]
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
+    widen(request["widen"])
     function, specs = case(request["case"], request["rows"], getattr(torch, request["dtype"]), fp4=request["fp4"])
     kernels: dict[str, str] = {}
     mma: dict[str, list[str]] = {}

@@ -34,6 +34,7 @@ KINDS = {
 def generated(case: str, capability: tuple[int, int], **changes: Any) -> dict[str, Any]:
     """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter."""
     request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True}
+    request |= {"widen": 1}
     request |= changes
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), json.dumps({"case": case, "capability": capability} | request)]
@@ -114,8 +115,9 @@ def test_a_producer_joins_the_quantizer_or_stays_whole(case: str, producer: str,
     assert f"'EPS': {1e-6 if producer == 'rms_norm' else 0.0}" in source
 
 
-def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products() -> None:
-    code = generated("folded", (9, 0), rows=16, compile=True)
+@pytest.mark.parametrize(("rows", "widen"), [(16, 1), (1, 6)], ids=["16 rows", "1 row, K split"])
+def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products(rows: int, widen: int) -> None:
+    code = generated("folded", (9, 0), rows=rows, widen=widen, compile=True)
     kinds = [name.rsplit("_kernel_", 1)[0] for name in code["launches"]]
     layer = ["reorder_fold", "folded_mm", "reorder_fold", "folded_mm"]
     assert kinds == [*layer, "triton_poi_fused_add_0", *layer, "triton_poi_fused_add_1"]
@@ -125,6 +127,7 @@ def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products() -> None:
     for name in code["kernels"]:
         if name.startswith("folded_mm"):
             assert code["mma"][name] == ["wgmma e4m3"]
+            assert ("'SPLIT_K': 1" not in code["kernels"][name]) == (widen > 1)
 
 
 @pytest.mark.parametrize("changes", [{"rows": 300}, {"rows": 16, "dynamic": True}], ids=["many rows", "any rows"])
