@@ -84,9 +84,10 @@ class FoldedTile:
     num_stages: int
 
 
-# Swept on an H200, CUDA-graph replay, N x K of Llama-3.1-8B's four linears, 75/20/5 split: BLOCK_N 64 and 128, BLOCK_K
-# 128 and 256, 4 and 8 warps, 2 to 4 stages. At M = 16: 42 us (28672 x 4096), 23 (4096 x 14336), 14 (6144 x 4096), 11.5
-# (4096 x 4096); other tiles were up to a third slower, and so was unpacking to float16 for mma.sync.
+# Swept on an H200 with an earlier form of the unpacking, CUDA-graph replay, N x K of Llama-3.1-8B's four linears and a
+# 75/20/5 split: BLOCK_N 64 and 128, BLOCK_K 128 and 256, 4 and 8 warps, 2 to 4 stages. At M = 16: 42 us (28672 x 4096),
+# 23 (4096 x 14336), 14 (6144 x 4096), 11.5 (4096 x 4096); other tiles were up to a third slower, and so was unpacking
+# to float16 for mma.sync.
 FOLDED_TILES: Final = (
     (16, FoldedTile(16, 64, 256, 4, 2)),
     (32, FoldedTile(32, 64, 256, 4, 2)),
@@ -123,7 +124,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     # Defaults from a sweep on an H200 (an earlier decode): N x K of 28672 x 4096 and 4096 x 4096, M from 1 to 2048, a
     # 75/20/5 split.
     "sm_90": Family(
-        mma="bfloat16 MMA of exactly dequantized operands",
+        mma="FP8 MMA of folded operands for bfloat16 models, bfloat16 MMA of exactly dequantized ones for others",
         mode="bf16",
         widen_fp4=False,
         shared_memory=232_448,
