@@ -321,7 +321,7 @@ class Linears:
             def fold(x: Tensor = x) -> folding.FoldedActivation:
                 return gpu_folded.reorder_fold("none", x, None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
 
-            def multiply(folded: folding.FoldedActivation, group: list[FoldedWeight]) -> Tensor:
+            def multiply(folded: folding.FoldedActivation, group: list[FoldedWeight]) -> list[Tensor]:
                 return gpu_folded.folded_mm(folded, group, fp6=FP6, out_dtype=BF16)
 
             ready = fold()
@@ -394,7 +394,7 @@ def check() -> None:
     want = torch.cat(exact, 1)
     for rows in (1, 16, 64, 128):
         x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
-        got = gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16)
+        got = torch.cat(gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16), 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
     w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
     (xq, x_scale), (wq, w_scale) = compiled_fp8_quantize(values), fp8_quantize(w)

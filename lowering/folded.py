@@ -82,15 +82,15 @@ def _lower_folded_mm(
         for one in tensors
     ]
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
-    out = empty([rows, sum(columns)], out_dtype, q.get_device())
+    outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
     tile = gpu_folded.tile_for(rows)
     split_k = gpu_folded.split_for(rows, columns, x.q.shape[1], tile)
     partial = x.row_scale
     if split_k > 1:
         partial = Operand(empty([split_k, rows, sum(columns)], torch.float32, q.get_device()))
-    result: Any = Operand(out)
-    launch(gpu_folded.folded_mm_call(x, weights, result, partial, fp6=fp6, tile=tile, split_k=split_k))
-    return out
+    results: Any = [Operand(out) for out in outs]
+    launch(gpu_folded.folded_mm_call(x, weights, results, partial, fp6=fp6, tile=tile, split_k=split_k))
+    return outs
 
 
 def _operand(node: Any) -> Any:

@@ -132,7 +132,8 @@ def folded_mm(
     scales = dict.fromkeys(("x_row_scale", *(f"w_row_scale_{i}" for i in range(3))), "*fp32")
     biases = [f"bias_{i}" for i in range(3)]
     pointers = weights | scales | (dict.fromkeys(biases, f"*{out_dtype}") if bias else {})
-    pointers |= {"x": "*u8", "out": f"*{out_dtype}", "partial": "*fp32", "locks": "*i32"}
+    pointers |= dict.fromkeys((f"out_{i}" for i in range(3)), f"*{out_dtype}")
+    pointers |= {"x": "*u8", "partial": "*fp32", "locks": "*i32"}
     extents = {f"N{i}": columns if i < groups else 0 for i in range(3)}
     constants = {name: value for name, value in extents.items() if value == 1} | ({} if bias else dict.fromkeys(biases))
     extents = {name: value for name, value in extents.items() if value != 1}

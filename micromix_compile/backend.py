@@ -176,9 +176,10 @@ def compile_quantized(
 
 
 def _folds(example_inputs: Sequence[Any]) -> bool:
-    """Whether the graph's device runs folded products."""
-    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor) and value.is_cuda]
-    return bool(tensors) and folded_ops.runs_folded(tensors[0])
+    """Whether the graph runs on one device, and that device folded products."""
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor) and value.dim()]
+    one_device = len({value.device for value in tensors}) == 1
+    return one_device and folded_ops.runs_folded(tensors[0])
 
 
 def _check_target(config: MicroMixConfig, example_inputs: Sequence[Any]) -> None:

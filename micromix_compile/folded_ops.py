@@ -4,10 +4,11 @@
     micromix::rms_norm_reorder_fold(x, weight, eps, channel_perm, ...)              -> (q, row_scale, locks)
     micromix::silu_mul_reorder_fold(gate, up, channel_perm, ...)                    -> (q, row_scale, locks)
     micromix::folded_mm(q, row_scale, locks, w4[], w6[], w8[], w_factor[], w_row_scale[], bias[], fp6, out_dtype)
-        -> (M, sum of N)
+        -> (M, N)[]
 
-The lists have an entry for each weight that reads the activation; `bias` may be empty. `locks` is scratch memory: zeros
-before a product and after it. On a GPU without FP8 MMA, or a CPU, they are plain PyTorch.
+channel_perm holds every channel of x. The lists have an entry for each weight that reads the activation; `bias` may
+be empty. `locks` is scratch memory: zeros before a product and after it. On a GPU without FP8 MMA, or a CPU, they are
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from micromix_compile import folding, gpu_folded, ops, reference, target
-from micromix_compile.folding import LOCKS, FoldedActivation
+from micromix_compile.folding import LOCKS, FoldedActivation, factor_width
 from micromix_compile.formats import ScaleRounding
-from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,21 +38,24 @@ _lib.define(f"rms_norm_reorder_fold(Tensor x, Tensor weight, float eps, {_LAYOUT
 _lib.define(f"silu_mul_reorder_fold(Tensor gate, Tensor up, {_LAYOUT_ARGS}) -> {_FOLDED}")
 _lib.define(
     "folded_mm(Tensor q, Tensor row_scale, Tensor locks, Tensor[] w4, Tensor[] w6, Tensor[] w8, Tensor[] w_factor, "
-    "Tensor[] w_row_scale, Tensor[] bias, str fp6, ScalarType out_dtype) -> Tensor"
+    "Tensor[] w_row_scale, Tensor[] bias, str fp6, ScalarType out_dtype) -> Tensor[]"
 )
 
 reorder_fold: Callable[..., Folded] = torch.ops.micromix.reorder_fold.default
 rms_norm_reorder_fold: Callable[..., Folded] = torch.ops.micromix.rms_norm_reorder_fold.default
 silu_mul_reorder_fold: Callable[..., Folded] = torch.ops.micromix.silu_mul_reorder_fold.default
-folded_mm: Callable[..., Tensor] = torch.ops.micromix.folded_mm.default
+folded_mm: Callable[..., list[Tensor]] = torch.ops.micromix.folded_mm.default
 
 
 _factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> tuple[Tensor, Tensor]:
-    """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change."""
-    version = 0 if w_scale.is_inference() else w_scale._version
+    """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change.
+
+    A change in place through `.data`, or of an inference tensor, leaves no trace and is not seen.
+    """
+    version = (0 if w_scale.is_inference() else w_scale._version, w_scale.data_ptr())
     kept = _factors.get(w_scale)
     if kept is None or kept[0] != version:
         row_scale = folding.weight_row_scale(w4, w6, w8, w_scale, fp6)
@@ -107,14 +111,38 @@ def _silu_mul_reorder_fold(gate: Tensor, up: Tensor, *layout: object) -> Folded:
 def _folded_mm(
     q: Tensor, row_scale: Tensor, locks: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor],
     w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], fp6: str, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
+    _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias)
     biases: list[Tensor | None] = [*bias] or [None] * len(w4)
     if runs_folded(q):
         fields = zip(w4, w6, w8, w_factor, w_row_scale, biases, strict=True)
-        weights = [FoldedWeight(*one) for one in fields]
-        return gpu_folded.folded_mm(FoldedActivation(q, row_scale, locks), weights, fp6=fp6, out_dtype=out_dtype)
+        weights = [FoldedWeight(*(None if t is None else t.contiguous() for t in one)) for one in fields]  # type: ignore[arg-type]
+        x = FoldedActivation(q.contiguous(), row_scale.contiguous(), locks)
+        return gpu_folded.folded_mm(x, weights, fp6=fp6, out_dtype=out_dtype)
     folded = [folding.fold_weight(*one, fp6) for one in zip(w4, w6, w8, w_factor, strict=True)]
     return folding.folded_mm(q, row_scale, list(zip(folded, w_row_scale, strict=True)), biases, out_dtype)
+
+
+def _check_folded_mm(
+    q: Tensor, row_scale: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor], w_factor: list[Tensor],
+    w_row_scale: list[Tensor], bias: list[Tensor],
+) -> None:  # fmt: skip
+    """Raise ValueError unless the operands fit each other; only shapes are read."""
+    if not 1 <= len(w4) <= MAX_GROUP or len(bias) not in (0, len(w4)):
+        raise ValueError(f"w4 must list 1 to {MAX_GROUP} weights, bias as many or none, got {len(w4)} and {len(bias)}")
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"row_scale": (row_scale, (q.shape[0],))}
+    for i, parts in enumerate(zip(w4, w6, w8, w_factor, w_row_scale, strict=True)):
+        columns, split = parts[0].shape[0], (2 * parts[0].shape[1], 4 * parts[1].shape[2], parts[2].shape[1])
+        if sum(split) != q.shape[1]:
+            raise ValueError(f"weight {i} holds {sum(split)} channels, q {q.shape[1]}")
+        expected = ((3, columns, split[1] // 4), (columns, split[2]), (columns, factor_width(split)), (columns,))
+        for name, part, shape in zip(("w6", "w8", "w_factor", "w_row_scale"), parts[1:], expected, strict=True):
+            shapes[f"{name}[{i}]"] = (part, shape)
+        if bias:
+            shapes[f"bias[{i}]"] = (bias[i], (columns,))
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def _fake_fold(x: Tensor, *layout: object) -> Folded:
@@ -141,8 +169,9 @@ def _fake_silu_mul_fold(gate: Tensor, up: Tensor, *layout: object) -> Folded:
 def _fake_folded_mm(
     q: Tensor, row_scale: Tensor, locks: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor],
     w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], fp6: str, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return q.new_empty((q.shape[0], sum(w.shape[0] for w in w4)), dtype=out_dtype)
+) -> list[Tensor]:  # fmt: skip
+    _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias)
+    return [q.new_empty((q.shape[0], w.shape[0]), dtype=out_dtype) for w in w4]
 
 
 for _name, _kernel, _fake in (

@@ -55,6 +55,11 @@ class FoldedActivation(NamedTuple):
     locks: Tensor
 
 
+def factor_width(split: Split) -> int:
+    """Factors in a row of a weight with this split: each segment's blocks, padded."""
+    return sum(-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split)
+
+
 def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
     """Positions in the sorted order of what a folded operand holds, from left to right: (K,) int64.
 
@@ -138,14 +143,14 @@ def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tens
 def folded_mm(
     q: Tensor, row_scale: Tensor, weights: Sequence[tuple[Tensor, Tensor]], biases: Sequence[Tensor | None],
     out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Products of a folded activation with folded weights (w, row_scale), side by side: (M, sum of N), rounded once."""
+) -> list[Tensor]:  # fmt: skip
+    """Products of a folded activation with folded weights (w, row_scale): (M, N) of each, rounded once."""
     x = q.view(torch.float8_e4m3fn).to(torch.float32)
-    columns = []
+    outs = []
     for (w, w_row_scale), bias in zip(weights, biases, strict=True):
         out = (x @ w.view(torch.float8_e4m3fn).to(torch.float32).T) * w_row_scale * row_scale[:, None]
-        columns.append(out if bias is None else out + bias.to(torch.float32))
-    return torch.cat(columns, 1).to(out_dtype)
+        outs.append((out if bias is None else out + bias.to(torch.float32)).to(out_dtype))
+    return outs
 
 
 def _to_e4m3(folded: Tensor, row_scale: Tensor) -> Tensor:

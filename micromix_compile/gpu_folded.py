@@ -109,46 +109,50 @@ def reorder_fold_call(
 def folded_mm(
     x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype,
     tile: FoldedTile | None = None, split_k: int | None = None,
-) -> Tensor:  # fmt: skip
-    """`folding.folded_mm`, side by side for up to `MAX_GROUP` weights with one activation: (M, sum of N).
+) -> list[Tensor]:  # fmt: skip
+    """`folding.folded_mm` for up to `MAX_GROUP` weights with one activation: (M, N) of each.
 
     With many rows by way of `expand_weight` and the library, with few in one launch that reads the weights packed.
-    tile, split_k: of that launch, which then takes any number of rows.
+    tile, split_k: of that launch, which then takes any number of rows. Raises ValueError for more tiles than locks.
     """
     rows, columns = x.q.shape[0], [weight.row_scale.shape[0] for weight in weights]
-    if tile is None and uses_library(rows, columns, out_dtype):
-        return _library_mm(x, weights, fp6=fp6, out_dtype=out_dtype)
-    out = x.q.new_empty((rows, sum(columns)), dtype=out_dtype)
+    rounds_once = all(weight.bias is None or weight.bias.dtype == out_dtype for weight in weights)
+    if tile is None and rounds_once and uses_library(rows, columns, out_dtype):
+        return [_library_mm(x, weight, fp6=fp6, out_dtype=out_dtype) for weight in weights]
+    outs = [x.q.new_empty((rows, n), dtype=out_dtype) for n in columns]
     tile = tile or tile_for(rows)
     split_k = split_k or split_for(rows, columns, x.q.shape[1], tile)
-    partial = x.row_scale if split_k == 1 else x.row_scale.new_empty((split_k, *out.shape))
-    call = folded_mm_call(x, weights, out, partial, fp6=fp6, tile=tile, split_k=split_k)
-    if out.numel():
-        with gpu.current_device(out):
+    partial = x.row_scale if split_k == 1 else x.row_scale.new_empty((split_k, rows, sum(columns)))
+    call = folded_mm_call(x, weights, outs, partial, fp6=fp6, tile=tile, split_k=split_k)
+    if split_k > 1 and call.grid[0] * call.grid[1] > LOCKS:
+        raise ValueError(f"split_k={split_k} takes a lock a tile, at most {LOCKS}, got {call.grid[:2]} tiles")
+    if rows * sum(columns):
+        with gpu.current_device(x.q):
             call.launch()
-    return out
+    return outs
 
 
 def folded_mm_call(
-    x: FoldedActivation, weights: Sequence[FoldedWeight], out: Tensor, partial: Tensor, *, fp6: str, tile: FoldedTile,
-    split_k: int,
+    x: FoldedActivation, weights: Sequence[FoldedWeight], outs: Sequence[Tensor], partial: Tensor, *, fp6: str,
+    tile: FoldedTile, split_k: int,
 ) -> gpu.KernelCall:  # fmt: skip
-    """The launch that fills `out`. Only shapes and dtypes are read here."""
+    """The launch that fills `outs`. Only shapes and dtypes are read here."""
     from micromix_compile.templates.folded_mm import folded_mm_kernel
 
     columns = [weight.row_scale.shape[0] for weight in weights]
     tiles = [-(-n // tile.BLOCK_N) for n in columns]
     args: dict[str, Any] = {"x": x.q, "x_row_scale": x.row_scale}
     for i in range(MAX_GROUP):
-        weight = weights[i] if i < len(weights) else weights[0]  # what is beyond the group is never read
+        used = i if i < len(weights) else 0  # what is beyond the group is never touched
         fields = ("w4", "w6", "w8", "w_factor", "w_row_scale", "bias")
-        args |= {f"{name}_{i}": tensor for name, tensor in zip(fields, weight, strict=True)}
-    args |= {"out": out, "partial": partial, "locks": x.locks, "M": out.shape[0]}
+        args |= {f"{name}_{i}": tensor for name, tensor in zip(fields, weights[used], strict=True)}
+        args[f"out_{i}"] = outs[used]
+    args |= {"partial": partial, "locks": x.locks, "M": x.q.shape[0]}
     args |= {f"N{i}": columns[i] if i < len(columns) else 0 for i in range(MAX_GROUP)}
     args |= {**_odd_blocks(weights[0].split), "tiles0": tiles[0], "tiles1": sum(tiles[:2])}
     return gpu.KernelCall(
         kernel=folded_mm_kernel,
-        grid=(sum(tiles), -(-out.shape[0] // tile.BLOCK_M), split_k),
+        grid=(sum(tiles), -(-x.q.shape[0] // tile.BLOCK_M), split_k),
         args=args,
         constexprs={
             "FP6": fp6,
@@ -173,7 +177,7 @@ def split_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile
     """Into how many parts K is split: a power of two that gives each processor about three programs."""
     tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
     split = 1
-    while split < 8 and tiles * split < 384 and channels >= 2 * split * tile.BLOCK_K and tiles <= LOCKS:
+    while split < 8 and tiles * split < 384 and channels >= 2 * split * tile.BLOCK_K:
         split *= 2
     return split
 
@@ -183,20 +187,17 @@ def uses_library(rows: int, columns: Sequence[int], out_dtype: torch.dtype) -> b
     return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
 
 
-def _library_mm(x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype) -> Tensor:
-    """One FP8 product of all weights, expanded side by side into a buffer that lives as long as the call."""
-    columns = [weight.row_scale.shape[0] for weight in weights]
-    expanded = x.q.new_empty((sum(columns), x.q.shape[1]))
-    for weight, rows in zip(weights, expanded.split(columns), strict=True):
-        expand_weight(weight, rows, fp6=fp6)
-    biases = [weight.bias for weight in weights]
-    bias = None if biases[0] is None else torch.cat([b.to(out_dtype) for b in biases if b is not None])
-    row_scales = torch.cat([weight.row_scale for weight in weights]) if len(weights) > 1 else weights[0].row_scale
+def _library_mm(x: FoldedActivation, weight: FoldedWeight, *, fp6: str, out_dtype: torch.dtype) -> Tensor:
+    """An FP8 product with the weight expanded into a buffer that lives as long as the call."""
+    expanded = x.q.new_empty((weight.row_scale.shape[0], x.q.shape[1]))
+    expand_weight(weight, expanded, fp6=fp6)
     e4m3 = torch.float8_e4m3fn
-    return torch._scaled_mm(
-        x.q.view(e4m3), expanded.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=row_scales[None], bias=bias,
-        out_dtype=out_dtype, use_fast_accum=True,
+    out = torch._scaled_mm(
+        x.q.view(e4m3), expanded.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=weight.row_scale[None],
+        bias=weight.bias, out_dtype=out_dtype, use_fast_accum=True,
     )  # fmt: skip
+    assert isinstance(out, Tensor), "one product has one result"
+    return out
 
 
 def expand_weight(weight: FoldedWeight, out: Tensor, *, fp6: str) -> None:

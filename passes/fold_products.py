@@ -1,6 +1,6 @@
 """Pass 5, where matrix instructions take no block scales but FP8 (sm_90): quantize and products -> their folded twins.
 
-Linears that read one activation become one product, side by side: q, k and v; gate and up.
+Linears that read one activation become one product with several results: q, k and v; gate and up.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from micromix_compile import folded_ops, ops
-from micromix_compile.folding import FACTOR_PADDING
-from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.folding import factor_width
 from micromix_compile.gpu_folded import MAX_GROUP
 from micromix_compile.passes.pass_manager import PassContext, copy_meta
 from micromix_compile.passes.share_activations import is_quantize
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import fx
-
-aten = torch.ops.aten
 
 _FP6 = 9  # arguments of mixed_mx_mm: four of x, four of w, bias, fp6, out_dtype
 _BIAS = 8
@@ -54,6 +51,8 @@ def _products(quantize: fx.Node) -> list[fx.Node]:
             return []
         if [getattr(part, "args", None) for part in user.args[:4]] != [(quantize, i) for i in range(4)]:
             return []
+        if any(getattr(part, "op", None) != "placeholder" for part in user.args[4:_BIAS]):
+            return []  # factors are made from inputs of the graph
     kinds = {_weights_are_fp4(quantize, user) for user in users}
     return sorted(users) if len(kinds) == 1 else []
 
@@ -84,9 +83,9 @@ def _rewrite(
             lists = [list(column) for column in zip(*weights, strict=True)]
             joint = graph.call_function(folded_ops.folded_mm, (*x, *lists, biases, *group[0].args[_FP6:]))
             copy_meta(group[0], joint)
-            outputs = list(_columns(graph, joint, group))
+            outputs = [graph.call_function(operator.getitem, (joint, i)) for i in range(len(group))]
         for product, output in zip(group, outputs, strict=True):
-            product.replace_all_uses_with(output)
+            product.replace_all_uses_with(copy_meta(product, output))
             graph.erase_node(product)
     for part in list(quantize.users):
         graph.erase_node(part)
@@ -94,26 +93,19 @@ def _rewrite(
 
 
 def _groups(products: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Products that can be one: all with a bias or all without, and every operand an input of the graph."""
+    """Products that can be one: of one MXFP6 format, all with biases of one dtype that are graph inputs, or without."""
 
-    def kind(product: fx.Node) -> tuple[bool, fx.Node | None]:
-        operands = [node for node in product.args[4:9] if node is not None]
-        inputs_only = all(node.op in ("placeholder", "get_attr") for node in operands)  # type: ignore[union-attr]
-        return product.args[_BIAS] is None, None if inputs_only else product
+    def kind(product: fx.Node) -> tuple[object, ...]:
+        bias = product.args[_BIAS]
+        if bias is None:
+            return product.args[_FP6], None, None
+        assert isinstance(bias, torch.fx.Node), "a bias is a tensor"
+        is_input = bias.op == "placeholder"
+        return product.args[_FP6], _example(bias).dtype if is_input else None, None if is_input else product
 
     for _, run in groupby(products, kind):
         members = list(run)
         yield from (members[i : i + MAX_GROUP] for i in range(0, len(members), MAX_GROUP))
-
-
-def _columns(graph: fx.Graph, joint: fx.Node, group: Sequence[fx.Node]) -> Iterator[fx.Node]:
-    """Each product's columns of the joint one."""
-    start = 0
-    for product in group:
-        stop = start + _example(product.args[4]).shape[0]
-        is_all = len(group) == 1
-        yield joint if is_all else copy_meta(product, graph.call_function(aten.slice.Tensor, (joint, 1, start, stop)))
-        start = stop
 
 
 def _folded_inputs(
@@ -125,10 +117,9 @@ def _folded_inputs(
     if w_scale not in folded:
         scale = _example(w_scale)
         split = (_example(w4).shape[1] * 2, _example(w6).shape[2] * 4, _example(w8).shape[1])
-        width = sum(-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split)
         name = f"micromix_folded_{len(context.folded)}"
         folded[w_scale] = (
-            context.owner.add_input(graph, f"{name}_factor", scale.new_empty((scale.shape[0], width))),
+            context.owner.add_input(graph, f"{name}_factor", scale.new_empty((scale.shape[0], factor_width(split)))),
             context.owner.add_input(graph, f"{name}_row", scale.new_empty(scale.shape[0], dtype=torch.float32)),
         )
         context.folded.append(((w4, w6, w8, w_scale), str(product.args[_FP6])))  # type: ignore[arg-type]

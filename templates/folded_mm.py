@@ -103,7 +103,7 @@ def folded_mm_kernel(
     w4_0, w6_0, w8_0, w_factor_0, w_row_scale_0, bias_0,  # `packing` and `folding.weight_factor`
     w4_1, w6_1, w8_1, w_factor_1, w_row_scale_1, bias_1,
     w4_2, w6_2, w8_2, w_factor_2, w_row_scale_2, bias_2,
-    out,  # (M, N0 + N1 + N2)
+    out_0, out_1, out_2,  # (M, N0) and so on
     partial,  # (SPLIT_K, M, N0 + N1 + N2) float32, unused if SPLIT_K is 1
     locks,  # at least as many int32 zeros as tiles; zeros again afterwards
     M, N0, N1, N2,
@@ -112,7 +112,10 @@ def folded_mm_kernel(
     FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once. Grid: (column tiles, row tiles, SPLIT_K)."""
+    """Each out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once.
+
+    Grid: (column tiles, row tiles, SPLIT_K).
+    """
     pid_n = tl.program_id(0)
     w4 = w4_0
     w6 = w6_0
@@ -120,8 +123,9 @@ def folded_mm_kernel(
     w_factor = w_factor_0
     w_row_scale = w_row_scale_0
     bias = bias_0
+    out = out_0
     N = N0
-    n_first = 0  # of this weight, in out
+    n_first = 0  # of this weight, in partial
     if GROUPS > 1:
         is_second = pid_n >= tiles0
         w4 = tl.where(is_second, w4_1, w4)
@@ -131,6 +135,7 @@ def folded_mm_kernel(
         w_row_scale = tl.where(is_second, w_row_scale_1, w_row_scale)
         if HAS_BIAS:
             bias = tl.where(is_second, bias_1, bias)
+        out = tl.where(is_second, out_1, out)
         N = tl.where(is_second, N1, N)
         n_first = tl.where(is_second, N0, n_first)
         pid_n = tl.where(is_second, pid_n - tiles0, pid_n)
@@ -143,6 +148,7 @@ def folded_mm_kernel(
         w_row_scale = tl.where(is_third, w_row_scale_2, w_row_scale)
         if HAS_BIAS:
             bias = tl.where(is_third, bias_2, bias)
+        out = tl.where(is_third, out_2, out)
         N = tl.where(is_third, N2, N)
         n_first = tl.where(is_third, N0 + N1, n_first)
         pid_n = tl.where(is_third, tl.program_id(0) - tiles1, pid_n)
@@ -173,7 +179,8 @@ def folded_mm_kernel(
     if GROUPS > 2:
         columns += N2
     inside = (m < M)[None, :] & (n < N)[:, None]
-    cell = m.to(tl.int64)[None, :] * columns + n_first + n[:, None]
+    m = m.to(tl.int64)
+    cell = m[None, :] * columns + n_first + n[:, None]
     is_last = True
     if SPLIT_K > 1:
         size = tl.cast(M, tl.int64) * columns
@@ -192,4 +199,4 @@ def folded_mm_kernel(
         result = acc * w_rows[:, None] * tl.load(x_row_scale + m, mask=m < M, other=0.0)[None, :]
         if HAS_BIAS:
             result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + cell, result.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + m[None, :] * N + n[:, None], result.to(out.dtype.element_ty), mask=inside)

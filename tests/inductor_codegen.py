@@ -71,11 +71,10 @@ def folded_mlp(x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, *weig
         gate, up, down = weights[:5], weights[5:10], weights[10:15]
         q = folded_ops.reorder_fold(ops.rms_norm(x, norm, 1e-6), perm, *split, *LAYOUT, False)
         lists = [list(pair) for pair in zip(gate, up, strict=True)]
-        both = folded_ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
-        g, u = (torch.ops.aten.slice.Tensor(both, 1, start, start + HIDDEN) for start in (0, HIDDEN))
+        g, u = folded_ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
         act = torch.nn.functional.silu(g) * u
         q = folded_ops.reorder_fold(act, hidden_perm, *SPLITS[2], *LAYOUT, False)
-        x = x + folded_ops.folded_mm(*q, *([part] for part in down), [], LAYOUT[0], x.dtype)
+        x = x + folded_ops.folded_mm(*q, *([part] for part in down), [], LAYOUT[0], x.dtype)[0]
         weights = weights[15:]
     return (x,)
 

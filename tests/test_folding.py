@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -21,7 +23,7 @@ from strategies import (
 )
 from torch import Tensor
 
-from micromix_compile import folding, packing, reference
+from micromix_compile import folded_ops, folding, packing, reference
 from micromix_compile.formats import BLOCK_SIZE, E8M0_NAN, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
 from micromix_compile.reference import QuantizedActivation
 
@@ -272,7 +274,7 @@ def test_the_product_is_exact_but_for_float32_sums(case: MatmulCase, w_fp4: bool
     weight = folded_weight(quantized, case.fp6, case.bias)
     folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, case.fp6)
     twice = [(folded, weight.row_scale)] * 2
-    got = folding.folded_mm(x.q, x.row_scale, twice, [case.bias] * 2, out_dtype)
+    got = torch.cat(folding.folded_mm(x.q, x.row_scale, twice, [case.bias] * 2, out_dtype), 1)
     assert got.dtype == out_dtype
     assert_folded_product_is_exact(got, x, [weight, weight], case.fp6)
 
@@ -287,10 +289,60 @@ def test_a_folded_product_is_near_the_mx_product(w_fp4: bool) -> None:
     quantized = reference.reorder_quantize(torch.randn(9, 192), torch.arange(192), w_split, fp6="e2m3")
     weight = folded_weight(quantized, "e2m3")
     folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, "e2m3")
-    got = folding.folded_mm(x.q, x.row_scale, [(folded, weight.row_scale)], [None], torch.float32)
+    (got,) = folding.folded_mm(x.q, x.row_scale, [(folded, weight.row_scale)], [None], torch.float32)
     left = reference.dequantize_activation(*reference.reorder_quantize(values, torch.arange(192), split, fp6="e2m3"))
     right = reference.dequantize_weight(weight.w4, weight.w6, weight.w8, quantized.scale, "e2m3")
     lost = left.abs().sum(1)[:, None] * right.abs().amax(1) * (2.0**-9 + 2.0**-17)
     lost += right.abs().sum(1) * left.abs().amax(1)[:, None] * 2.0**-17
     sums = left.abs() @ right.abs().T * (2 * 192 * 2.0**-24)
     assert ((got - left @ right.T).abs() <= lost + sums).all()
+
+
+# ---- the ops
+
+
+def folded_operands(columns: int = 40) -> list[Any]:
+    x = pack_activation(torch.randn(3, 96), (32, 32, 32), "e2m3")
+    weight = folded_weight(
+        reference.reorder_quantize(torch.randn(columns, 96), torch.arange(96), (32, 32, 32), fp6="e2m3"), "e2m3"
+    )
+    parts = (weight.w4, weight.w6, weight.w8, weight.factor, weight.row_scale)
+    return [*x, *([part] for part in parts), [torch.randn(columns)], "e2m3", torch.float32]
+
+
+def test_the_ops_pass_the_checks_of_torch_library() -> None:
+    x, perm = torch.randn(3, 96), torch.randperm(96)
+    torch.library.opcheck(folded_ops.reorder_fold, (x, perm, 32, 32, 32, "e2m3", "rceil", False))
+    torch.library.opcheck(folded_ops.folded_mm, tuple(folded_operands()))
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (1, torch.zeros(4), r"row_scale must have shape \(3,\), got \(4,\)"),
+        (4, [torch.zeros(3, 40, 0, dtype=torch.uint8)], r"weight 0 holds 64 channels, q 96"),
+        (6, [torch.zeros(40, 3, dtype=torch.uint8)], r"w_factor\[0\] must have shape \(40, 48\), got \(40, 3\)"),
+        (8, [torch.zeros(39)], r"bias\[0\] must have shape \(40,\), got \(39,\)"),
+        (8, [torch.zeros(40)] * 2, r"w4 must list 1 to 3 weights, bias as many or none, got 1 and 2"),
+    ],
+)
+def test_operands_of_a_folded_product_must_fit(place: int, wrong: Any, message: str) -> None:
+    operands = folded_operands()
+    operands[place] = wrong
+    with pytest.raises(ValueError, match=message):
+        folded_ops.folded_mm(*operands)
+
+
+def test_factors_follow_their_scales() -> None:
+    q = reference.reorder_quantize(torch.randn(5, 96), torch.arange(96), (32, 32, 32), fp6="e2m3")
+    w6, scale = packing.pack_fp6(q.q6, "e2m3"), q.scale.clone()
+
+    def factors() -> tuple[Tensor, Tensor]:
+        return folded_ops.folded_factors(q.q4, w6, q.q8, scale, "e2m3")
+
+    first = factors()
+    assert factors()[0] is first[0]
+    scale.add_(1)
+    assert torch.equal(factors()[1], 2 * first[1])
+    scale.data = scale + 1
+    assert torch.equal(factors()[1], 4 * first[1])

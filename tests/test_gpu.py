@@ -218,7 +218,8 @@ def test_a_folded_linear_is_near_the_exact_one(rows: int, weights: str) -> None:
     x = x.bfloat16()
     config = micromix.MicroMixConfig(weights=weights, policy="mxfp8-anchor", weight_rounding="nearest", skip=())
     recipe = micromix.calibrate(net, [x], config)
-    packed = micromix.quantize_(copy.deepcopy(nn.Sequential(net)), micromix.calibrate(nn.Sequential(net), [x], config))
+    sequence = nn.Sequential(net).eval()
+    packed = micromix.quantize_(copy.deepcopy(sequence), micromix.calibrate(sequence, [x], config))
     with torch.no_grad():
         fast = compiled(net, recipe, exact=False)
         got, want = fast(x).double(), packed(x).double()

@@ -321,10 +321,11 @@ def multiply(
     x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, tile: FoldedTile | None, split_k: int | None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    out = gpu_folded.folded_mm(x, weights, fp6=fp6, out_dtype=out_dtype, tile=tile, split_k=split_k)
-    assert out.dtype == out_dtype
+    """The products side by side."""
+    outs = gpu_folded.folded_mm(x, weights, fp6=fp6, out_dtype=out_dtype, tile=tile, split_k=split_k)
+    assert all(out.dtype == out_dtype and out.is_contiguous() for out in outs)
     assert not x.locks.any(), "locks are left"
-    return out
+    return torch.cat(outs, 1)
 
 
 def folded_rows(rows: int, split: Split, fp6: str, *, w_fp4: bool = False, device: str = "cpu") -> FoldedActivation:
