@@ -56,8 +56,13 @@ class FoldedActivation(NamedTuple):
 
 
 def factor_width(split: Split) -> int:
-    """Factors in a row of a weight with this split: each segment's blocks, padded."""
-    return sum(-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split)
+    """Factors in a row of a weight with this split."""
+    return sum(_padded_blocks(split))
+
+
+def _padded_blocks(split: Split) -> list[int]:
+    """Factors in a row of each segment: its blocks, padded."""
+    return [-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split]
 
 
 def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
@@ -120,10 +125,11 @@ def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale
 def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) -> Tensor:
     """A packed weight folded: (N, K) uint8, E4M3 bytes in the order of `fold_order`. factor: from `weight_factor`."""
     split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
-    padded = [-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split]
     codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
     values = []
-    for part, k, code, fmt in zip(factor.split(padded, 1), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True):
+    for part, k, code, fmt in zip(
+        factor.split(_padded_blocks(split), 1), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True
+    ):
         byte = part[:, : k // BLOCK_SIZE].to(torch.int16)
         if fmt == "e2m1":
             scale = reference.scale_value((byte >> 3) + (MIN_FP4_EXPONENT + E8M0_BIAS))
