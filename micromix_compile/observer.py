@@ -27,8 +27,9 @@ class ChannelObserver:
         self, name: str, in_features: int, thresholds: Sequence[Threshold], *, with_moment: bool = False
     ) -> None:
         self.name = name
-        self.moment = torch.zeros(in_features, in_features) if with_moment else None
-        """(C, C) float32: the sum of x x^T over the tokens seen, on the device of x."""
+        self.moment: Tensor | None = None
+        """(C, C) float32: the sum of x x^T over the tokens seen, on the device of x; None before the first."""
+        self._with_moment = with_moment
         self.batches = 0
         self.tokens = 0
         self._abs_mean = torch.zeros(in_features)
@@ -69,7 +70,9 @@ class ChannelObserver:
         for threshold in self._below:
             compared = values if threshold.signed else magnitude
             self._below[threshold] += int((compared < threshold.ratio * row_max).sum())
-        if self.moment is not None:
+        if self._with_moment:
+            if self.moment is None:
+                self.moment = torch.zeros(values.shape[1], values.shape[1], device=values.device)
             self.moment = self.moment.to(values.device).addmm_(values.T, values)
         torch.maximum(self._abs_mean, mean, out=self._abs_mean)
         torch.maximum(self._abs_max, magnitude.amax(0).cpu(), out=self._abs_max)

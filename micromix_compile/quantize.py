@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from micromix_compile import ops, packing, reference, rounding
+from micromix_compile import gpu_rounding, ops, packing, reference, rounding
 from micromix_compile.assignment import padded_channels
 from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.matching import match_linears, model_id, named_modules, parameter_names
 from micromix_compile.recipe import PackedWeight, Recipe, Split, weight_split
+from micromix_compile.target import triton_family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +66,7 @@ def round_weights(
         scale_rounding=config.scale_rounding,
         search=config.scale_search,
         compensate=config.weight_rounding == "gptq",
+        steps=gpu_rounding.STEPS if triton_family(stacked) is not None else None,
     )
     for (name, weight), part in zip(finite.items(), rounded.split([len(w) for w in finite.values()]), strict=True):
         packed[name] = _pack(part.to(weight.device), torch.arange(perm.numel(), device=weight.device), split, config)

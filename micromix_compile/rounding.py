@@ -13,11 +13,16 @@ inputs, becomes small, not E itself. Then every channel is rounded again, given 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final, NamedTuple
+
 import torch
 from torch import Tensor
 
 from micromix_compile.formats import BLOCK_SIZE, ElemFormat, ScaleRounding, elem_format
 from micromix_compile.reference import scale_byte, scale_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SWEEPS = 4
 """How often every channel is rounded again after compensation. On the default model with MXFP4 weights, 12 windows of
@@ -71,11 +76,13 @@ def round_weight(
     scale_rounding: ScaleRounding = ScaleRounding.RCEIL,
     search: bool = True,
     compensate: bool = True,
+    steps: BlockSteps | None = None,
 ) -> Tensor:
     """A weight whose every value is on its block's MX grid.
 
     weight: (N, K) float32, finite, its channels in the order of the split. formats: per block of 32 channels, the
     element format. moment: (K, K) or, if not `compensate`, its diagonal (K,): sum over tokens of x x^T, up to a factor.
+    steps: who rounds each block, `PLAIN_STEPS` by default.
     Returns (N, K) float32, of which `reference.quantize` makes the same values again.
 
     No row is worse than its rounding to nearest (with the same `search`) in e H e^T, H being the damped moment: where
@@ -86,8 +93,9 @@ def round_weight(
         return nearest
     damped = _damp(moment)
     factor = _inverse_factor(damped)
-    rounded, scales = _compensate(weight, formats, factor, scale_rounding, search)
-    rounded = _descend(weight, rounded, scales, formats, damped.to(torch.float32))
+    steps = steps or PLAIN_STEPS
+    rounded, scales = _compensate(weight, formats, factor, scale_rounding, search, steps)
+    rounded = _descend(weight, rounded, scales, formats, damped.to(torch.float32), steps)
     is_worse = _output_error(rounded - weight, damped) > _output_error(nearest - weight, damped)
     return torch.where(is_worse, nearest, rounded)
 
@@ -121,11 +129,11 @@ def _inverse_factor(damped: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse: row j holds what an error in channel j does to those after it."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.to(torch.float32)
+    return factor.to(torch.float32).contiguous()  # LAPACK's is not
 
 
 def _compensate(
-    weight: Tensor, formats: list[str], factor: Tensor, scale_rounding: ScaleRounding, search: bool
+    weight: Tensor, formats: list[str], factor: Tensor, scale_rounding: ScaleRounding, search: bool, steps: BlockSteps
 ) -> tuple[Tensor, Tensor]:
     """The rounded weight (N, K) and the scales (N, K // 32) that it was rounded with."""
     left = weight.clone()  # the weights, with what the channels before ask them to make up for
@@ -133,36 +141,67 @@ def _compensate(
     scales = weight.new_empty(len(weight), len(formats))
     for block, name in enumerate(formats):
         start, stop = block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE
-        fmt, part, inner = elem_format(name), left[:, start:stop].clone(), factor[start:stop, start:stop]
-        pivots = torch.diagonal(inner)
-        scale = block_scales(part, fmt, pivots**-2, scale_rounding=scale_rounding, search=search)
+        fmt, part, inner = elem_format(name), left[:, start:stop], factor[start:stop, start:stop]
+        importance = torch.diagonal(inner) ** -2
+        scale = block_scales(part, fmt, importance, scale_rounding=scale_rounding, search=search)
         scales[:, block : block + 1] = scale
-        errors = torch.empty_like(part)
-        for j in range(BLOCK_SIZE):
-            value = round_elements(part[:, j : j + 1] / scale, fmt) * scale
-            rounded[:, start + j : start + j + 1] = value
-            errors[:, j : j + 1] = (part[:, j : j + 1] - value) / pivots[j]
-            part[:, j + 1 :] -= errors[:, j : j + 1] * inner[j, j + 1 :]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
+        rounded[:, start:stop], errors = steps.compensate(part, scale, inner, fmt)
+        left[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     return rounded, scales
 
 
-def _descend(weight: Tensor, rounded: Tensor, scales: Tensor, formats: list[str], damped: Tensor) -> Tensor:
+def _descend(
+    weight: Tensor, rounded: Tensor, scales: Tensor, formats: list[str], damped: Tensor, steps: BlockSteps
+) -> Tensor:
     """Round every channel again, given all others as they now are; each step can only lower e H e^T."""
     rounded = rounded.clone()
     slopes = (rounded - weight) @ damped  # half the gradient of e H e^T
     for block, name in [*enumerate(formats)] * SWEEPS:
         here = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-        fmt, scale, inner = elem_format(name), scales[:, block : block + 1], damped[here, here]
-        part, slope = rounded[:, here].clone(), slopes[:, here].clone()
-        for j in range(BLOCK_SIZE):
-            now = part[:, j : j + 1]
-            better = round_elements((now - slope[:, j : j + 1] / inner[j, j]) / scale, fmt) * scale
-            slope += (better - now) * inner[j]
-            part[:, j : j + 1] = better
-        slopes += (part - rounded[:, here]) @ damped[here]
-        rounded[:, here] = part
+        scale = scales[:, block : block + 1]
+        change = steps.descend(rounded[:, here], slopes[:, here], scale, damped[here, here], elem_format(name))
+        slopes.addmm_(change, damped[here])
     return rounded
+
+
+def compensate_block(part: Tensor, scale: Tensor, factor: Tensor, fmt: ElemFormat) -> tuple[Tensor, Tensor]:
+    """Round column after column, each error made up for by the columns behind it.
+
+    part: (N, 32) float32. scale: (N, 1) float32, powers of two. factor: (32, 32) float32, upper triangular: the block's
+    part of the inverse's factor. Returns the rounded values and the errors over their pivots, both (N, 32) float32.
+    """
+    left, rounded, errors = part.clone(), torch.empty_like(part), torch.empty_like(part)
+    for j in range(BLOCK_SIZE):
+        value = left[:, j : j + 1]
+        rounded[:, j : j + 1] = round_elements(value / scale, fmt) * scale
+        errors[:, j : j + 1] = (value - rounded[:, j : j + 1]) / factor[j, j]
+        left[:, j + 1 :] -= errors[:, j : j + 1] * factor[j, j + 1 :]
+    return rounded, errors
+
+
+def descend_block(part: Tensor, slope: Tensor, scale: Tensor, moment: Tensor, fmt: ElemFormat) -> Tensor:
+    """Round column after column of `part`, in place, to the best value, given all others as they now are.
+
+    part: (N, 32) float32, on the grid of scale (N, 1). slope: (N, 32) float32, half the gradient of the error with
+    respect to part as it comes. moment: (32, 32) float32. Returns what was added to `part`.
+    """
+    before, slope = part.clone(), slope.clone()
+    for j in range(BLOCK_SIZE):
+        now = before[:, j : j + 1]
+        better = round_elements((now - slope[:, j : j + 1] / moment[j, j]) / scale, fmt) * scale
+        slope += (better - now) * moment[j]
+        part[:, j : j + 1] = better
+    return part - before
+
+
+class BlockSteps(NamedTuple):
+    """Who rounds a block: `compensate_block` and `descend_block`, or what computes the same."""
+
+    compensate: Callable[[Tensor, Tensor, Tensor, ElemFormat], tuple[Tensor, Tensor]]
+    descend: Callable[[Tensor, Tensor, Tensor, Tensor, ElemFormat], Tensor]
+
+
+PLAIN_STEPS: Final = BlockSteps(compensate_block, descend_block)
 
 
 def _output_error(error: Tensor, damped: Tensor) -> Tensor:
