@@ -1,6 +1,6 @@
 """Whole models on a GPU: tokens and logits against the eager packed model, launches and speed beside BF16's.
 
-    python bench/bench_gpu_model.py [--part smollm2-tokens|smollm2-launches|llama-8b] [--tokens 64] [--json FILE]
+    python bench/bench_gpu_model.py [--part PART] [--tokens 64] [--json FILE]
 
 smollm2 is the default model with real weights: greedy tokens of the compiled model in float32, with a static cache,
 must be those of the eager packed model, which runs the same kernels one by one; in bfloat16, folded on sm_90, the
@@ -140,9 +140,9 @@ def greedy(model: nn.Module, ids: Tensor, tokens: int) -> Tensor:
 
 
 def default_model(dtype: torch.dtype) -> tuple[nn.Module, Any, Tensor, micromix.Recipe]:
-    """The default model on the GPU, its tokenizer, eight calibration windows, and the recipe from them."""
+    """The default model on the GPU, its tokenizer, the calibration windows, and the recipe from them."""
     model, tokenizer = zoo.load_model(dtype=dtype, device=CUDA, progress=False)
-    windows = texts.token_windows(texts.load_texts().calibration, tokenizer, 8).to(CUDA)
+    windows = texts.token_windows(texts.load_texts().calibration, tokenizer, 32).to(CUDA)
     batches = [{"input_ids": window[None], "use_cache": False} for window in windows]
     return model, tokenizer, windows, micromix.calibrate(model, batches, progress=False)
 
@@ -173,15 +173,34 @@ def smollm2_launches(_: int) -> dict[str, Any]:
     return compare_launches(model, recipe, windows[:1])
 
 
-def llama_8b(_: int) -> dict[str, Any]:
+def random_llama_8b() -> nn.Module:
     """Llama-3.1-8B's shape, random bfloat16 weights."""
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
     )  # fmt: skip
     with CUDA:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    ids = torch.randint(0, config.vocab_size, (1, 2048), device=CUDA)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return model
+
+
+def llama_8b_calibration(_: int) -> dict[str, Any]:
+    """Calibration with everything at its default: 32 windows of 512 tokens, here random ones."""
+    model = random_llama_8b()
+    windows = torch.randint(0, model.config.vocab_size, (32, 512), device=CUDA)
+    batches = [{"input_ids": window[None], "use_cache": False} for window in windows]
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    recipe = micromix.calibrate(model, batches)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"seconds": round(seconds, 1), "peak_gib": round(peak, 1), "element_bits": recipe.element_bits}
+
+
+def llama_8b(_: int) -> dict[str, Any]:
+    """The 8B shape: launches, times and memory."""
+    model = random_llama_8b()
+    ids = torch.randint(0, model.config.vocab_size, (1, 2048), device=CUDA)
     plain = micromix.MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
     recipe = micromix.calibrate(model, [{"input_ids": ids[:, :256], "use_cache": False}], plain, progress=False)
     recipe = with_shares(recipe, (0.75, 0.2, 0.05))
@@ -222,6 +241,7 @@ def peak_gib(run: Callable[[], object]) -> float:
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "smollm2-tokens": smollm2_tokens,
     "smollm2-launches": smollm2_launches,
+    "llama-8b-calibration": llama_8b_calibration,
     "llama-8b": llama_8b,
 }
 
@@ -234,7 +254,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "target": target_of(CUDA).name}
-    with torch.inference_mode():
+    with torch.no_grad():
         for part in arguments.part or PARTS:
             results[part] = PARTS[part](arguments.tokens)
     table = Table("model", "backend", "launches a layer", "of them", "first call", "forward", title=results["target"])

@@ -50,24 +50,25 @@ _E3M2_PTX = tl.constexpr(_fp6_ptx(0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, 
 _E4M3_PTX = tl.constexpr(_one_line(f"{{ {_REGISTERS} {_FACTOR.format(2)}{_word_ptx('$1', '$0')} }}"))
 
 # A table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8 to all but the zero
-# in its lowest byte. Signs are bits 3 of the nibbles, which prmt spreads over bytes.
+# in its lowest byte. Signs are bits 3 of the nibbles, which prmt spreads over bytes. Products and shifts to the left go
+# to another pipeline than the rest, which is the busier one.
 _E2M1_PTX = tl.constexpr(
     _one_line("""{
-    .reg .b32 low, high, code, upper, sign;
-    and.b32 low, $3, 0xFFFFFF00;
-    add.u32 low, low, 0x14100800;
-    add.u32 high, $3, 0x24201C18;
+    .reg .b32 factor, low, high, code, upper, sign;
+    and.b32 factor, $3, 0xFF;
+    mad.lo.u32 low, factor, 0x01010100, 0x14100800;
+    mad.lo.u32 high, factor, 0x01010101, 0x24201C18;
+    and.b32 code, $2, 0x77777777;
     shr.u32 upper, $2, 16;
-    and.b32 code, $2, 0x7777;
-    prmt.b32 code, low, high, code;
     prmt.b32 sign, 0x80808080, 0x80808080, $2;
     shl.b32 sign, sign, 7;
-    lop3.b32 $0, sign, 0x80808080, code, 0xEA;
-    and.b32 code, upper, 0x7777;
-    prmt.b32 code, low, high, code;
+    prmt.b32 $0, low, high, code;
+    lop3.b32 $0, sign, 0x80808080, $0, 0xEA;
+    shr.u32 code, code, 16;
     prmt.b32 sign, 0x80808080, 0x80808080, upper;
     shl.b32 sign, sign, 7;
-    lop3.b32 $1, sign, 0x80808080, code, 0xEA;
+    prmt.b32 $1, low, high, code;
+    lop3.b32 $1, sign, 0x80808080, $1, 0xEA;
 }""")
 )
 

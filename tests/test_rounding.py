@@ -128,7 +128,7 @@ def test_compensation_equals_the_plain_algorithm(formats: list[str]) -> None:
     inputs = torch.randn(300, 96) @ torch.randn(96, 96)
     weight, moment = torch.randn(16, 96), inputs.T @ inputs
     factor = rounding._inverse_factor(rounding._damp(moment))
-    fast, _ = rounding._compensate(weight, formats, factor, ScaleRounding.RCEIL, search=False)
+    fast, _ = rounding._compensate(weight, formats, factor, ScaleRounding.RCEIL, False, rounding.PLAIN_STEPS)
     plain = plainly_compensated(weight, formats, moment)
     assert (fast != plain).float().mean() < 0.01
 
