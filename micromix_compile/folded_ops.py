@@ -14,6 +14,7 @@ plain PyTorch.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ silu_mul_reorder_fold: Callable[..., Folded] = torch.ops.micromix.silu_mul_reord
 folded_mm: Callable[..., list[Tensor]] = torch.ops.micromix.folded_mm.default
 
 
-_factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By scales: their version, factors and row scales, which all graphs share."""
 
 
 def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> tuple[Tensor, Tensor]:
@@ -55,13 +57,39 @@ def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str
 
     A change in place through `.data`, or of an inference tensor, leaves no trace and is not seen.
     """
-    version = (0 if w_scale.is_inference() else w_scale._version, w_scale.data_ptr())
-    kept = _factors.get(w_scale)
+    version = _version(w_scale)
+    kept = _kept.get(w_scale)
     if kept is None or kept[0] != version:
         row_scale = folding.weight_row_scale(w4, w6, w8, w_scale, fp6)
-        kept = (version, folding.weight_factor(w4, w6, w8, w_scale, row_scale), row_scale)
-        _factors[w_scale] = kept
-    return kept[1], kept[2]
+        kept = (version, (folding.weight_factor(w4, w6, w8, w_scale, row_scale), row_scale))
+        _kept[w_scale] = kept
+    factors: tuple[Tensor, Tensor] = kept[1]
+    return factors
+
+
+def _version(w_scale: Tensor) -> tuple[int, int]:
+    return 0 if w_scale.is_inference() else w_scale._version, w_scale.data_ptr()
+
+
+class Factors:
+    """The factors of one weight of a graph, call by call: as `folded_factors`, but a call costs next to nothing.
+
+    There are hundreds of weights in a model, and a decoding step waits for all of them.
+    """
+
+    def __init__(self, fp6: str) -> None:
+        self._fp6 = fp6
+        self._scale: ref[Tensor] | None = None
+        self._version = (0, 0)
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    def of(self, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(w_factor, w_row_scale)."""
+        version = _version(w_scale)
+        if self._factors is None or self._scale is None or self._scale() is not w_scale or self._version != version:
+            self._factors = folded_factors(w4, w6, w8, w_scale, self._fp6)
+            self._scale, self._version = ref(w_scale), version
+        return self._factors
 
 
 def runs_folded(x: Tensor) -> bool:

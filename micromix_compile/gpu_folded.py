@@ -24,9 +24,9 @@ MAX_GROUP: Final = 3
 """Weights that one product takes."""
 
 EXPAND_FROM: Final = 65
-"""Rows from which on weights are expanded in memory for the library's FP8 product. On an H200, with an earlier form of
-the kernel, 28672 x 4096: 64 us at 64 rows against 93 (expanding, the library, in sum), 141 at 256 against 106.
-Between them nothing was measured. Not a bound of the kernel, which takes any M."""
+"""Rows from which on weights are expanded in memory for the library's FP8 product. On an H200 at 64 rows, us packed and
+expanded (expanding and the library in sum), N x K: 65 and 97 for 28672 x 4096, 28 and 30 for 6144 x 4096, 50 and 67 for
+4096 x 14336, 24 and 23 for 4096 x 4096. Not a bound of the kernel, which takes any M."""
 
 
 class FoldedWeight(NamedTuple):
@@ -175,10 +175,14 @@ def tile_for(rows: int) -> FoldedTile:
 
 
 def split_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile) -> int:
-    """Into how many parts K is split: a power of two that gives each processor about three programs."""
+    """Into how many parts K is split: 1, 2 or 4, so that each processor gets about two programs.
+
+    On an H200 at M = 16, us with 2, 4 and 8 parts: 11.3, 10.0 and 10.6 for N x K of 4096 x 4096, 13.9, 11.9 and 14.6
+    for 6144 x 4096, -, 19.5 and 21.0 for 4096 x 14336; with 1 and 2 parts 34.4 and 38.7 for 28672 x 4096.
+    """
     tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
     split = 1
-    while split < 8 and tiles * split < 384 and channels >= 2 * split * tile.BLOCK_K:
+    while split < 4 and tiles * split < 256 and channels >= 2 * split * tile.BLOCK_K:
         split *= 2
     return split
 

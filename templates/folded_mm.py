@@ -22,31 +22,37 @@ def _load(rows, column, stop):
 
 
 @triton.jit
-def _dot(w, x, column, stop, acc):
-    """acc + w @ x.T, of columns before `stop`. w: (BLOCK_N, C) E4M3 bytes. x: (BLOCK_M, 1) pointers to E4M3 bytes."""
+def _dot(w, x, inside, column, stop, acc):
+    """acc + w @ x.T, of columns before `stop`. w: (BLOCK_N, C) E4M3 bytes.
+
+    x: (BLOCK_M, 1) pointers to E4M3 bytes. inside: (BLOCK_M, 1), which of them are rows; the others are zeros.
+    """
+    mask = inside & (column < stop)
     if _INTERPRETED:
-        right = e4m3_to_float32(_load(x, column, stop))
+        right = e4m3_to_float32(tl.load(x + column, mask=mask, other=0))
         return tl.dot(e4m3_to_float32(w), tl.trans(right), acc, input_precision="ieee")
     else:
         rows = x.to(tl.pointer_type(tl.float8e4nv))
-        right = tl.load(rows + column, mask=column < stop, other=0.0)
+        right = tl.load(rows + column, mask=mask, other=0.0)
         return tl.dot(w.to(tl.float8e4nv, bitcast=True), tl.trans(right), acc)
 
 
 @triton.jit
 def folded_mm_tile(
-    x, m, w4, w6, w8, factors, plane, n, blocks4, blocks6, blocks8, part,
+    x, inside, w4, w6, w8, factors, plane, n, blocks4, blocks6, blocks8, part,
     FP6: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """Sum over part `part` of SPLIT_K of a tile's steps: (BLOCK_N, BLOCK_M) float32, in units of both row scales.
 
-    x, w4, w6, w8, factors: pointers to the tile's first rows. m: (BLOCK_M,) and n: (BLOCK_N,), rows from there. plane:
-    bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about 14 bits: each step has a sum of its own.
+    x, w4, w6, w8, factors: pointers to the tile's first rows. inside: (BLOCK_M,), which rows of x there are. n:
+    (BLOCK_N,), rows of w from the first. plane: bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about
+    14 bits: each step has a sum of its own.
     """
     STEP: tl.constexpr = BLOCK_K // 32  # blocks
     blocks_of_step = tl.arange(0, STEP)[None, :]
     n = n[:, None]
-    x += m[:, None] * ((blocks4 + blocks6 + blocks8) * 32)
+    inside = inside[:, None]
+    x += tl.arange(0, BLOCK_M)[:, None] * ((blocks4 + blocks6 + blocks8) * 32)
     factors += n * (padded(blocks4) + padded(blocks6) + padded(blocks8))
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
@@ -62,8 +68,8 @@ def folded_mm_tile(
         column = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
         factor = _load(factors, step * STEP + blocks_of_step, padded(blocks4))
         low, high = fold_fp4(_load(w4, column, half), spread(factor, 16))
-        part_sum = _dot(low, x, column, half, zero)
-        acc += _dot(high, x + half, column, half, part_sum)
+        part_sum = _dot(low, x, inside, column, half, zero)
+        acc += _dot(high, x + half, inside, column, half, part_sum)
 
     first = tl.maximum(first - steps4, 0)
     last = last - steps4
@@ -78,10 +84,10 @@ def folded_mm_tile(
         plane2 = _load(w6 + 2 * plane, column, width)
         factor = _load(factors, step * STEP + blocks_of_step, padded(blocks6))
         w_0, w_1, w_2, w_3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
-        part_sum = _dot(w_0, x, column, width, zero)
-        part_sum = _dot(w_1, x + width, column, width, part_sum)
-        part_sum = _dot(w_2, x + 2 * width, column, width, part_sum)
-        acc += _dot(w_3, x + 3 * width, column, width, part_sum)
+        part_sum = _dot(w_0, x, inside, column, width, zero)
+        part_sum = _dot(w_1, x + width, inside, column, width, part_sum)
+        part_sum = _dot(w_2, x + 2 * width, inside, column, width, part_sum)
+        acc += _dot(w_3, x + 3 * width, inside, column, width, part_sum)
 
     first = tl.maximum(first - steps6, 0)
     last = last - steps6
@@ -92,7 +98,7 @@ def folded_mm_tile(
     for step in range(first, last):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         factor = _load(factors, step * STEP + blocks_of_step, padded(blocks8))
-        acc += _dot(fold_e4m3(_load(w8, column, width), spread(factor, 32)), x, column, width, zero)
+        acc += _dot(fold_e4m3(_load(w8, column, width), spread(factor, 32)), x, inside, column, width, zero)
     return acc
 
 
@@ -153,12 +159,12 @@ def folded_mm_kernel(
         n_first = tl.where(is_third, N0 + N1, n_first)
         pid_n = tl.where(is_third, tl.program_id(0) - tiles1, pid_n)
 
-    # Rows outside are read as the last one, and not stored. Inside a tile offsets are short, which saves registers.
+    # Rows of x outside are not read: all programs read the same rows, and sixteen times the only one is a bottleneck in
+    # L2. Rows of w outside are read as the last one. Inside a tile offsets are short, which saves registers.
     m_first = tl.program_id(1) * BLOCK_M
     n_tile = pid_n * BLOCK_N
     m = m_first + tl.arange(0, BLOCK_M)
     n = n_tile + tl.arange(0, BLOCK_N)
-    m_local = tl.minimum(m, M - 1) - m_first
     n_local = tl.minimum(n, N - 1) - n_tile
     blocks4 = (odd4 >> 1) - 1
     blocks6 = (odd6 >> 1) - 1
@@ -170,7 +176,7 @@ def folded_mm_kernel(
     w_factor += n_tile.to(tl.int64) * (padded(blocks4) + padded(blocks6) + padded(blocks8))
     plane = tl.cast(N, tl.int64) * (blocks6 * 8)
     acc = folded_mm_tile(
-        x, m_local, w4, w6, w8, w_factor, plane, n_local, blocks4, blocks6, blocks8, tl.program_id(2), FP6, BLOCK_M,
+        x, m < M, w4, w6, w8, w_factor, plane, n_local, blocks4, blocks6, blocks8, tl.program_id(2), FP6, BLOCK_M,
         BLOCK_N, BLOCK_K, SPLIT_K,
     )  # fmt: skip
     columns = N0

@@ -84,13 +84,13 @@ class FoldedTile:
     num_stages: int
 
 
-# Swept on an H200 with an earlier form of the unpacking, CUDA-graph replay, N x K of Llama-3.1-8B's four linears and a
-# 75/20/5 split: BLOCK_N 64 and 128, BLOCK_K 128 and 256, 4 and 8 warps, 2 to 4 stages. At M = 16: 42 us (28672 x 4096),
-# 23 (4096 x 14336), 14 (6144 x 4096), 11.5 (4096 x 4096); other tiles were up to a third slower, and so was unpacking
-# to float16 for mma.sync.
+# Swept on an H200, CUDA-graph replay over rotating weights, a 75/20/5 split. At M = 16: 34.4 us for N x K of
+# 28672 x 4096, 19.5 for 4096 x 14336, 11.9 for 6144 x 4096, 10.0 for 4096 x 4096; with two stages 35.5, 21.0, 12.0 and
+# 10.6; with steps of 128 channels 47 and 15 for the first and third. At M = 32: 43.9 for the first, with steps of 256
+# 46.8. At M = 64: 63.4; 76 with steps of 128; 89 with 128 columns and 8 warps.
 FOLDED_TILES: Final = (
-    (16, FoldedTile(16, 64, 256, 4, 2)),
-    (32, FoldedTile(32, 64, 256, 4, 2)),
+    (16, FoldedTile(16, 64, 256, 4, 3)),
+    (32, FoldedTile(32, 64, 128, 4, 3)),
     (_ANY, FoldedTile(64, 64, 256, 4, 2)),
 )
 """Per largest number of rows."""

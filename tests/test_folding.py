@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,6 +26,9 @@ from torch import Tensor
 from micromix_compile import folded_ops, folding, packing, reference
 from micromix_compile.formats import BLOCK_SIZE, E8M0_NAN, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
 from micromix_compile.reference import QuantizedActivation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Split = tuple[int, int, int]
 
@@ -333,16 +336,21 @@ def test_operands_of_a_folded_product_must_fit(place: int, wrong: Any, message: 
         folded_ops.folded_mm(*operands)
 
 
-def test_factors_follow_their_scales() -> None:
+@pytest.mark.parametrize(
+    "of", [lambda *parts: folded_ops.folded_factors(*parts, "e2m3"), folded_ops.Factors("e2m3").of], ids=["all", "one"]
+)
+def test_factors_follow_their_scales(of: Callable[..., tuple[Tensor, Tensor]]) -> None:
     q = reference.reorder_quantize(torch.randn(5, 96), torch.arange(96), (32, 32, 32), fp6="e2m3")
     w6, scale = packing.pack_fp6(q.q6, "e2m3"), q.scale.clone()
 
     def factors() -> tuple[Tensor, Tensor]:
-        return folded_ops.folded_factors(q.q4, w6, q.q8, scale, "e2m3")
+        return of(q.q4, w6, q.q8, scale)
 
     first = factors()
     assert factors()[0] is first[0]
     scale.add_(1)
     assert torch.equal(factors()[1], 2 * first[1])
     scale.data = scale + 1
+    assert torch.equal(factors()[1], 4 * first[1])
+    assert torch.equal(of(q.q4, w6, q.q8, scale + 1)[1], 8 * first[1])
     assert torch.equal(factors()[1], 4 * first[1])
