@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import FrameType
 
@@ -177,10 +179,46 @@ def lower_kernel_launch(
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
     from torch._inductor.lowering import lowerings
 
-    lowerings[triton_kernel_wrapper_mutation](
-        kernel_idx=kernel_side_table.add_kernel(kernel),
-        constant_args_idx=kernel_side_table.add_constant_args(dict(constexprs)),
-        grid=[(*grid, 1, 1)[:3]],
-        tma_descriptor_metadata={},
-        kwargs=dict(args),
-    )
+    with _analysed_once(kernel, args, constexprs):
+        lowerings[triton_kernel_wrapper_mutation](
+            kernel_idx=kernel_side_table.add_kernel(kernel),
+            constant_args_idx=kernel_side_table.add_constant_args(dict(constexprs)),
+            grid=[(*grid, 1, 1)[:3]],
+            tma_descriptor_metadata={},
+            kwargs=dict(args),
+        )
+
+
+_analyses: dict[Hashable, Any] = {}
+
+
+@contextlib.contextmanager
+def _analysed_once(kernel: Any, args: Mapping[str, Any], constexprs: Mapping[str, Any]) -> Iterator[None]:
+    """Within it Inductor finds out what a kernel writes once for all launches that compile to the same code.
+
+    It compiles the kernel to Triton's IR for that, at every launch: half of the time that a model of many layers takes.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    # Another name from 2.13 on, and another result, which also speaks of the kernel's own argument names only.
+    name = next(n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(triton_kernel_wrap, n))
+    key = (kernel, *sorted(constexprs.items()), *((arg, _kind(value)) for arg, value in args.items()))
+    analyse = getattr(triton_kernel_wrap, name)
+
+    def remembered(*arguments: Any) -> Any:
+        if key not in _analyses:
+            _analyses[key] = analyse(*arguments)
+        return copy.copy(_analyses[key])
+
+    setattr(triton_kernel_wrap, name, remembered)
+    try:
+        yield
+    finally:
+        setattr(triton_kernel_wrap, name, analyse)
+
+
+def _kind(value: Any) -> Hashable:
+    """What Triton's code for a run-time argument depends on."""
+    if isinstance(value, int):
+        return ("int", value == 1, -(2**31) <= value < 2**31)
+    return value if value is None else (type(value), value.get_dtype() if hasattr(value, "get_dtype") else None)

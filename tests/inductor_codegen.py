@@ -2,7 +2,8 @@
 
     python tests/inductor_codegen.py '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}'
 
-Writes {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}}.
+Writes {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "analyses": how many
+of the launches Inductor had to look into}.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import micromix_compile.lowering.folded
 import micromix_compile.lowering.mixed_mx_mm
 import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
 from micromix_compile import folded_ops, ops
+from micromix_compile.lowering import torch_compat
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.offline import mma_kind
 from micromix_compile.passes import POST_GRAD_PASSES
@@ -178,7 +180,8 @@ def main() -> None:
                 instructions = [i for ptx in compiled_ptx(name, source) for i in re.findall(r"\S*mma\S*", ptx)]
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(torch\.ops\.micromix\.\w+)", code, re.M)
-    json.dump({"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma}, sys.stdout)
+    found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma}
+    json.dump({**found, "analyses": len(torch_compat._analyses)}, sys.stdout)
 
 
 if __name__ == "__main__":

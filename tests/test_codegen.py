@@ -121,6 +121,7 @@ def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products(rows: int, widen: i
     kinds = [name.rsplit("_kernel_", 1)[0] for name in code["launches"]]
     layer = ["reorder_fold", "folded_mm", "reorder_fold", "folded_mm"]
     assert kinds == [*layer, "triton_poi_fused_add_0", *layer, "triton_poi_fused_add_1"]
+    assert code["analyses"] == 4  # the second layer is the first with another split
     quantizers = [code["kernels"][name] for name in code["launches"][:3:2]]
     assert "'PRODUCER': 'rms_norm'" in quantizers[0]
     assert "'PRODUCER': 'silu_mul'" in quantizers[1]
