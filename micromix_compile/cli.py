@@ -98,6 +98,10 @@ FP6 = Annotated[str | None, typer.Option(help=f"The MXFP6 element format: {_choi
 Weights = Annotated[str | None, typer.Option(help=f"Formats of the weights: {_choices(WEIGHT_MODES)}.")]
 Rounding = Annotated[str | None, typer.Option(help=f"How block scales are rounded: {_choices(tuple(ScaleRounding))}.")]
 Granularity = Annotated[int | None, typer.Option(help=f"Channel counts are multiples of: {_choices(GRANULARITIES)}.")]
+Smooth = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="First scale channels so that activations are more even; SmoothQuant's alpha."),
+]
 Skip = Annotated[list[str] | None, typer.Option(help="Names (fnmatch) of linears to leave as they are; repeatable.")]
 
 
@@ -191,6 +195,7 @@ def quantize(
     dtype: DType = "bfloat16",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+    smooth: Smooth = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
     target_kind: TargetKind = None,
@@ -212,11 +217,12 @@ def quantize(
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; --overwrite replaces it")
-    recipe = _load_recipe(recipe_file)
+    recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
     config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
+    _smooth(smooth, config, loaded, data, column, windows, window_length)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
     with _status("packing"), zoo.replace_directory(out) as directory:
         micromix.quantize_(loaded.model, recipe)
@@ -244,6 +250,7 @@ def eval_(
     ] = None,
     task_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = TASK_ITEMS,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
+    smooth: Smooth = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
     target_kind: TargetKind = None,
@@ -265,7 +272,7 @@ def eval_(
     from micromix_compile import evaluation
 
     names = _rows(rows, dtype)
-    recipe = _load_recipe(recipe_file)
+    recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
     config = _config(base, *chosen, uniform_order, granularity, skip)
@@ -276,6 +283,7 @@ def eval_(
     if _is_packed(model):
         results = [evaluation.packed_row(loaded.model, measured, tasks=wanted)]
     else:
+        _smooth(smooth, config, loaded, data, column, calibration_windows, window_length)
         recipe = _decide(recipe, config, loaded, data, column, calibration_windows, window_length)
         results = _measure(loaded, recipe, names, measured, wanted)
     Console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
@@ -286,6 +294,7 @@ def eval_(
             "windows": windows,
             "window_length": window_length,
             "calibration_windows": None if recipe_file or _is_packed(model) else calibration_windows,
+            "smooth": smooth,
             "dtype": dtype,
             "config": None if _is_packed(model) else config.to_dict(),
         }
@@ -429,9 +438,11 @@ def _is_packed(model: str) -> bool:
     return model != zoo.DEFAULT_MODEL and zoo.is_packed(Path(model).expanduser())
 
 
-def _load_recipe(path: Path | None) -> Recipe | None:
+def _load_recipe(path: Path | None, smooth: float | None = None) -> Recipe | None:
     import micromix_compile as micromix
 
+    if path is not None and smooth is not None:
+        raise UsageError("--smooth changes the weights that a recipe was made for: leave --recipe out")
     return None if path is None else micromix.Recipe.load(path)
 
 
@@ -449,10 +460,35 @@ def _decide(
 
     if recipe is not None:
         return micromix.assign(recipe, config) if config != recipe.config else recipe
+    batches = _calibration_batches(loaded, data, column, windows, window_length)
+    _note(f"calibrating on {windows} windows of {window_length} tokens")
+    return micromix.calibrate(loaded.model, batches, config)
+
+
+def _smooth(
+    alpha: float | None,
+    config: MicroMixConfig,
+    loaded: zoo.LoadedModel,
+    data: str,
+    column: str,
+    windows: int,
+    window_length: int,
+) -> None:
+    """Smooth the model in place on the windows that it is calibrated on; None leaves it as it is."""
+    import micromix_compile as micromix
+
+    if alpha is not None:
+        batches = _calibration_batches(loaded, data, column, windows, window_length)
+        micromix.smooth_(loaded.model, batches, alpha=alpha, skip=config.skip)
+
+
+def _calibration_batches(
+    loaded: zoo.LoadedModel, data: str, column: str, windows: int, window_length: int
+) -> tuple[torch.Tensor, ...]:
     text = texts.load_texts(data, column=column)
     tokens = texts.token_windows(text.calibration, loaded.tokenizer, windows, window_length)
-    _note(f"calibrating on {windows} windows of {window_length} tokens")
-    return micromix.calibrate(loaded.model, tokens.to(loaded.model.device).split(1), config)
+    batches: tuple[torch.Tensor, ...] = tokens.to(loaded.model.device).split(1)
+    return batches
 
 
 def _measure(
