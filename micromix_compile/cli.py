@@ -30,6 +30,7 @@ from micromix_compile.config import (
     MicroMixConfig,
 )
 from micromix_compile.formats import FP6_FORMATS, ScaleRounding
+from micromix_compile.harness import load_harness_task
 from micromix_compile.tasks import BUNDLED, load_task
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from micromix_compile.evaluation import RowResult
+    from micromix_compile.harness import HarnessTask
     from micromix_compile.recipe import Recipe
     from micromix_compile.tasks import Task
 
@@ -248,6 +250,9 @@ def eval_(
     tasks: Annotated[
         list[str] | None, typer.Option(help=f"Zero-shot tasks: {_choices(tuple(BUNDLED))}, or a local .jsonl file.")
     ] = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness, by name or as a local .yaml file.")
+    ] = None,
     task_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = TASK_ITEMS,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
     smooth: Smooth = None,
@@ -279,7 +284,7 @@ def eval_(
     loaded = _load(model, dtype, device)
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
-    wanted = [load_task(name, loaded.tokenizer, task_items) for part in tasks or () for name in part.split()]
+    wanted = _tasks(loaded, tasks, lm_eval, task_items)
     if _is_packed(model):
         results = [evaluation.packed_row(loaded.model, measured, tasks=wanted)]
     else:
@@ -421,6 +426,15 @@ def _rows(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
     return names
 
 
+def _tasks(
+    loaded: zoo.LoadedModel, tasks: Sequence[str] | None, lm_eval: Sequence[str] | None, items: int
+) -> list[Task | HarnessTask]:
+    """The first `items` of each task that the options name."""
+    own = [load_task(name, loaded.tokenizer, items) for part in tasks or () for name in part.split()]
+    others = [load_harness_task(name, loaded.tokenizer, items) for part in lm_eval or () for name in part.split()]
+    return [*own, *others]
+
+
 def _dtype(name: str) -> torch.dtype:
     import torch
 
@@ -492,7 +506,11 @@ def _calibration_batches(
 
 
 def _measure(
-    loaded: zoo.LoadedModel, recipe: Recipe, rows: Sequence[str], windows: torch.Tensor, tasks: Sequence[Task] = ()
+    loaded: zoo.LoadedModel,
+    recipe: Recipe,
+    rows: Sequence[str],
+    windows: torch.Tensor,
+    tasks: Sequence[Task | HarnessTask] = (),
 ) -> list[RowResult]:
     """All rows; says on standard error how far it is, for people who watch a log instead of a terminal."""
     from micromix_compile import evaluation
