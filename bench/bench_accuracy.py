@@ -107,7 +107,7 @@ STUDIES: dict[str, list[Calibration]] = {
     "ablation": [Calibration(study="ablation", rows=ABLATION)],
     "texts": [Calibration(study="texts", rows=KEY, data=data, samples=10) for data in ("wiki", "c4", "technical")],
     "samples": [Calibration(study="samples", rows=KEY, samples=samples) for samples in (8, 128)],
-    "smoothing": [Calibration(study="smoothing", rows=SMOOTHED, smooth=alpha) for alpha in (None, 0.5, 0.25, 0.75)],
+    "smoothing": [Calibration(study="smoothing", rows=SMOOTHED, smooth=alpha) for alpha in (None, 0.25, 0.5, 0.75)],
     "seeds": [Calibration(study="seeds", rows=KEY, seed=seed, offset=32 * seed) for seed in (1, 2, 3)],
 }
 
