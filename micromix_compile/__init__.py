@@ -19,9 +19,19 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
+    from micromix_compile.smoothing import smooth_
 
 __version__ = "0.1.0"
-__all__ = ["MicroMixConfig", "MicroMixLinear", "Recipe", "assign", "calibrate", "calibrate_each", "quantize_"]
+__all__ = [
+    "MicroMixConfig",
+    "MicroMixLinear",
+    "Recipe",
+    "assign",
+    "calibrate",
+    "calibrate_each",
+    "quantize_",
+    "smooth_",
+]
 
 _HOMES = {
     "MicroMixConfig": "config",
@@ -31,6 +41,7 @@ _HOMES = {
     "calibrate": "calibration",
     "calibrate_each": "calibration",
     "quantize_": "quantize",
+    "smooth_": "smoothing",
 }
 
 

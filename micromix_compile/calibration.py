@@ -74,13 +74,13 @@ def calibrate_each(
         with torch.no_grad():
             for batch in track(batches, "calibrating", show=progress):
                 first.add(batch)
-                _observe(session, observed, batch)
+                observe_batch(session, observed, batch)
         if session.needs_costs:
             _measure_costs(session, model, observed, first.batches, progress)
     yield from session.recipes()
 
 
-def _observe(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:
+def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:
     """The output of one batch through the observed model."""
     positional, named = _arguments(batch)
     session.token_mask = named.get("attention_mask")
@@ -118,7 +118,7 @@ def _measure_costs(
     try:
         with torch.enable_grad(), _frozen(model):
             for batch in track(batches, "measuring sensitivity", show=progress):
-                output = _observe(session, observed, batch)
+                output = observe_batch(session, observed, batch)
                 if not pull_back(output, session.token_mask, generator):
                     raise RuntimeError("its output has no gradient")
                 for probe in session.probes():
@@ -137,7 +137,7 @@ def _measure_costs(
     session.forget_costs()
     with torch.no_grad():
         for batch in batches:
-            _observe(session, observed, batch)
+            observe_batch(session, observed, batch)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from micromix_compile.config import (
     MicroMixConfig,
 )
 from micromix_compile.formats import FP6_FORMATS, ScaleRounding
+from micromix_compile.harness import load_harness_task
 from micromix_compile.tasks import BUNDLED, load_task
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from micromix_compile.evaluation import RowResult
+    from micromix_compile.harness import HarnessTask
     from micromix_compile.recipe import Recipe
     from micromix_compile.tasks import Task
 
@@ -98,6 +100,10 @@ FP6 = Annotated[str | None, typer.Option(help=f"The MXFP6 element format: {_choi
 Weights = Annotated[str | None, typer.Option(help=f"Formats of the weights: {_choices(WEIGHT_MODES)}.")]
 Rounding = Annotated[str | None, typer.Option(help=f"How block scales are rounded: {_choices(tuple(ScaleRounding))}.")]
 Granularity = Annotated[int | None, typer.Option(help=f"Channel counts are multiples of: {_choices(GRANULARITIES)}.")]
+Smooth = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="First scale channels so that activations are more even; SmoothQuant's alpha."),
+]
 Skip = Annotated[list[str] | None, typer.Option(help="Names (fnmatch) of linears to leave as they are; repeatable.")]
 
 
@@ -191,6 +197,7 @@ def quantize(
     dtype: DType = "bfloat16",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+    smooth: Smooth = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
     target_kind: TargetKind = None,
@@ -212,11 +219,12 @@ def quantize(
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; --overwrite replaces it")
-    recipe = _load_recipe(recipe_file)
+    recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
     config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
+    _smooth(smooth, config, loaded, data, column, windows, window_length)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
     with _status("packing"), zoo.replace_directory(out) as directory:
         micromix.quantize_(loaded.model, recipe)
@@ -242,8 +250,12 @@ def eval_(
     tasks: Annotated[
         list[str] | None, typer.Option(help=f"Zero-shot tasks: {_choices(tuple(BUNDLED))}, or a local .jsonl file.")
     ] = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness, by name or as a local .yaml file.")
+    ] = None,
     task_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = TASK_ITEMS,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
+    smooth: Smooth = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
     target_kind: TargetKind = None,
@@ -265,17 +277,18 @@ def eval_(
     from micromix_compile import evaluation
 
     names = _rows(rows, dtype)
-    recipe = _load_recipe(recipe_file)
+    recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
     config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
-    wanted = [load_task(name, loaded.tokenizer, task_items) for part in tasks or () for name in part.split()]
+    wanted = _tasks(loaded, tasks, lm_eval, task_items)
     if _is_packed(model):
         results = [evaluation.packed_row(loaded.model, measured, tasks=wanted)]
     else:
+        _smooth(smooth, config, loaded, data, column, calibration_windows, window_length)
         recipe = _decide(recipe, config, loaded, data, column, calibration_windows, window_length)
         results = _measure(loaded, recipe, names, measured, wanted)
     Console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
@@ -286,6 +299,7 @@ def eval_(
             "windows": windows,
             "window_length": window_length,
             "calibration_windows": None if recipe_file or _is_packed(model) else calibration_windows,
+            "smooth": smooth,
             "dtype": dtype,
             "config": None if _is_packed(model) else config.to_dict(),
         }
@@ -412,6 +426,15 @@ def _rows(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
     return names
 
 
+def _tasks(
+    loaded: zoo.LoadedModel, tasks: Sequence[str] | None, lm_eval: Sequence[str] | None, items: int
+) -> list[Task | HarnessTask]:
+    """The first `items` of each task that the options name."""
+    own = [load_task(name, loaded.tokenizer, items) for part in tasks or () for name in part.split()]
+    others = [load_harness_task(name, loaded.tokenizer, items) for part in lm_eval or () for name in part.split()]
+    return [*own, *others]
+
+
 def _dtype(name: str) -> torch.dtype:
     import torch
 
@@ -429,9 +452,11 @@ def _is_packed(model: str) -> bool:
     return model != zoo.DEFAULT_MODEL and zoo.is_packed(Path(model).expanduser())
 
 
-def _load_recipe(path: Path | None) -> Recipe | None:
+def _load_recipe(path: Path | None, smooth: float | None = None) -> Recipe | None:
     import micromix_compile as micromix
 
+    if path is not None and smooth is not None:
+        raise UsageError("--smooth changes the weights that a recipe was made for: leave --recipe out")
     return None if path is None else micromix.Recipe.load(path)
 
 
@@ -449,14 +474,43 @@ def _decide(
 
     if recipe is not None:
         return micromix.assign(recipe, config) if config != recipe.config else recipe
+    batches = _calibration_batches(loaded, data, column, windows, window_length)
+    _note(f"calibrating on {windows} windows of {window_length} tokens")
+    return micromix.calibrate(loaded.model, batches, config)
+
+
+def _smooth(
+    alpha: float | None,
+    config: MicroMixConfig,
+    loaded: zoo.LoadedModel,
+    data: str,
+    column: str,
+    windows: int,
+    window_length: int,
+) -> None:
+    """Smooth the model in place on the windows that it is calibrated on; None leaves it as it is."""
+    import micromix_compile as micromix
+
+    if alpha is not None:
+        batches = _calibration_batches(loaded, data, column, windows, window_length)
+        micromix.smooth_(loaded.model, batches, alpha=alpha, skip=config.skip)
+
+
+def _calibration_batches(
+    loaded: zoo.LoadedModel, data: str, column: str, windows: int, window_length: int
+) -> tuple[torch.Tensor, ...]:
     text = texts.load_texts(data, column=column)
     tokens = texts.token_windows(text.calibration, loaded.tokenizer, windows, window_length)
-    _note(f"calibrating on {windows} windows of {window_length} tokens")
-    return micromix.calibrate(loaded.model, tokens.to(loaded.model.device).split(1), config)
+    batches: tuple[torch.Tensor, ...] = tokens.to(loaded.model.device).split(1)
+    return batches
 
 
 def _measure(
-    loaded: zoo.LoadedModel, recipe: Recipe, rows: Sequence[str], windows: torch.Tensor, tasks: Sequence[Task] = ()
+    loaded: zoo.LoadedModel,
+    recipe: Recipe,
+    rows: Sequence[str],
+    windows: torch.Tensor,
+    tasks: Sequence[Task | HarnessTask] = (),
 ) -> list[RowResult]:
     """All rows; says on standard error how far it is, for people who watch a log instead of a terminal."""
     from micromix_compile import evaluation

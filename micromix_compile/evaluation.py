@@ -14,6 +14,7 @@ import torch
 
 from micromix_compile.assignment import assign
 from micromix_compile.formats import FP6_FORMATS
+from micromix_compile.harness import HarnessTask, run_harness_task
 from micromix_compile.progress import track
 from micromix_compile.quantize import MicroMixLinear
 from micromix_compile.tasks import run_task
@@ -198,7 +199,7 @@ def evaluate_rows(
     rows: Sequence[str],
     windows: Tensor,
     *,
-    tasks: Sequence[Task] = (),
+    tasks: Sequence[Task | HarnessTask] = (),
     progress: bool = True,
 ) -> Iterator[RowResult]:
     """One result per row, each on the real model through `torch.compile(backend="micromix")`.
@@ -234,8 +235,15 @@ def evaluate_rows(
     torch.compiler.reset()
 
 
-def _run_tasks(model: Any, tasks: Sequence[Task], windows: Tensor, row: str, progress: bool) -> tuple[TaskResult, ...]:
-    return tuple(run_task(model, task, device=windows.device, label=row, progress=progress) for task in tasks)
+def _run_tasks(
+    model: Any, tasks: Sequence[Task | HarnessTask], windows: Tensor, row: str, progress: bool
+) -> tuple[TaskResult, ...]:
+    return tuple(
+        run_harness_task(model, task)
+        if isinstance(task, HarnessTask)
+        else run_task(model, task, device=windows.device, label=row, progress=progress)
+        for task in tasks
+    )
 
 
 def _full_precision(row: str, model: nn.Module, recipe: Recipe, windows: Tensor, progress: bool) -> RowResult:
@@ -252,7 +260,7 @@ def _full_precision(row: str, model: nn.Module, recipe: Recipe, windows: Tensor,
 
 
 def packed_row(
-    model: LanguageModel, windows: Tensor, *, tasks: Sequence[Task] = (), progress: bool = True
+    model: LanguageModel, windows: Tensor, *, tasks: Sequence[Task | HarnessTask] = (), progress: bool = True
 ) -> RowResult:
     """The row of a packed checkpoint: perplexity and tasks only, for want of the unquantized model."""
     result = evaluate(model, windows, label="evaluating packed", progress=progress)

@@ -4,14 +4,23 @@ if __name__ == "passes":
     raise ImportError("import micromix_compile.passes: the folder at the repository's root is not a package of its own")
 
 from micromix_compile.passes.find_linears import find_linears
+from micromix_compile.passes.find_smoothable import find_smoothable
 from micromix_compile.passes.fold_products import fold_products
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.fuse_silu_mul import fuse_silu_mul
 from micromix_compile.passes.insert_observers import insert_observers
-from micromix_compile.passes.pass_manager import LinearPlan, LinearSite, Owner, PassContext, run_passes
+from micromix_compile.passes.pass_manager import (
+    LinearPlan,
+    LinearSite,
+    Owner,
+    PassContext,
+    SmoothableSite,
+    run_passes,
+)
 from micromix_compile.passes.rewrite_linears import rewrite_linears
 from micromix_compile.passes.share_activations import share_activations
 
+SMOOTH_PASSES = (find_linears, find_smoothable)
 CALIBRATE_PASSES = (find_linears, insert_observers)
 CONVERT_PASSES = (find_linears, rewrite_linears, share_activations, fold_products)
 POST_GRAD_PASSES = (fuse_rms_norm, fuse_silu_mul)
@@ -20,9 +29,11 @@ __all__ = [
     "CALIBRATE_PASSES",
     "CONVERT_PASSES",
     "POST_GRAD_PASSES",
+    "SMOOTH_PASSES",
     "LinearPlan",
     "LinearSite",
     "Owner",
     "PassContext",
+    "SmoothableSite",
     "run_passes",
 ]

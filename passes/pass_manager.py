@@ -43,6 +43,23 @@ class LinearSite:
         return self.parameter.shape[1 if self.transposed else 0]
 
 
+Slots = tuple[tuple["fx.Node", int], ...]
+"""Graph inputs that are Parameters, each with one of its dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmoothableSite:
+    """An activation that only linears read: with `divided` by s and `multiplied` by s, channel by channel, nothing else
+    in the graph changes but x, which becomes x / s.
+
+    divided: what x is made from, each with the dimension of x's channels. multiplied: the linears' weights, likewise.
+    """
+
+    x: fx.Node
+    divided: Slots
+    multiplied: Slots
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearPlan:
     """How one linear is to be rewritten.
@@ -86,6 +103,7 @@ class PassContext:
 
     example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
+    smoothable: filled by find_smoothable.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
     folds: products are to be folded (see `fold_products`). folded: filled by it: per two appended inputs, factors and
         row scales, the inputs (w4, w6, w8, w_scale) that they are made from, and the MXFP6 format.
@@ -97,6 +115,7 @@ class PassContext:
     dump_dir: str = "."
     sites: list[LinearSite] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
+    smoothable: list[SmoothableSite] = field(default_factory=list)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
     folds: bool = False
     folded: list[tuple[tuple[fx.Node, fx.Node, fx.Node, fx.Node], str]] = field(default_factory=list)

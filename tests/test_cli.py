@@ -108,6 +108,58 @@ def test_eval_runs_tasks_on_every_row(small_model: Path, recipe_file: Path, tmp_
     assert (refused.exit_code, "task must be one of lambada, arc_easy, " in refused.stderr) == (1, True)
 
 
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_eval_runs_tasks_of_the_harness_on_every_row(small_model: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """Beside our own tasks, and with the same number of items."""
+    pytest.importorskip("lm_eval")
+    rows = [{"question": word, "choices": [" down", " up"], "answer": 0} for word in ("Up and", "Left and", "In and")]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    fields = {
+        "task": "pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "pairs.yaml").write_text(json.dumps(fields), "utf-8")  # JSON is YAML
+    wanted = ("--lm-eval", tmp_path / "pairs.yaml", "--task-items", 2, "--rows", "fp32 mxfp4")
+    arguments = ("--model", small_model, "--recipe", recipe_file, "--windows", 1, *SHORT)
+    assert "pairs" in run_well("eval", *arguments, *wanted, "--json", tmp_path / "results.json")
+    for row in json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]:
+        assert [(task["task"], task["items"]) for task in row["tasks"]] == [("pairs", 2)]
+    refused = run("eval", *arguments, "--lm-eval", "missing.yaml")
+    assert (refused.exit_code, "lm-eval has no task 'missing.yaml'" in refused.stderr) == (1, True)
+
+
+def test_smoothing_comes_before_calibration(small_model: Path, tmp_path: Path) -> None:
+    """The unquantized row keeps its perplexity; a recipe, made for other weights, is refused."""
+    measured = ("--model", small_model, "--windows", 1, "--calibration-windows", 2, *SHORT, "--rows", "fp32 mxfp4")
+    results = {}
+    for name, smooth in {"plain": (), "smooth": ("--smooth", 0.5)}.items():
+        run_well("eval", *measured, "--json", tmp_path / name, *smooth)
+        results[name] = json.loads((tmp_path / name).read_text("utf-8"))
+    plain, smooth = results["plain"], results["smooth"]
+    assert (plain["smooth"], smooth["smooth"]) == (None, 0.5)
+    assert smooth["rows"][0]["perplexity"] == plain["rows"][0]["perplexity"]
+    assert smooth["rows"][1]["kl"] != plain["rows"][1]["kl"]
+    refused = run("eval", *measured, "--smooth", 0.5, "--recipe", "r")
+    assert (refused.exit_code, "--smooth changes the weights that a recipe was made for" in refused.stderr) == (2, True)
+
+
+def test_quantize_smooths_what_it_packs(small_model: Path, tmp_path: Path) -> None:
+    """The norms of the checkpoint are divided."""
+    options = ("--model", small_model, "--windows", 1, *SHORT, "--weight-rounding", "nearest", "--smooth", 0.5)
+    run_well("quantize", *options, "--dtype", "float32", "--out", tmp_path / "packed")
+    plain, packed = (zoo.load_model(str(name), torch.float32).model for name in (small_model, tmp_path / "packed"))
+    norms = [model.model.layers[0].input_layernorm.weight for model in (plain, packed)]
+    assert torch.equal(torch.frexp(norms[1] / norms[0]).mantissa, torch.full_like(norms[0], 0.5))
+    assert not torch.equal(*norms)
+
+
 def test_quantize_writes_a_checkpoint_that_evaluates_and_speaks(
     small_model: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
