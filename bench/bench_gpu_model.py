@@ -1,4 +1,4 @@
-"""Whole models on a GPU: tokens and logits against the eager packed model, launches and speed beside BF16's.
+"""Whole models on a GPU: tokens and logits against the eager packed model, launches, speed and memory beside BF16, FP8.
 
     python bench/bench_gpu_model.py [--part PART] [--tokens 64] [--json FILE]
 
@@ -6,7 +6,8 @@ smollm2 is the default model with real weights: greedy tokens of the compiled mo
 must be those of the eager packed model, which runs the same kernels one by one; in bfloat16, folded on sm_90, the
 tokens that agree are counted. llama-8b has Llama-3.1-8B's shape, random weights made on the device, and 75/20/5 of
 its channels in MXFP4, 6 and 8: launches a layer, a forward pass of 2,048 tokens, decoding with a static cache in a CUDA
-graph.
+graph, memory. FP8 there is rows of E4M3 with a scale each, quantized by Inductor's code, on both sides. Every part
+prints its results when it is done.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import micromix_compile as micromix
@@ -34,7 +36,7 @@ from micromix_compile.target import target_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 CUDA = torch.device("cuda")
 
@@ -86,8 +88,11 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, steps: int = 24) -> float:
-    """Milliseconds of one decoding step behind 128 tokens, replayed as a CUDA graph."""
+def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, steps: int = 24) -> dict[str, float]:
+    """Milliseconds of one decoding step behind 128 tokens, replayed as a CUDA graph.
+
+    waiting: each step is waited for before the next is launched, as sampling on the host does. queued: none is.
+    """
     torch._dynamo.reset()
     cache = StaticCache(config=model.config, max_cache_len=1024)
     model(torch.randint(0, 1000, (batch, 128), device=CUDA), past_key_values=cache, logits_to_keep=1)
@@ -99,9 +104,12 @@ def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, steps: int
         fast(token, past_key_values=cache, position_ids=position, logits_to_keep=1)
         position.add_(1)
 
-    for _ in range(4):  # compiles, records
+    seconds = first_call(step)
+    for _ in range(3):  # records
         step()
-    return median_ms(step, steps)
+    waiting = median_ms(step, steps)
+    queued = median_ms(lambda: [step() for _ in range(8)], 5) / 8
+    return {"waiting": waiting, "queued": queued, "tokens_per_s": 1000 * batch / queued, "first_call_s": seconds}
 
 
 def compare_launches(model: nn.Module, recipe: micromix.Recipe, ids: Tensor) -> dict[str, Any]:
@@ -147,24 +155,25 @@ def default_model(dtype: torch.dtype) -> tuple[nn.Module, Any, Tensor, micromix.
     return model, tokenizer, windows, micromix.calibrate(model, batches, progress=False)
 
 
-def smollm2_tokens(tokens: int) -> dict[str, Any]:
+def smollm2_tokens(tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Greedy tokens of the default model, compiled and eager. In bfloat16 an ulp may move an MX code."""
-    result: dict[str, Any] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        torch._dynamo.reset()
-        model, tokenizer, _, recipe = default_model(dtype)
-        ids = tokenizer("The most surprising thing about the ocean is", return_tensors="pt").input_ids.to(CUDA)
-        expected = greedy(micromix.quantize_(copy.deepcopy(model), recipe), ids, tokens)
-        model.forward = torch.compile(model.forward, backend="micromix", options={"recipe": recipe, "strict": True})
-        seconds = first_call(lambda model=model, ids=ids: greedy(model, ids, tokens))
-        actual = greedy(model, ids, tokens)
-        same = int((actual == expected).int().cumprod(0).sum())
-        result[str(dtype)] = {
-            "equal_tokens": f"{same} of {tokens}",
-            "first_call_s": round(seconds, 1),
-            "text": tokenizer.decode(actual),
-        }
-    return result
+    model, tokenizer, _, recipe = default_model(dtype)
+    ids = tokenizer("The most surprising thing about the ocean is", return_tensors="pt").input_ids.to(CUDA)
+    expected = greedy(micromix.quantize_(copy.deepcopy(model), recipe), ids, tokens)
+    model.forward = torch.compile(model.forward, backend="micromix", options={"recipe": recipe, "strict": True})
+    seconds = first_call(lambda: greedy(model, ids, tokens))
+    actual = greedy(model, ids, tokens)
+    same = int((actual == expected).int().cumprod(0).sum())
+    return {
+        "equal_tokens": f"{same} of {tokens}",
+        "first_call_s": round(seconds, 1),
+        "text": tokenizer.decode(actual),
+    }
+
+
+def smollm2_tokens_bf16(tokens: int) -> dict[str, Any]:
+    """The same in bfloat16."""
+    return smollm2_tokens(tokens, torch.bfloat16)
 
 
 def smollm2_launches(_: int) -> dict[str, Any]:
@@ -198,22 +207,88 @@ def llama_8b_calibration(_: int) -> dict[str, Any]:
 
 
 def llama_8b(_: int) -> dict[str, Any]:
-    """The 8B shape: launches, times and memory."""
+    """The 8B shape: launches and time of a forward pass of 2,048 tokens."""
+    model, recipe, ids = random_llama_8b_and_recipe()
+    result = {"fp8_forward_ms": forward_ms(with_fp8_linears(copy.deepcopy(model)), ids)}
+    return compare_launches(model, recipe, ids) | result
+
+
+def llama_8b_decode(_: int) -> dict[str, Any]:
+    """The 8B shape: decoding."""
+    model, recipe, _ = random_llama_8b_and_recipe()
+    result: dict[str, Any] = {}
+    for batch in (1, 16):
+        result[f"bf16, batch {batch}"] = decode_ms(model, {"mode": "reduce-overhead"}, batch)
+    fp8 = with_fp8_linears(copy.deepcopy(model))
+    for batch in (1, 16):
+        result[f"fp8, batch {batch}"] = decode_ms(fp8, {"mode": "reduce-overhead"}, batch)
+    del fp8
+    micromix.quantize_(model, recipe)
+    for batch in (1, 16):
+        keywords = {"backend": "micromix", "mode": "reduce-overhead"}
+        result[f"micromix, batch {batch}"] = decode_ms(model, keywords, batch)
+    return result
+
+
+def llama_8b_memory(_: int) -> dict[str, Any]:
+    """The 8B shape: memory of the weights, and peak of a forward pass of 2,048 tokens, GiB."""
+    model, recipe, ids = random_llama_8b_and_recipe()
+    result = {"bf16, weights": torch.cuda.memory_allocated() / 2**30}
+    result["bf16, peak"] = peak_gib(lambda: model(ids, use_cache=False, logits_to_keep=1))
+    micromix.quantize_(model, recipe)
+    result["micromix, weights"] = torch.cuda.memory_allocated() / 2**30
+    fast = torch.compile(model, backend="micromix")
+    result["micromix, peak"] = peak_gib(lambda: fast(ids, use_cache=False, logits_to_keep=1))
+    return result | {"ratio of peaks": result["micromix, peak"] / result["bf16, peak"]}
+
+
+def random_llama_8b_and_recipe() -> tuple[nn.Module, micromix.Recipe, Tensor]:
+    """The model, a recipe of the usual shares, and 2,048 tokens."""
     model = random_llama_8b()
     ids = torch.randint(0, model.config.vocab_size, (1, 2048), device=CUDA)
     plain = micromix.MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
     recipe = micromix.calibrate(model, [{"input_ids": ids[:, :256], "use_cache": False}], plain, progress=False)
-    recipe = with_shares(recipe, (0.75, 0.2, 0.05))
-    memory = {"bf16": peak_gib(lambda: model(ids, use_cache=False, logits_to_keep=1))}
-    decode = {"inductor": decode_ms(model, {"mode": "reduce-overhead"}, 1)}
-    result: dict[str, Any] = compare_launches(model, recipe, ids)  # leaves the model packed
-    decode["micromix"] = decode_ms(model, {"backend": "micromix", "mode": "reduce-overhead"}, 1)
-    result["decode_ms"] = decode
+    return model, with_shares(recipe, (0.75, 0.2, 0.05)), ids
+
+
+def forward_ms(model: nn.Module, ids: Tensor) -> float:
+    """Milliseconds of a forward pass without a cache, compiled by Inductor."""
     torch._dynamo.reset()
-    memory["weights packed"] = torch.cuda.memory_allocated() / 2**30
-    fast = torch.compile(model, backend="micromix")
-    memory["micromix"] = peak_gib(lambda: fast(ids, use_cache=False, logits_to_keep=1))
-    return {**result, "peak_gib": memory}
+    fast = torch.compile(model)
+    fast(ids, use_cache=False)
+    return median_ms(lambda: fast(ids, use_cache=False), 5)
+
+
+class Fp8Linear(nn.Module):
+    """Rows of E4M3 with a float32 scale each, on both sides; activations are quantized when they come."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        q, scale = self._quantize(weight)
+        self.register_buffer("weight", q)
+        self.register_buffer("scale", scale.T.contiguous())
+
+    @staticmethod
+    def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448.0
+        return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., N)."""
+        q, scale = self._quantize(x.reshape(-1, x.shape[-1]))
+        out = torch._scaled_mm(
+            q, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
+        )
+        return out.reshape(*x.shape[:-1], -1)
+
+
+def with_fp8_linears(model: nn.Module) -> nn.Module:
+    """Every linear but the head replaced in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Fp8Linear(module.weight))
+    return model
 
 
 def with_shares(recipe: micromix.Recipe, shares: tuple[float, float, float]) -> micromix.Recipe:
@@ -240,9 +315,12 @@ def peak_gib(run: Callable[[], object]) -> float:
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "smollm2-tokens": smollm2_tokens,
+    "smollm2-tokens-bf16": smollm2_tokens_bf16,
     "smollm2-launches": smollm2_launches,
     "llama-8b-calibration": llama_8b_calibration,
     "llama-8b": llama_8b,
+    "llama-8b-decode": llama_8b_decode,
+    "llama-8b-memory": llama_8b_memory,
 }
 
 
@@ -256,7 +334,10 @@ def main() -> None:
     results: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "target": target_of(CUDA).name}
     with torch.no_grad():
         for part in arguments.part or PARTS:
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
             results[part] = PARTS[part](arguments.tokens)
+            print(part, json.dumps(results[part], indent=2), flush=True)
     table = Table("model", "backend", "launches a layer", "of them", "first call", "forward", title=results["target"])
     for name in {"smollm2-launches", "llama-8b"} & results.keys():
         for backend in ("inductor", "micromix"):
@@ -265,7 +346,6 @@ def main() -> None:
             times = f"{row['first_call_s']} s", f"{row['forward_ms']:.2f} ms"
             table.add_row(name, backend, str(row["per_layer"]), parts, *times)
     Console().print(table)
-    print(json.dumps(results, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
