@@ -339,7 +339,7 @@ def main() -> None:
             results[part] = PARTS[part](arguments.tokens)
             print(part, json.dumps(results[part], indent=2), flush=True)
     table = Table("model", "backend", "launches a layer", "of them", "first call", "forward", title=results["target"])
-    for name in {"smollm2-launches", "llama-8b"} & results.keys():
+    for name in [part for part in ("smollm2-launches", "llama-8b") if part in results]:
         for backend in ("inductor", "micromix"):
             row = results[name][backend]
             parts = ", ".join(f"{count} {what}" for what, count in sorted(row["launches"].items()))

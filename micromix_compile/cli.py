@@ -277,6 +277,8 @@ def eval_(
     from micromix_compile import evaluation
 
     names = _rows(rows, dtype)
+    if smooth is not None and _is_packed(model):
+        raise UsageError("--smooth needs a model that is not packed yet")
     recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
@@ -291,7 +293,7 @@ def eval_(
         _smooth(smooth, config, loaded, data, column, calibration_windows, window_length)
         recipe = _decide(recipe, config, loaded, data, column, calibration_windows, window_length)
         results = _measure(loaded, recipe, names, measured, wanted)
-    Console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
+    _console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
     if json_file is not None:
         settings = {
             "model": model,
@@ -376,7 +378,7 @@ def doctor() -> None:
     for name, value in dataclasses.asdict(native.status()).items():
         table.add_row(f"native {name}", str(value))
     table.add_row("model cache", str(zoo.cache_dir()))
-    Console().print(table)
+    _console().print(table)
     if not registered:
         raise typer.Exit(1)
 
@@ -395,7 +397,7 @@ def demo(
     recipe = _decide(None, MicroMixConfig(), loaded, data, "text", calibration_windows, length)
     measured = texts.token_windows(texts.load_texts(data).evaluation, loaded.tokenizer, windows, length)
     results = _measure(loaded, recipe, DEMO_ROWS, measured)
-    Console().print(_table(results, f"{zoo.DEFAULT_MODEL}, {data}, {windows} windows of {length} tokens, bfloat16"))
+    _console().print(_table(results, f"{zoo.DEFAULT_MODEL}, {data}, {windows} windows of {length} tokens, bfloat16"))
     _print_text("BF16", _generate(loaded, prompt, max_new_tokens))
     _print_text("MicroMix", _generate_quantized(loaded, recipe, prompt, max_new_tokens, compiled=False))
     typer.echo(f"\nfinished in {time.perf_counter() - start:.0f} s")
@@ -412,6 +414,11 @@ def _config(base: MicroMixConfig, *given: object) -> MicroMixConfig:
         return dataclasses.replace(base, **values)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+
+
+def _console() -> Console:
+    """Standard output, wide enough for a table where it is a file."""
+    return Console(width=None if sys.stdout.isatty() else 150)
 
 
 def _rows(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:

@@ -79,17 +79,15 @@ class Factors:
 
     def __init__(self, fp6: str) -> None:
         self._fp6 = fp6
-        self._scale: ref[Tensor] | None = None
-        self._version = (0, 0)
-        self._factors: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[ref[Tensor], tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def of(self, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
         """(w_factor, w_row_scale)."""
-        version = _version(w_scale)
-        if self._factors is None or self._scale is None or self._scale() is not w_scale or self._version != version:
-            self._factors = folded_factors(w4, w6, w8, w_scale, self._fp6)
-            self._scale, self._version = ref(w_scale), version
-        return self._factors
+        version, last = _version(w_scale), self._last
+        if last is None or last[0]() is not w_scale or last[1] != version:
+            # One assignment: another thread may run the same graph with another layer's weights.
+            self._last = last = (ref(w_scale), version, folded_factors(w4, w6, w8, w_scale, self._fp6))
+        return last[2]
 
 
 def runs_folded(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ def compensate_block(part: Tensor, scale: Tensor, factor: Tensor, fmt: ElemForma
     from micromix_compile.templates.round_block import compensate_block_kernel
 
     part, factor = gpu.unit_column_stride(part), gpu.unit_column_stride(factor)
-    rounded, errors = (torch.empty(part.shape, device=part.device) for _ in range(2))
+    rounded, errors = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for _ in range(2))
     if len(part):
         with gpu.current_device(part):
             compensate_block_kernel[_grid(part)](
@@ -38,7 +38,7 @@ def descend_block(part: Tensor, slope: Tensor, scale: Tensor, moment: Tensor, fm
 
     assert part.stride(1) == 1, "it is changed in place"
     slope, moment = gpu.unit_column_stride(slope), gpu.unit_column_stride(moment)
-    change = torch.empty(part.shape, device=part.device)
+    change = torch.empty(part.shape, dtype=part.dtype, device=part.device)
     if len(part):
         with gpu.current_device(part):
             descend_block_kernel[_grid(part)](

@@ -72,7 +72,11 @@ def run_harness_task(model: LanguageModel, task: HarnessTask) -> TaskResult:
 
     wrapped: Any = HFLM(pretrained=model, tokenizer=task.tokenizer)
     report = simple_evaluate(wrapped, tasks=[task.task], limit=task.count, bootstrap_iters=0, log_samples=False)
-    measured = {key.partition(",")[0]: value for key, value in report["results"][task.name].items() if "," in key}
+    measured: dict[str, Any] = {}
+    for key, value in report["results"][task.name].items():
+        metric, comma, _ = key.partition(",")
+        if comma:
+            measured.setdefault(metric, value)  # of several filters of answers the task's first
     accuracy = next((float(measured[metric]) for metric in ACCURACIES if metric in measured), None)
     if accuracy is None:
         raise ValueError(f"lm-eval's task {task.name} measures {', '.join(measured)}, none of {', '.join(ACCURACIES)}")

@@ -72,7 +72,7 @@ class ChannelObserver:
             self._below[threshold] += int((compared < threshold.ratio * row_max).sum())
         if self._with_moment:
             if self.moment is None:
-                self.moment = torch.zeros(values.shape[1], values.shape[1], device=values.device)
+                self.moment = values.new_zeros(values.shape[1], values.shape[1])
             self.moment = self.moment.to(values.device).addmm_(values.T, values)
         torch.maximum(self._abs_mean, mean, out=self._abs_mean)
         torch.maximum(self._abs_max, magnitude.amax(0).cpu(), out=self._abs_max)

@@ -43,7 +43,7 @@ def smooth_(
     An input is smoothed if only linears read it, and a norm's elementwise weight or another linear's rows make it, the
     latter maybe times something; no weight involved may be tied or used elsewhere. Others stay, as the log says at
     level debug. Outputs keep their bits while no number leaves the normal range of its dtype. Code that torch.compile
-    doesn't see must not read these weights.
+    doesn't see, or that no batch reaches, must not read these weights or activations.
 
     batches: as for `calibrate`. alpha: how much of the difference between channels goes from activations to weights, 0
     to 1 (see `smoothing_factors`). skip: fnmatch patterns of names of linears that stay as they are.
@@ -61,16 +61,33 @@ def smooth_(
         return _compile_watched(session, groups, gm, example_inputs)
 
     watched = torch.compile(original, backend=backend)
-    with torch.no_grad(), torch_compat.unlimited_recompiles():
-        for batch in track(batches, "measuring activations", show=progress):
-            observe_batch(session, watched, batch)
-        smoothed = list(groups.independent(_shared_parameters(original)))
-        for group in reversed(smoothed):  # a weight's rows before its columns, whose sizes follow
-            _smooth(group, alpha)
+    try:
+        with torch.no_grad(), torch_compat.unlimited_recompiles():
+            for batch in track(batches, "measuring activations", show=progress):
+                observe_batch(session, watched, batch)
+            smoothed = list(groups.independent(_shared_parameters(original)))
+            for group in reversed(smoothed):  # a weight's rows before its columns, whose sizes follow
+                _smooth(group, alpha)
+        _warn_of_others(session, [p for p in original.parameters() if not groups.has_seen(p)])
+    finally:
+        groups.clear()
     if not smoothed:
         raise ValueError(f"{session.model_id} has no input of linears that can be smoothed, or no batch reached it")
     logger.info("smoothed the inputs of %d groups of linears of %s", len(smoothed), session.model_id)
     return model
+
+
+def _warn_of_others(session: Session, unseen: Sequence[nn.Parameter]) -> None:
+    """Say which linears no batch reached: they may read what was divided."""
+    names = [session.name_of(p) for p in unseen if session.knows(p) and session.refusal(p) is None]
+    if names:
+        logger.warning(
+            "smoothing did not reach %d linears of %s (%s, ...): if they read an activation that was smoothed, their "
+            "outputs are wrong now, so take batches along every path of the model",
+            len(names),
+            session.model_id,
+            names[0],
+        )
 
 
 def smoothing_factors(activation_max: Tensor, weight_max: Tensor, alpha: float) -> Tensor:
@@ -171,6 +188,15 @@ class _Groups:
             self._groups[key] = _Group(divided, multiplied, observer)
         return self._groups[key]
 
+    def has_seen(self, parameter: nn.Parameter) -> bool:
+        """Whether a graph that ran reads it."""
+        return (id(parameter), 0) in self._users
+
+    def clear(self) -> None:
+        """Let go of all Parameters: compiled graphs live on, and hold this."""
+        self._groups.clear()
+        self._users.clear()
+
     def independent(self, shared: frozenset[int]) -> Iterator[_Group]:
         """The groups that saw a token and whose Parameters have no other user and are not among `shared`."""
         for group in self._groups.values():
@@ -183,10 +209,14 @@ class _Groups:
 
 
 def _shared_parameters(model: nn.Module) -> frozenset[int]:
-    """Identities of the Parameters whose memory `model` holds under several names."""
+    """Identities of the Parameters whose storage `model` holds under several names, in part or as a whole."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    counts = Counter(tensor.data_ptr() for _, tensor in tensors)
-    return frozenset(id(parameter) for parameter in model.parameters() if counts[parameter.data_ptr()] > 1)
+    counts = Counter(_storage(tensor) for _, tensor in tensors)
+    return frozenset(id(parameter) for parameter in model.parameters() if counts[_storage(parameter)] > 1)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _compile_watched(
@@ -197,10 +227,11 @@ def _compile_watched(
     placeholders = gm.graph.find_nodes(op="placeholder")
     run_passes(gm, SMOOTH_PASSES, context)
     close_graph(session, context)
+    smoothable = tuple(context.smoothable)  # the context holds Parameters
 
     def run(*args: Any) -> Any:
         session.check_not_training()
-        observers = groups.enter(context.smoothable, dict(zip(placeholders, args, strict=True)))
+        observers = groups.enter(smoothable, dict(zip(placeholders, args, strict=True)))
         return _Watcher(gm, observers, session.token_mask).run(*args)
 
     return run

@@ -93,7 +93,7 @@ class _Finder:
             return self._factor(node.args[0], channels)
         if node.target in NORM_TARGETS:
             return self._norm(node, channels)
-        if node.target in MUL_TARGETS and not node.kwargs:
+        if node.target in MUL_TARGETS and not node.kwargs and node.args[0] is not node.args[1]:
             found = (self._factor(factor, channels) for factor in node.args)
             return next((slots for slots in found if slots is not None), None)
         return None

@@ -23,7 +23,9 @@ def round_to_elements(x, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr
 
 @triton.jit
 def _column(tile, is_column):
-    return tl.sum(tl.where(is_column, tile, 0.0), 1, keep_dims=True)
+    # By their bits: as a sum of floats, -0 would lose its sign.
+    bits = tl.sum(tl.where(is_column, tile.to(tl.int32, bitcast=True), 0), 1, keep_dims=True)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -365,6 +367,45 @@ def test_a_norm_that_different_graphs_give_to_different_linears_stays() -> None:
     with pytest.raises(ValueError, match="Branches has no input of linears that can be smoothed"):
         micromix.smooth_(model, inputs())
     assert changed_by(model, inputs()[:1]) == {"norm.weight", "short.weight"}
+
+
+def test_linears_that_no_batch_reached_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "micromix_compile"):
+        micromix.smooth_(uneven(Branches()), inputs()[:1])
+    assert "smoothing did not reach 1 linears of Branches (long, ...)" in caplog.text
+
+
+class Square(nn.Module):
+    """A product of a node with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = RMSNorm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.up(self.norm(x))
+        return self.down(u * u)
+
+
+def test_what_is_multiplied_by_itself_stays() -> None:
+    assert changed_by(uneven(Square()), inputs()) == {"norm.weight", "up.weight"}
+
+
+def test_weights_that_share_a_storage_stay() -> None:
+    model = uneven(Square())
+    both = torch.cat((model.up.weight, model.down.weight)).detach()  # type: ignore[arg-type]
+    model.up.weight, model.down.weight = nn.Parameter(both[:64]), nn.Parameter(both[64:])
+    with pytest.raises(ValueError, match="Square has no input of linears that can be smoothed"):
+        micromix.smooth_(model, inputs())
+
+
+def test_smoothing_keeps_no_weight_alive() -> None:
+    model = uneven(Mlp())
+    micromix.smooth_(model, inputs(), progress=False)
+    weight = weakref.ref(model.up.weight)
+    micromix.quantize_(model, micromix.calibrate(model, inputs(), progress=False))
+    gc.collect()
+    assert weight() is None
 
 
 def test_linears_that_are_skipped_stay() -> None:

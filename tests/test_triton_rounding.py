@@ -25,7 +25,8 @@ def random_block(rows: int, seed: int, spread: int) -> tuple[Tensor, Tensor, Ten
     generator = torch.Generator().manual_seed(seed)
     scale = scale_value(torch.randint(127 - spread, 128 + spread, (rows, 1), generator=generator).to(torch.uint8))
     part = torch.randn(rows, BLOCK_SIZE, generator=generator) * 3 * scale
-    part[torch.rand(part.shape, generator=generator) < 0.1] = 0.0
+    zeros = torch.rand(part.shape, generator=generator)
+    part[zeros < 0.1], part[zeros < 0.05] = 0.0, -0.0
     inputs = torch.randn(64, BLOCK_SIZE, generator=generator) @ torch.randn(BLOCK_SIZE, BLOCK_SIZE, generator=generator)
     moment = inputs.T @ inputs
     return part, scale, moment + 0.1 * torch.diagonal(moment).mean() * torch.eye(BLOCK_SIZE)
@@ -43,7 +44,12 @@ def test_compensation_equals_the_plain_step(device: str, case: tuple[int, int, i
     wide[:, 5:37] = part
     here = (wide.to(device)[:, 5:37], scale.to(device), factor.to(device), elem_format(name))
     for got, want in zip(gpu_rounding.compensate_block(*here), rounding.compensate_block(*here), strict=True):
-        assert torch.equal(got, want)
+        assert same_bits(got, want)
+
+
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    """Also of zeros."""
+    return torch.equal(got.contiguous().view(torch.int32), want.contiguous().view(torch.int32))
 
 
 @settings(max_examples=15)
@@ -58,7 +64,7 @@ def test_descent_equals_the_plain_step(device: str, case: tuple[int, int, int], 
     expected = wide[:, 32:].clone()
     change = rounding.descend_block(expected, *arguments, fmt)
     assert torch.equal(gpu_rounding.descend_block(wide[:, 32:], *arguments, fmt), change)
-    assert torch.equal(wide[:, 32:], expected)
+    assert same_bits(wide[:, 32:], expected)
     assert not wide[:, :32].any()
 
 
