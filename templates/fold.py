@@ -86,7 +86,7 @@ def fold_fp4(packed, factor):
         return _fold_codes(tl.reshape(low, shape), factor), _fold_codes(tl.reshape(high, shape), factor)
     else:
         return tl.inline_asm_elementwise(
-            _E2M1_PTX, "=r,=r,r,r", [packed, factor], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+            _E2M1_PTX, "=&r,=&r,r,r", [packed, factor], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
         )
 
 
@@ -116,7 +116,7 @@ def fold_fp6(plane0, plane1, plane2, factor, FP6: tl.constexpr):
     else:
         source: tl.constexpr = _E3M2_PTX if FP6 == "e3m2" else _E2M3_PTX
         return tl.inline_asm_elementwise(
-            source, "=r,=r,=r,=r,r,r,r,r", [plane0, plane1, plane2, factor],
+            source, "=&r,=&r,=&r,=&r,r,r,r,r", [plane0, plane1, plane2, factor],
             dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4,
         )  # fmt: skip
 
@@ -128,7 +128,7 @@ def fold_e4m3(byte, factor):
         value = (factor.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
         return float32_to_e4m3(e4m3_to_float32(byte) * value)
     else:
-        return tl.inline_asm_elementwise(_E4M3_PTX, "=r,r,r", [byte, factor], dtype=tl.uint8, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(_E4M3_PTX, "=&r,r,r", [byte, factor], dtype=tl.uint8, is_pure=True, pack=4)
 
 
 @triton.jit
