@@ -70,10 +70,10 @@ def test_descent_equals_the_plain_step(device: str, case: tuple[int, int, int], 
 
 def test_whole_weights_equal_those_of_the_plain_steps(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(77, 160, generator=generator).to(device)
-    inputs = torch.randn(300, 160, generator=generator) * torch.exp(torch.randn(160, generator=generator))
+    weight = torch.randn(19, 96, generator=generator).to(device)
+    inputs = torch.randn(300, 96, generator=generator) * torch.exp(torch.randn(96, generator=generator))
     moment = (inputs.T @ inputs).to(device)
-    formats = ["e2m1", "e2m1", "e2m3", "e3m2", "e4m3"]
+    formats = ["e2m1", "e2m3", "e4m3"]
     expected = rounding.round_weight(weight, formats, moment)
     assert torch.equal(rounding.round_weight(weight, formats, moment, steps=gpu_rounding.STEPS), expected)
 
