@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from micromix_compile.tasks import TaskResult
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedTokenizerBase
 
     from micromix_compile.evaluation import LanguageModel
@@ -72,12 +74,21 @@ def run_harness_task(model: LanguageModel, task: HarnessTask) -> TaskResult:
 
     wrapped: Any = HFLM(pretrained=model, tokenizer=task.tokenizer)
     report = simple_evaluate(wrapped, tasks=[task.task], limit=task.count, bootstrap_iters=0, log_samples=False)
+    accuracy = share_of_right_items(task.name, report["results"][task.name])
+    return TaskResult(task=task.name, items=report["n-samples"][task.name]["effective"], accuracy=accuracy)
+
+
+def share_of_right_items(name: str, results: Mapping[str, Any]) -> float:
+    """The first of `ACCURACIES` that a task measured, by the first of its filters of answers.
+
+    results: the harness's, with keys "METRIC,FILTER" and others. Raises ValueError if there is none.
+    """
     measured: dict[str, Any] = {}
-    for key, value in report["results"][task.name].items():
+    for key, value in results.items():
         metric, comma, _ = key.partition(",")
         if comma:
-            measured.setdefault(metric, value)  # of several filters of answers the task's first
+            measured.setdefault(metric, value)
     accuracy = next((float(measured[metric]) for metric in ACCURACIES if metric in measured), None)
     if accuracy is None:
-        raise ValueError(f"lm-eval's task {task.name} measures {', '.join(measured)}, none of {', '.join(ACCURACIES)}")
-    return TaskResult(task=task.name, items=report["n-samples"][task.name]["effective"], accuracy=accuracy)
+        raise ValueError(f"lm-eval's task {name} measures {', '.join(measured)}, none of {', '.join(ACCURACIES)}")
+    return accuracy

@@ -169,6 +169,8 @@ def test_quantize_writes_a_checkpoint_that_evaluates_and_speaks(
     assert zoo.is_packed(packed)
     out = run_well("eval", "--model", packed, "--windows", 1, *SHORT)
     assert "packed" in out
+    refused = run("eval", "--model", packed, "--smooth", 0.5)
+    assert (refused.exit_code, "--smooth needs a model that is not packed yet" in refused.stderr) == (2, True)
     speech = ("--prompt", "Hello", "--max-new-tokens", 4)
     shipped = run_well("generate", "--model", packed, *speech)
     in_memory = run_well("generate", "--model", small_model, "--recipe", recipe_file, "--which", "micromix", *speech)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import micromix_compile as micromix
 from micromix_compile import harness
-from micromix_compile.harness import load_harness_task, run_harness_task
+from micromix_compile.harness import load_harness_task, run_harness_task, share_of_right_items
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,6 +109,13 @@ def test_unknown_tasks_missing_data_and_other_metrics_are_the_users_errors(
     (tmp_path / "rows.json").unlink()
     with pytest.raises(OSError, match=r"the data of lm-eval's task .*words.yaml are not on this machine: "):
         load_harness_task(path, tokenizer)
+
+
+def test_the_first_filter_of_the_preferred_metric_counts() -> None:
+    results = {"alias": "t", "exact_match,strict": 0.1, "acc,strict": 0.2, "acc,loose": 0.3, "acc_stderr,strict": 0.4}
+    assert share_of_right_items("t", results) == 0.2
+    with pytest.raises(ValueError, match="lm-eval's task t measures word_perplexity, none of acc, exact_match"):
+        share_of_right_items("t", {"alias": "t", "word_perplexity,none": 9.0})
 
 
 def test_without_the_harness_the_command_is_named(

@@ -78,6 +78,18 @@ def test_whole_weights_equal_those_of_the_plain_steps(device: str) -> None:
     assert torch.equal(rounding.round_weight(weight, formats, moment, steps=gpu_rounding.STEPS), expected)
 
 
+def test_the_default_dtype_does_not_matter(device: str) -> None:
+    part, scale, moment = (tensor.to(device) for tensor in random_block(3, 0, 0))
+    factor, fmt = torch.eye(BLOCK_SIZE, device=device), elem_format("e4m3")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        results = gpu_rounding.compensate_block(part, scale, factor, fmt)
+        change = gpu_rounding.descend_block(part, part.clone(), scale, moment, fmt)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in (*results, change)} == {torch.float32}
+
+
 @pytest.mark.gpu
 def test_weights_on_a_gpu_are_rounded_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(48, 64, device="cuda")
