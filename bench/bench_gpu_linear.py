@@ -1,6 +1,7 @@
 """Linears on sm_90, by kernels and whole, beside BF16, FP8 and int4: times, bandwidth, flops, ratios.
 
-    python bench/bench_gpu_linear.py [--quick] [--model llama-8b ...] [--csv FILE] [--plot FILE]
+    python bench/bench_gpu_linear.py [--quick] [--model llama-8b ...] [--split 75/20/5 ...] [--csv FILE] [--plot FILE]
+    python bench/bench_gpu_linear.py --shares    what more MXFP6 and MXFP8 cost
 
 A linear is quantize, product and bias, with q, k and v as one, gate and up as one. A time is that of a CUDA graph of
 launches over copies of the weights, over 200 MB together, so that L2 does not serve them: median and 20/80 % of replays
@@ -18,6 +19,7 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +64,11 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
 }
 """(columns of each weight of the group, K) of a model's linears."""
 
-SHARES = {"75/20/5": (0.75, 0.20), "50/35/15": (0.50, 0.35)}
+SPLITS = ("75/20/5", "50/35/15")
+"""Channels in MXFP4, MXFP6 and MXFP8, percent."""
+
+SHARE_SPLITS = ("100/0/0", "90/10/0", "80/20/0", "60/40/0", "0/100/0", "90/0/10", "80/0/20", "60/0/40", "0/0/100")
+SHARE_ROWS = (1, 16, 64, 2048)
 ROWS = (1, 4, 16, 64, 256, 1024, 2048, 8192)
 QUICK_ROWS = (1, 16, 64, 256, 2048, 8192)
 INT4_ROWS = 16
@@ -180,10 +186,13 @@ def fp8_bias(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: 
     return bias
 
 
-def split_of(channels: int, shares: tuple[float, float]) -> Split:
-    """Whole blocks of K in each format."""
-    k4, k6 = (round(channels * share / BLOCK_SIZE) * BLOCK_SIZE for share in shares)
-    return k4, k6, channels - k4 - k6
+def split_of(channels: int, split: str) -> Split:
+    """Whole blocks of K in each format. split: as in `SPLITS`. Raises ValueError for anything else."""
+    shares = [int(share) for share in split.split("/")]
+    if len(shares) != 3 or sum(shares) != 100 or min(shares) < 0:
+        raise ValueError(f"a split is three shares like 75/20/5 that add up to 100, got {split!r}")
+    k6, k8 = (round(channels * share / 100 / BLOCK_SIZE) * BLOCK_SIZE for share in shares[1:])
+    return channels - k6 - k8, k6, k8
 
 
 def folded_weight(columns: int, split: Split) -> FoldedWeight:
@@ -306,7 +315,7 @@ class Linears:
     def folded(self, every_m: Sequence[int], split_name: str) -> list[Row]:
         """Ours, by kernels and whole, and the reading of the packed bytes."""
         case, found = self._case, []
-        split = split_of(case.K, SHARES[split_name])
+        split = split_of(case.K, split_name)
         first = [folded_weight(n, split) for n in case.columns]
         packed = sum(size(*weight) for weight in first)
         groups = [[FoldedWeight(*(part.clone() for part in w)) for w in first] for _ in range(copies(packed))]  # type: ignore[union-attr]
@@ -345,10 +354,10 @@ class Linears:
         return found
 
     def with_ratios(self, rows: Sequence[Row]) -> list[Row]:
-        """Whole linears beside those of FP8 and BF16 at the same M."""
+        """Whole linears beside those of FP8 and BF16 at the same M, where they were measured."""
         return [
             Row(**asdict(row) | {"to_fp8": self._fp8[row.M].us / row.us, "to_bf16": self._bf16[row.M].us / row.us})
-            if row.what.endswith("linear")
+            if row.what.endswith("linear") and row.M in self._fp8
             else row
             for row in rows
         ]
@@ -358,7 +367,7 @@ def quantizers() -> list[Row]:
     """Quantizers alone, behind nothing and an RMSNorm, beside a compiled RMSNorm, FP8's and a copy."""
     rows, channels = QUANTIZED_SHAPE
     case = Case("quantizers", (0,), channels)
-    split = split_of(channels, SHARES["75/20/5"])
+    split = split_of(channels, SPLITS[0])
     xs = [torch.randn(rows, channels, device=CUDA, dtype=BF16) for _ in range(copies(2 * rows * channels))]
     weight, perm = torch.randn(channels, device=CUDA, dtype=BF16), torch.randperm(channels, device=CUDA).to(torch.int32)
     out = torch.empty_like(xs[0])
@@ -390,7 +399,7 @@ def check() -> None:
     The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
     of K in FP8 MMA's 14 bits a few times that.
     """
-    split = split_of(1024, SHARES["50/35/15"])
+    split = split_of(1024, SPLITS[1])
     values = torch.randn(128, 1024, device=CUDA, dtype=BF16)
     perm = torch.randperm(1024, device=CUDA).to(torch.int32)
     weights = [folded_weight(n, split) for n in (256, 64)]
@@ -442,6 +451,27 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+def print_summary(rows: Sequence[Row], console: Console) -> None:
+    """Our linears by M and split: geometric means over the cases, and the slowest and fastest beside FP8."""
+    table = Table(title="geometric mean over the cases")
+    for name in ("split", "M", "us", "× FP8", "least", "most", "× BF16", "product / read"):
+        table.add_column(name, justify="right")
+    reads = {(row.case, row.split): row.us for row in rows if row.what == "read"}
+    ours = [row for row in rows if row.what == "linear" and row.split]
+    products = {(row.case, row.split, row.M): row.us for row in rows if row.what == "product"}
+    for split, m in dict.fromkeys((row.split, row.M) for row in ours):
+        group = [row for row in ours if (row.split, row.M) == (split, m)]
+        to_fp8 = [row.to_fp8 for row in group if row.to_fp8]
+        to_bf16 = [row.to_bf16 for row in group if row.to_bf16]
+        ratios = ["", "", "", ""]
+        if to_fp8:
+            ratios = [f"{x:.2f}" for x in (geometric_mean(to_fp8), min(to_fp8), max(to_fp8), geometric_mean(to_bf16))]
+        by_read = geometric_mean([products[row.case, split, m] / reads[row.case, split] for row in group])
+        us = geometric_mean([row.us for row in group])
+        table.add_row(split, str(m), f"{us:.1f}", *ratios, f"{by_read:.2f}" if m <= FEW_ROWS else "")
+    console.print(table)
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """One line a measurement."""
     with path.open("w", newline="") as file:
@@ -479,12 +509,12 @@ def cases_of(models: Sequence[str]) -> list[Case]:
     return [Case(f"{model} {name}", *shape) for model in models for name, shape in MODELS[model].items()]
 
 
-def run(cases: Sequence[Case], every_m: Sequence[int], splits: Sequence[str]) -> list[Row]:
+def run(cases: Sequence[Case], every_m: Sequence[int], splits: Sequence[str], *, only_ours: bool) -> list[Row]:
     """Everything, a case after the other."""
-    rows = quantizers()
+    rows = [] if only_ours else quantizers()
     for case in track(cases, "linears", transient=True, console=Console(stderr=True)):
         linears = Linears(case)
-        found = linears.competitors(every_m)
+        found = [] if only_ours else linears.competitors(every_m)
         for split in splits:
             found += linears.folded(every_m, split)
         rows += linears.with_ratios(found)
@@ -497,7 +527,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; llama-8b by default")
     parser.add_argument("--quick", action="store_true", help="one split and six M")
-    parser.add_argument("--split", choices=SHARES, action="append", help="may be repeated")
+    parser.add_argument("--split", action="append", metavar="4/6/8", help="percent of the channels; may be repeated")
+    parser.add_argument("--shares", action="store_true", help="splits that differ in one share, without competitors")
     parser.add_argument("--rows", type=int, action="append", metavar="M", help="may be repeated")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -510,13 +541,16 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # of the compiled quantizer: two a K, M = 1 and any other
     torch._dynamo.config.automatic_dynamic_shapes = False  # K stays a constant
     torch.manual_seed(0)
-    every_m = tuple(arguments.rows or (QUICK_ROWS if arguments.quick else ROWS))
-    splits = arguments.split or list(SHARES)[: 1 if arguments.quick else None]
+    every_m, splits = (QUICK_ROWS, SPLITS[:1]) if arguments.quick else (ROWS, SPLITS)
+    if arguments.shares:
+        every_m, splits = SHARE_ROWS, SHARE_SPLITS
+    every_m, splits = tuple(arguments.rows or every_m), tuple(arguments.split or splits)
     with torch.inference_mode():
         check()
         gc.freeze()  # every capture of a graph collects garbage
-        rows = run(cases_of(arguments.model or ["llama-8b"]), every_m, splits)
+        rows = run(cases_of(arguments.model or ["llama-8b"]), every_m, splits, only_ours=arguments.shares)
     print_table(rows, console)
+    print_summary(rows, console)
     if arguments.csv:
         write_csv(rows, arguments.csv)
     if arguments.plot:

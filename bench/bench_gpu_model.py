@@ -217,16 +217,18 @@ def llama_8b_decode(_: int) -> dict[str, Any]:
     """The 8B shape: decoding."""
     model, recipe, _ = random_llama_8b_and_recipe()
     result: dict[str, Any] = {}
-    for batch in (1, 16):
-        result[f"bf16, batch {batch}"] = decode_ms(model, {"mode": "reduce-overhead"}, batch)
+
+    def measure(name: str, model: nn.Module, **keywords: str) -> None:
+        for batch in (1, 16):
+            result[f"{name}, batch {batch}"] = decode_ms(model, keywords, batch)
+            print(f"{name}, batch {batch}", json.dumps(result[f"{name}, batch {batch}"]), flush=True)
+
     fp8 = with_fp8_linears(copy.deepcopy(model))
-    for batch in (1, 16):
-        result[f"fp8, batch {batch}"] = decode_ms(fp8, {"mode": "reduce-overhead"}, batch)
-    del fp8
-    micromix.quantize_(model, recipe)
-    for batch in (1, 16):
-        keywords = {"backend": "micromix", "mode": "reduce-overhead"}
-        result[f"micromix, batch {batch}"] = decode_ms(model, keywords, batch)
+    quantized = micromix.quantize_(copy.deepcopy(model), recipe)
+    measure("micromix", quantized, backend="micromix", mode="reduce-overhead")
+    measure("bf16", model, mode="reduce-overhead")
+    measure("fp8", fp8, mode="reduce-overhead")
+    measure("bf16 max-autotune", model, mode="max-autotune")
     return result
 
 

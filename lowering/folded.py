@@ -83,13 +83,12 @@ def _lower_folded_mm(
     ]
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
-    tile = gpu_folded.tile_for(rows)
-    split_k = gpu_folded.split_for(rows, columns, x.q.shape[1], tile)
-    partial = x.row_scale
-    if split_k > 1:
-        partial = Operand(empty([split_k, rows, sum(columns)], torch.float32, q.get_device()))
+    tile = gpu_folded.tile_for(rows, columns)
+    parts = gpu_folded.parts_for(rows, columns, x.q.shape[1], tile)
+    size = gpu_folded.partial_size(rows, columns, tile, parts)
+    partial: Any = Operand(empty([size], torch.float32, q.get_device())) if size else x.row_scale
     results: Any = [Operand(out) for out in outs]
-    launch(gpu_folded.folded_mm_call(x, weights, results, partial, fp6=fp6, tile=tile, split_k=split_k))
+    launch(gpu_folded.folded_mm_call(x, weights, results, partial, fp6=fp6, tile=tile, parts=parts))
     return outs
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from micromix_compile import folding, gpu_folded, ops, reference, target
-from micromix_compile.folding import LOCKS, FoldedActivation, factor_width
+from micromix_compile.folding import LOCKS, FoldedActivation, factor_shape
 from micromix_compile.formats import ScaleRounding
 from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight
 
@@ -161,7 +161,7 @@ def _check_folded_mm(
         columns, split = parts[0].shape[0], (2 * parts[0].shape[1], 4 * parts[1].shape[2], parts[2].shape[1])
         if sum(split) != q.shape[1]:
             raise ValueError(f"weight {i} holds {sum(split)} channels, q {q.shape[1]}")
-        expected = ((3, columns, split[1] // 4), (columns, split[2]), (columns, factor_width(split)), (columns,))
+        expected = ((3, columns, split[1] // 4), (columns, split[2]), factor_shape(columns, split), (columns,))
         for name, part, shape in zip(("w6", "w8", "w_factor", "w_row_scale"), parts[1:], expected, strict=True):
             shapes[f"{name}[{i}]"] = (part, shape)
         if bias:

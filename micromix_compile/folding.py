@@ -36,8 +36,8 @@ LOCKS: Final = 1024
 
 LARGEST: Final = 448.0
 
-FACTOR_PADDING: Final = 16
-"""Blocks: the factors of each segment fill whole words, which kernels copy without a look at their number."""
+FACTOR_WORD: Final = 4
+"""Blocks whose factors lie side by side. Words of one place in all rows do, too: kernels read many rows' at once."""
 
 MIN_FP4_EXPONENT: Final = -5
 """Of an MXFP4 weight's block relative to its row: the least at which every code is an E4M3 normal number."""
@@ -55,14 +55,14 @@ class FoldedActivation(NamedTuple):
     locks: Tensor
 
 
-def factor_width(split: Split) -> int:
-    """Factors in a row of a weight with this split."""
-    return sum(_padded_blocks(split))
+def factor_shape(rows: int, split: Split) -> tuple[int, int, int]:
+    """Of the factors of a weight with this many rows and this split."""
+    return sum(_words(split)), rows, FACTOR_WORD
 
 
-def _padded_blocks(split: Split) -> list[int]:
-    """Factors in a row of each segment: its blocks, padded."""
-    return [-(-k // BLOCK_SIZE // FACTOR_PADDING) * FACTOR_PADDING for k in split]
+def _words(split: Split) -> list[int]:
+    """Words of factors that each segment of a row takes."""
+    return [-(-k // (BLOCK_SIZE * FACTOR_WORD)) for k in split]
 
 
 def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
@@ -107,7 +107,7 @@ def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: s
 
 
 def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale: Tensor) -> Tensor:
-    """The factors of a packed weight's blocks: (N, S) uint8, each segment padded to `FACTOR_PADDING` blocks with zeros.
+    """The factors of a packed weight's blocks: uint8 of `factor_shape`, each segment padded to whole words with zeros.
 
     MXFP4: eight times the exponent relative to the row, e - r, and to -5. MXFP6 (as E4M3 bytes) and MXFP8: the upper
     byte of 2**(e - r) in float16, zero for less than 2**-16. row_scale: of `weight_row_scale`.
@@ -118,8 +118,9 @@ def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale
     for exponent in exponents[1:]:
         subnormal = torch.where(exponent == -15, 2, torch.where(exponent == -16, 1, 0))
         factors.append(torch.where(exponent >= -14, (exponent.clamp(max=15) + 15) << 2, subnormal))
-    padded = [torch.nn.functional.pad(factor, (0, -factor.shape[1] % FACTOR_PADDING)) for factor in factors]
-    return torch.cat(padded, 1).to(torch.uint8)
+    padded = [torch.nn.functional.pad(factor, (0, -factor.shape[1] % FACTOR_WORD)) for factor in factors]
+    by_row = torch.cat(padded, 1).to(torch.uint8)
+    return by_row.view(len(by_row), by_row.shape[1] // FACTOR_WORD, FACTOR_WORD).transpose(0, 1).contiguous()
 
 
 def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) -> Tensor:
@@ -128,9 +129,9 @@ def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) ->
     codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
     values = []
     for part, k, code, fmt in zip(
-        factor.split(_padded_blocks(split), 1), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True
-    ):
-        byte = part[:, : k // BLOCK_SIZE].to(torch.int16)
+        factor.split(_words(split)), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True
+    ):  # fmt: skip
+        byte = part.transpose(0, 1).flatten(1)[:, : k // BLOCK_SIZE].to(torch.int16)
         if fmt == "e2m1":
             scale = reference.scale_value((byte >> 3) + (MIN_FP4_EXPONENT + E8M0_BIAS))
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from micromix_compile import gpu, reference
 from micromix_compile.folding import LOCKS, FoldedActivation
 from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.templates.tiles import FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +23,32 @@ if TYPE_CHECKING:
 MAX_GROUP: Final = 3
 """Weights that one product takes."""
 
-EXPAND_FROM: Final = 65
-"""Rows from which on weights are expanded in memory for the library's FP8 product. On an H200 at 64 rows, us packed and
-expanded (expanding and the library in sum), N x K: 65 and 97 for 28672 x 4096, 28 and 30 for 6144 x 4096, 50 and 67 for
-4096 x 14336, 24 and 23 for 4096 x 4096. Not a bound of the kernel, which takes any M."""
+EXPAND_FROM: Final = 129
+"""Rows from which on a weight is expanded in memory for the library's FP8 product. On an H100 at 128 rows, us packed
+and expanded (expanding and the library in sum), N x K: 85 and 124 for 28672 x 4096, 52 and 76 for 4096 x 14336, 20 and
+22 for 4096 x 4096; at 256 rows 183 and 131, 87 and 77, 27 and 23. Not a bound of the kernel, which takes any M."""
+
+EXPAND_SMALL_FROM: Final = 257
+"""The same for a group of small weights, each of which would be expanded and multiplied by itself: 37 and 57 us for
+columns of 4096, 1024 and 1024 with K = 4096 at 256 rows."""
+
+SMALL_COLUMNS: Final = 8192
+"""Of a group of small weights, together."""
+
+PROCESSORS: Final = 132
+"""Of the GPUs that the figures here come from."""
+
+MAX_SPLIT: Final = 4
+
+
+class Parts(NamedTuple):
+    """How a product's tiles are shared out: `whole` of them to a program each, each of the others to `split` programs.
+
+    With a split of 1 all are whole.
+    """
+
+    whole: int
+    split: int
 
 
 class FoldedWeight(NamedTuple):
@@ -109,25 +131,27 @@ def reorder_fold_call(
 
 def folded_mm(
     x: FoldedActivation, weights: Sequence[FoldedWeight], *, fp6: str, out_dtype: torch.dtype,
-    tile: FoldedTile | None = None, split_k: int | None = None,
+    tile: FoldedTile | None = None, parts: Parts | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """`folding.folded_mm` for up to `MAX_GROUP` weights with one activation: (M, N) of each.
 
     With many rows by way of `expand_weight` and the library, with few in one launch that reads the weights packed.
-    tile, split_k: of that launch, which then takes any number of rows. Raises ValueError for more tiles than locks.
+    tile, parts: of that launch, which then takes any number of rows. Raises ValueError for more shared tiles than
+    locks.
     """
     rows, columns = x.q.shape[0], [weight.row_scale.shape[0] for weight in weights]
     rounds_once = all(weight.bias is None or weight.bias.dtype == out_dtype for weight in weights)
     if tile is None and rounds_once and uses_library(rows, columns, out_dtype):
         return [_library_mm(x, weight, fp6=fp6, out_dtype=out_dtype) for weight in weights]
     outs = [x.q.new_empty((rows, n), dtype=out_dtype) for n in columns]
-    tile = tile or tile_for(rows)
-    split_k = split_k or split_for(rows, columns, x.q.shape[1], tile)
-    partial = x.row_scale if split_k == 1 else x.row_scale.new_empty((split_k, rows, sum(columns)))
-    call = folded_mm_call(x, weights, outs, partial, fp6=fp6, tile=tile, split_k=split_k)
-    if split_k > 1 and call.grid[0] * call.grid[1] > LOCKS:
-        raise ValueError(f"split_k={split_k} takes a lock a tile, at most {LOCKS}, got {call.grid[:2]} tiles")
+    tile = tile or tile_for(rows, columns)
+    parts = parts or parts_for(rows, columns, x.q.shape[1], tile)
+    shared = tiles_of(rows, columns, tile) - parts.whole
+    if parts.split > 1 and shared > LOCKS:
+        raise ValueError(f"{parts} takes a lock for each shared tile, at most {LOCKS}, got {shared} shared tiles")
+    partial = x.row_scale.new_empty(partial_size(rows, columns, tile, parts))
     if rows * sum(columns):
+        call = folded_mm_call(x, weights, outs, partial, fp6=fp6, tile=tile, parts=parts)
         with gpu.current_device(x.q):
             call.launch()
     return outs
@@ -135,13 +159,14 @@ def folded_mm(
 
 def folded_mm_call(
     x: FoldedActivation, weights: Sequence[FoldedWeight], outs: Sequence[Tensor], partial: Tensor, *, fp6: str,
-    tile: FoldedTile, split_k: int,
+    tile: FoldedTile, parts: Parts,
 ) -> gpu.KernelCall:  # fmt: skip
-    """The launch that fills `outs`. Only shapes and dtypes are read here."""
+    """The launch that fills `outs`. partial: float32 of `partial_size`. Only shapes and dtypes are read here."""
     from micromix_compile.templates.folded_mm import folded_mm_kernel
 
     columns = [weight.row_scale.shape[0] for weight in weights]
-    tiles = [-(-n // tile.BLOCK_N) for n in columns]
+    column_tiles = [-(-n // tile.BLOCK_N) for n in columns]
+    tiles = tiles_of(x.q.shape[0], columns, tile)
     args: dict[str, Any] = {"x": x.q, "x_row_scale": x.row_scale}
     for i in range(MAX_GROUP):
         used = i if i < len(weights) else 0  # what is beyond the group is never touched
@@ -150,10 +175,11 @@ def folded_mm_call(
         args[f"out_{i}"] = outs[used]
     args |= {"partial": partial, "locks": x.locks, "M": x.q.shape[0]}
     args |= {f"N{i}": columns[i] if i < len(columns) else 0 for i in range(MAX_GROUP)}
-    args |= {**_odd_blocks(weights[0].split), "tiles0": tiles[0], "tiles1": sum(tiles[:2])}
+    args |= {**_odd_blocks(weights[0].split), "tiles0": column_tiles[0], "tiles1": sum(column_tiles[:2])}
+    args |= {"column_tiles": sum(column_tiles), "whole": parts.whole, "shared": max(tiles - parts.whole, 1)}
     return gpu.KernelCall(
         kernel=folded_mm_kernel,
-        grid=(sum(tiles), -(-x.q.shape[0] // tile.BLOCK_M), split_k),
+        grid=(parts.whole + (tiles - parts.whole) * parts.split,),
         args=args,
         constexprs={
             "FP6": fp6,
@@ -162,34 +188,56 @@ def folded_mm_call(
             "BLOCK_M": tile.BLOCK_M,
             "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K,
-            "SPLIT_K": split_k,
+            "SPLIT_K": parts.split,
+            "COPIED": tile.copied_factors,
+            "SUM_STEPS": tile.SUM_STEPS,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
 
 
-def tile_for(rows: int) -> FoldedTile:
-    """The tile for M = rows."""
+def tile_for(rows: int, columns: Sequence[int]) -> FoldedTile:
+    """The tile for M = rows and all columns together."""
+    if rows > WIDE_FOLDED_TILE.BLOCK_M // 2 and sum(columns) >= WIDE_FOLDED_TILE.BLOCK_N * PROCESSORS:
+        return WIDE_FOLDED_TILE
     return next(tile for most, tile in FOLDED_TILES if rows <= most)
 
 
-def split_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile) -> int:
-    """Into how many parts K is split: 1, 2 or 4, so that each processor gets about two programs.
+def tiles_of(rows: int, columns: Sequence[int], tile: FoldedTile) -> int:
+    """Tiles of all outputs."""
+    return sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
 
-    On an H200 at M = 16, us with 2, 4 and 8 parts: 11.3, 10.0 and 10.6 for N x K of 4096 x 4096, 13.9, 11.9 and 14.6
-    for 6144 x 4096, -, 19.5 and 21.0 for 4096 x 14336; with 1 and 2 parts 34.4 and 38.7 for 28672 x 4096.
+
+def parts_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile) -> Parts:
+    """Which tiles to share so that all processors have about as much to do, three programs each if K is long enough.
+
+    At M = 16, us with all tiles in 2, 4, 6 and 8 parts, N x K: 10.3, 9.0, 9.8, 14.0 for 4096 x 4096, 12.8, 11.5, 14.7,
+    15.6 for 6144 x 4096, 23.1, 18.3, 17.1, 21.5 for 4096 x 14336 on an H200; 448 whole tiles 37.3, of 28672 x 4096, or
+    396 and the others in two parts 34.9 on an H100. There at M = 64 15.7, 15.4, 21.6, -; 21.9, 20.7, -, -; 43.0, 31.8,
+    46.6, - for the first three.
     """
-    tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
-    split = 1
-    while split < 4 and tiles * split < 256 and channels >= 2 * split * tile.BLOCK_K:
-        split *= 2
-    return split
+    tiles = tiles_of(rows, columns, tile)
+    if tile == WIDE_FOLDED_TILE:  # one program a processor
+        return Parts(tiles, 1)
+    whole, split = tiles // PROCESSORS * PROCESSORS, 2
+    if tiles <= 3 * PROCESSORS:
+        whole, split = 0, min(3 * PROCESSORS // max(tiles, 1), channels // (2 * tile.BLOCK_K), MAX_SPLIT)
+    return Parts(whole, split) if whole < tiles and 1 < split <= channels // tile.BLOCK_K else Parts(tiles, 1)
+
+
+def partial_size(rows: int, columns: Sequence[int], tile: FoldedTile, parts: Parts) -> int:
+    """Sums that the programs of shared tiles leave for each other."""
+    if parts.split == 1:
+        return 0
+    return (tiles_of(rows, columns, tile) - parts.whole) * parts.split * tile.BLOCK_M * tile.BLOCK_N
 
 
 def uses_library(rows: int, columns: Sequence[int], out_dtype: torch.dtype) -> bool:
     """Whether a product goes through expanded weights; the library wants bfloat16 and whole groups of 16 columns."""
-    return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
+    is_small = len(columns) > 1 and sum(columns) <= SMALL_COLUMNS
+    is_long = rows >= (EXPAND_SMALL_FROM if is_small else EXPAND_FROM)
+    return is_long and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
 
 
 def _library_mm(x: FoldedActivation, weight: FoldedWeight, *, fp6: str, out_dtype: torch.dtype) -> Tensor:

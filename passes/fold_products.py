@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from micromix_compile import folded_ops, ops
-from micromix_compile.folding import factor_width
+from micromix_compile.folding import factor_shape
 from micromix_compile.gpu_folded import MAX_GROUP
 from micromix_compile.passes.pass_manager import PassContext, copy_meta
 from micromix_compile.passes.share_activations import is_quantize
@@ -119,7 +119,7 @@ def _folded_inputs(
         split = (_example(w4).shape[1] * 2, _example(w6).shape[2] * 4, _example(w8).shape[1])
         name = f"micromix_folded_{len(context.folded)}"
         folded[w_scale] = (
-            context.owner.add_input(graph, f"{name}_factor", scale.new_empty((scale.shape[0], factor_width(split)))),
+            context.owner.add_input(graph, f"{name}_factor", scale.new_empty(factor_shape(scale.shape[0], split))),
             context.owner.add_input(graph, f"{name}_row", scale.new_empty(scale.shape[0], dtype=torch.float32)),
         )
         context.folded.append(((w4, w6, w8, w_scale), str(product.args[_FP6])))  # type: ignore[arg-type]

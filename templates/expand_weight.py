@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import fold_e4m3, fold_fp4, fold_fp6, padded, spread
+from micromix_compile.templates.fold import factor_at, fold_e4m3, fold_fp4, fold_fp6, padded, spread
 
 
 @triton.jit
-def _expand_fp4(w4, factors, out, inside, blocks4, step, STEP: tl.constexpr):
+def _expand_fp4(w4, factors, word_stride, out, inside, blocks4, step, STEP: tl.constexpr):
     block = step * STEP + tl.arange(0, STEP)[None, :]
-    factor = tl.load(factors + block, mask=inside & (block < blocks4), other=0)
+    factor = tl.load(factor_at(factors, word_stride, block), mask=inside & (block < blocks4), other=0)
     byte = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
     mask = inside & (byte < blocks4 * 16)
     packed = tl.load(w4 + byte, mask=mask, other=0)
@@ -19,9 +19,11 @@ def _expand_fp4(w4, factors, out, inside, blocks4, step, STEP: tl.constexpr):
 
 
 @triton.jit
-def _expand_fp6(w6, plane, factors, out, inside, blocks6, step, FP6: tl.constexpr, STEP: tl.constexpr):
+def _expand_fp6(
+    w6, plane, factors, word_stride, out, inside, blocks6, step, FP6: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
     block = step * STEP + tl.arange(0, STEP)[None, :]
-    factor = tl.load(factors + block, mask=inside & (block < blocks6), other=0)
+    factor = tl.load(factor_at(factors, word_stride, block), mask=inside & (block < blocks6), other=0)
     width = blocks6 * 8
     byte = step * (STEP * 8) + tl.arange(0, STEP * 8)[None, :]
     mask = inside & (byte < width)
@@ -37,9 +39,9 @@ def _expand_fp6(w6, plane, factors, out, inside, blocks6, step, FP6: tl.constexp
 
 
 @triton.jit
-def _expand_fp8(w8, factors, out, inside, blocks8, step, STEP: tl.constexpr):
+def _expand_fp8(w8, factors, word_stride, out, inside, blocks8, step, STEP: tl.constexpr):
     block = step * STEP + tl.arange(0, STEP)[None, :]
-    factor = tl.load(factors + block, mask=inside & (block < blocks8), other=0)
+    factor = tl.load(factor_at(factors, word_stride, block), mask=inside & (block < blocks8), other=0)
     byte = step * (STEP * 32) + tl.arange(0, STEP * 32)[None, :]
     mask = inside & (byte < blocks8 * 32)
     folded = fold_e4m3(tl.load(w8 + byte, mask=mask, other=0), spread(factor, 32))
@@ -62,23 +64,24 @@ def expand_weight_kernel(
     blocks = blocks4 + blocks6 + blocks8
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
-    padded4 = padded(blocks4)
-    padded6 = padded(blocks6)
+    word_stride = N * 4
+    words4 = padded(blocks4) // 4
+    words6 = padded(blocks6) // 4
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     inside = n < N
     n = n.to(tl.int64)
-    factors = w_factor + n * (padded4 + padded6 + padded(blocks8))
+    factors = w_factor + n * 4
     out += n * (blocks * 32)
     step = tl.program_id(1)
     if step < steps4:
-        _expand_fp4(w4 + n * (blocks4 * 16), factors, out, inside, blocks4, step, STEP)
+        _expand_fp4(w4 + n * (blocks4 * 16), factors, word_stride, out, inside, blocks4, step, STEP)
     elif step < steps4 + steps6:
         _expand_fp6(
-            w6 + n * (blocks6 * 8), (blocks6 * 8).to(tl.int64) * N, factors + padded4, out + blocks4 * 32, inside,
-            blocks6, step - steps4, FP6, STEP,
+            w6 + n * (blocks6 * 8), (blocks6 * 8).to(tl.int64) * N, factors + words4 * word_stride,
+            word_stride, out + blocks4 * 32, inside, blocks6, step - steps4, FP6, STEP,
         )  # fmt: skip
     else:
         _expand_fp8(
-            w8 + n * (blocks8 * 32), factors + padded4 + padded6, out + (blocks4 + blocks6) * 32, inside, blocks8,
-            step - steps4 - steps6, STEP,
+            w8 + n * (blocks8 * 32), factors + (words4 + words6) * word_stride, word_stride,
+            out + (blocks4 + blocks6) * 32, inside, blocks8, step - steps4 - steps6, STEP,
         )  # fmt: skip

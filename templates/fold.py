@@ -141,8 +141,14 @@ def spread(per_block, WIDTH: tl.constexpr):
 
 @triton.jit
 def padded(blocks):
-    """Factors of a segment in memory: see `folding.FACTOR_PADDING`."""
-    return tl.cdiv(blocks, 16) * 16
+    """Factors of a row and segment in memory: see `folding.FACTOR_WORD`."""
+    return tl.cdiv(blocks, 4) * 4
+
+
+@triton.jit
+def factor_at(rows, word_stride, block):
+    """Where a block's factor is. rows: pointers to a segment's first. word_stride: bytes from four to the next four."""
+    return rows + block // 4 * word_stride + block % 4
 
 
 @triton.jit

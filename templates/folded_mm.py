@@ -1,16 +1,16 @@
 """Product of folded activations and packed weights (sm_90): one launch, weights unpacked in registers.
 
 The weights are the left operand of FP8 MMA, which takes it from registers. Up to three weights that read one activation
-(q, k and v; gate and up) are one launch: a program belongs to one of them.
+(q, k and v; gate and up) are one launch: a tile belongs to one of them.
 
-With SPLIT_K > 1 programs share a tile: each writes its sum, and the last to arrive adds all of them, in order, so that
-the result does not depend on who came last.
+A tile is one program's, or SPLIT_K programs share it: each writes its sum, and the last to arrive adds all of them, in
+order, so that the result does not depend on who came last.
 """
 
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import e4m3_to_float32, fold_e4m3, fold_fp4, fold_fp6, padded, spread
+from micromix_compile.templates.fold import e4m3_to_float32, factor_at, fold_e4m3, fold_fp4, fold_fp6, padded, spread
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -19,6 +19,22 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def _load(rows, column, stop):
     """Bytes at `column` of each row, zeros from `stop` on. rows: (R, 1) pointers. column: (1, C)."""
     return tl.load(rows + column, mask=column < stop, other=0)
+
+
+@triton.jit
+def _factors(rows, word_stride, step, blocks, STEP: tl.constexpr, COPIED: tl.constexpr):
+    """(R, STEP) factors of a step. rows: (R, 1) pointers to a segment's. word_stride: bytes from four to the next four.
+
+    COPIED: as many columns as give each thread four bytes to copy, STEP or twice that; fewer are not copied ahead.
+    """
+    column = tl.arange(0, COPIED)[None, :]
+    mask = (column < STEP) & (step * STEP + column < padded(blocks))
+    factor = tl.load(factor_at(rows, word_stride, step * STEP + column), mask=mask, other=0)
+    if COPIED != STEP:
+        tl.static_assert(COPIED == 2 * STEP)
+        pairs = tl.reshape(factor, (factor.shape[0], 2, STEP))
+        factor, _ = tl.split(tl.permute(pairs, (0, 2, 1)))
+    return factor
 
 
 @triton.jit
@@ -38,27 +54,36 @@ def _dot(w, x, inside, column, stop, acc):
 
 
 @triton.jit
+def _bound(part, steps4, steps6, steps8, parts):
+    """The step at which a part begins: parts read about the same number of bytes, 2 for a step of MXFP4 to 3 and 4."""
+    place = part * (steps4 * 2 + steps6 * 3 + steps8 * 4) // parts
+    in6 = tl.maximum(place - steps4 * 2, 0)
+    in8 = tl.maximum(in6 - steps6 * 3, 0)
+    return tl.minimum(tl.cdiv(place, 2), steps4) + tl.minimum(tl.cdiv(in6, 3), steps6) + tl.cdiv(in8, 4)
+
+
+@triton.jit
 def folded_mm_tile(
-    x, inside, w4, w6, w8, factors, plane, n, blocks4, blocks6, blocks8, part,
-    FP6: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    x, inside, w4, w6, w8, factors, plane, n, word_stride, blocks4, blocks6, blocks8, part, parts,
+    FP6: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COPIED: tl.constexpr,
+    SUM_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Sum over part `part` of SPLIT_K of a tile's steps: (BLOCK_N, BLOCK_M) float32, in units of both row scales.
+    """Sum over part `part` of `parts` of a tile's steps: (BLOCK_N, BLOCK_M) float32, in units of both row scales.
 
     x, w4, w6, w8, factors: pointers to the tile's first rows. inside: (BLOCK_M,), which rows of x there are. n:
     (BLOCK_N,), rows of w from the first. plane: bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about
-    14 bits: each step has a sum of its own.
+    14 bits: with SUM_STEPS each step has a sum of its own.
     """
     STEP: tl.constexpr = BLOCK_K // 32  # blocks
-    blocks_of_step = tl.arange(0, STEP)[None, :]
     n = n[:, None]
     inside = inside[:, None]
     x += tl.arange(0, BLOCK_M)[:, None] * ((blocks4 + blocks6 + blocks8) * 32)
-    factors += n * (padded(blocks4) + padded(blocks6) + padded(blocks8))
+    factors += n * 4
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
-    steps = steps4 + steps6 + tl.cdiv(blocks8, STEP)
-    first = part * steps // SPLIT_K
-    last = (part + 1) * steps // SPLIT_K
+    steps8 = tl.cdiv(blocks8, STEP)
+    first = _bound(part, steps4, steps6, steps8, parts)
+    last = _bound(part + 1, steps4, steps6, steps8, parts)
     zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = zero
 
@@ -66,43 +91,60 @@ def folded_mm_tile(
     w4 += n * half
     for step in range(first, min(last, steps4)):
         column = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
-        factor = _load(factors, step * STEP + blocks_of_step, padded(blocks4))
+        factor = _factors(factors, word_stride, step, blocks4, STEP, COPIED)
         low, high = fold_fp4(_load(w4, column, half), spread(factor, 16))
-        part_sum = _dot(low, x, inside, column, half, zero)
-        acc += _dot(high, x + half, inside, column, half, part_sum)
+        step_sum = _dot(low, x, inside, column, half, zero if SUM_STEPS else acc)
+        step_sum = _dot(high, x + half, inside, column, half, step_sum)
+        acc = acc + step_sum if SUM_STEPS else step_sum
 
     first = tl.maximum(first - steps4, 0)
     last = last - steps4
     width = blocks6 * 8
     w6 += n * width
     x += blocks4 * 32
-    factors += padded(blocks4)
+    factors += padded(blocks4) // 4 * word_stride
     for step in range(first, min(last, steps6)):
         column = step * (STEP * 8) + tl.arange(0, STEP * 8)[None, :]
         plane0 = _load(w6, column, width)
         plane1 = _load(w6 + plane, column, width)
         plane2 = _load(w6 + 2 * plane, column, width)
-        factor = _load(factors, step * STEP + blocks_of_step, padded(blocks6))
+        factor = _factors(factors, word_stride, step, blocks6, STEP, COPIED)
         w_0, w_1, w_2, w_3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
-        part_sum = _dot(w_0, x, inside, column, width, zero)
-        part_sum = _dot(w_1, x + width, inside, column, width, part_sum)
-        part_sum = _dot(w_2, x + 2 * width, inside, column, width, part_sum)
-        acc += _dot(w_3, x + 3 * width, inside, column, width, part_sum)
+        step_sum = _dot(w_0, x, inside, column, width, zero if SUM_STEPS else acc)
+        step_sum = _dot(w_1, x + width, inside, column, width, step_sum)
+        step_sum = _dot(w_2, x + 2 * width, inside, column, width, step_sum)
+        step_sum = _dot(w_3, x + 3 * width, inside, column, width, step_sum)
+        acc = acc + step_sum if SUM_STEPS else step_sum
 
     first = tl.maximum(first - steps6, 0)
     last = last - steps6
     width = blocks8 * 32
     w8 += n * width
     x += blocks6 * 32
-    factors += padded(blocks6)
+    factors += padded(blocks6) // 4 * word_stride
     for step in range(first, last):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-        factor = _load(factors, step * STEP + blocks_of_step, padded(blocks8))
-        acc += _dot(fold_e4m3(_load(w8, column, width), spread(factor, 32)), x, inside, column, width, zero)
+        factor = _factors(factors, word_stride, step, blocks8, STEP, COPIED)
+        w = fold_e4m3(_load(w8, column, width), spread(factor, 32))
+        step_sum = _dot(w, x, inside, column, width, zero if SUM_STEPS else acc)
+        acc = acc + step_sum if SUM_STEPS else step_sum
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "odd4", "odd6", "odd8", "tiles0", "tiles1"])
+@triton.jit
+def _store(
+    acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = acc * scales + bias, rounded once. acc: (BLOCK_N, BLOCK_M)."""
+    result = acc * tl.load(w_row_scale + n, mask=n < N, other=0.0)[:, None]
+    result *= tl.load(x_row_scale + m, mask=m < M, other=0.0)[None, :]
+    if HAS_BIAS:
+        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    cell = m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out + cell, result.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "odd4", "odd6", "odd8", "tiles0", "tiles1", "column_tiles", "whole", "shared"])
 def folded_mm_kernel(
     x,  # (M, K) uint8: E4M3 bytes
     x_row_scale,  # (M,) float32
@@ -110,19 +152,31 @@ def folded_mm_kernel(
     w4_1, w6_1, w8_1, w_factor_1, w_row_scale_1, bias_1,
     w4_2, w6_2, w8_2, w_factor_2, w_row_scale_2, bias_2,
     out_0, out_1, out_2,  # (M, N0) and so on
-    partial,  # (SPLIT_K, M, N0 + N1 + N2) float32, unused if SPLIT_K is 1
-    locks,  # at least as many int32 zeros as tiles; zeros again afterwards
+    partial,  # (shared tiles, SPLIT_K, BLOCK_N, BLOCK_M) float32, unused if SPLIT_K is 1
+    locks,  # at least as many int32 zeros as shared tiles; zeros again afterwards
     M, N0, N1, N2,
     odd4, odd6, odd8,  # 2 * blocks + 3, see `reorder_fold`
     tiles0, tiles1,  # columns of tiles of the first weight, and of the first two
+    column_tiles,  # of all weights
+    whole, shared,  # tiles that are one program's, all if SPLIT_K is 1, and the others
     FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, COPIED: tl.constexpr, SUM_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Each out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once.
 
-    Grid: (column tiles, row tiles, SPLIT_K).
+    Grid: the whole tiles, then the first parts of all shared ones, the second parts, and so on; row after row of tiles.
+    Parts take their time, and it is programs that are far apart that run on one processor.
     """
-    pid_n = tl.program_id(0)
+    tile = tl.program_id(0)
+    part = 0
+    parts = 1
+    if SPLIT_K > 1:
+        beyond = tl.maximum(tile - whole, 0)
+        part = beyond // shared
+        parts = tl.where(tile < whole, 1, SPLIT_K)
+        tile = tl.minimum(tile, whole + beyond % shared)
+    column_tile = tile % column_tiles
+    pid_n = column_tile
     w4 = w4_0
     w6 = w6_0
     w8 = w8_0
@@ -131,9 +185,8 @@ def folded_mm_kernel(
     bias = bias_0
     out = out_0
     N = N0
-    n_first = 0  # of this weight, in partial
     if GROUPS > 1:
-        is_second = pid_n >= tiles0
+        is_second = column_tile >= tiles0
         w4 = tl.where(is_second, w4_1, w4)
         w6 = tl.where(is_second, w6_1, w6)
         w8 = tl.where(is_second, w8_1, w8)
@@ -143,10 +196,9 @@ def folded_mm_kernel(
             bias = tl.where(is_second, bias_1, bias)
         out = tl.where(is_second, out_1, out)
         N = tl.where(is_second, N1, N)
-        n_first = tl.where(is_second, N0, n_first)
-        pid_n = tl.where(is_second, pid_n - tiles0, pid_n)
+        pid_n = tl.where(is_second, column_tile - tiles0, pid_n)
     if GROUPS > 2:
-        is_third = tl.program_id(0) >= tiles1
+        is_third = column_tile >= tiles1
         w4 = tl.where(is_third, w4_2, w4)
         w6 = tl.where(is_third, w6_2, w6)
         w8 = tl.where(is_third, w8_2, w8)
@@ -156,53 +208,43 @@ def folded_mm_kernel(
             bias = tl.where(is_third, bias_2, bias)
         out = tl.where(is_third, out_2, out)
         N = tl.where(is_third, N2, N)
-        n_first = tl.where(is_third, N0 + N1, n_first)
-        pid_n = tl.where(is_third, tl.program_id(0) - tiles1, pid_n)
+        pid_n = tl.where(is_third, column_tile - tiles1, pid_n)
 
-    # Rows of x outside are not read: all programs read the same rows, and sixteen times the only one is a bottleneck in
-    # L2. Rows of w outside are read as the last one. Inside a tile offsets are short, which saves registers.
-    m_first = tl.program_id(1) * BLOCK_M
-    n_tile = pid_n * BLOCK_N
+    # Rows of x outside are not read. Rows of w outside are read as the last one. Inside a tile offsets are short, which
+    # saves registers.
+    m_first = tile // column_tiles * BLOCK_M
+    n_first = pid_n * BLOCK_N
     m = m_first + tl.arange(0, BLOCK_M)
-    n = n_tile + tl.arange(0, BLOCK_N)
-    n_local = tl.minimum(n, N - 1) - n_tile
+    n = n_first + tl.arange(0, BLOCK_N)
+    n_local = tl.minimum(n, N - 1) - n_first
     blocks4 = (odd4 >> 1) - 1
     blocks6 = (odd6 >> 1) - 1
     blocks8 = (odd8 >> 1) - 1
     x += m_first.to(tl.int64) * ((blocks4 + blocks6 + blocks8) * 32)
-    w4 += n_tile.to(tl.int64) * (blocks4 * 16)
-    w6 += n_tile.to(tl.int64) * (blocks6 * 8)
-    w8 += n_tile.to(tl.int64) * (blocks8 * 32)
-    w_factor += n_tile.to(tl.int64) * (padded(blocks4) + padded(blocks6) + padded(blocks8))
+    w4 += n_first.to(tl.int64) * (blocks4 * 16)
+    w6 += n_first.to(tl.int64) * (blocks6 * 8)
+    w8 += n_first.to(tl.int64) * (blocks8 * 32)
+    w_factor += n_first.to(tl.int64) * 4
     plane = tl.cast(N, tl.int64) * (blocks6 * 8)
     acc = folded_mm_tile(
-        x, m < M, w4, w6, w8, w_factor, plane, n_local, blocks4, blocks6, blocks8, tl.program_id(2), FP6, BLOCK_M,
-        BLOCK_N, BLOCK_K, SPLIT_K,
+        x, m < M, w4, w6, w8, w_factor, plane, n_local, N * 4, blocks4, blocks6, blocks8, part, parts, FP6, BLOCK_M,
+        BLOCK_N, BLOCK_K, COPIED, SUM_STEPS,
     )  # fmt: skip
-    columns = N0
-    if GROUPS > 1:
-        columns += N1
-    if GROUPS > 2:
-        columns += N2
-    inside = (m < M)[None, :] & (n < N)[:, None]
-    m = m.to(tl.int64)
-    cell = m[None, :] * columns + n_first + n[:, None]
-    is_last = True
-    if SPLIT_K > 1:
-        size = tl.cast(M, tl.int64) * columns
-        tl.store(partial + tl.program_id(2) * size + cell, acc, mask=inside)
+    if SPLIT_K == 1:
+        _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)
+    elif parts == 1:
+        _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        sums = partial + (tile - whole) * (SPLIT_K * SIZE) + cell
+        tl.store(sums + part * SIZE, acc)
         tl.debug_barrier()  # all threads' sums are written before the one that counts says so
-        lock = locks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        is_last = tl.atomic_add(lock, 1, sem="acq_rel") == SPLIT_K - 1
-    if is_last:
-        if SPLIT_K > 1:
+        lock = locks + (tile - whole)
+        if tl.atomic_add(lock, 1, sem="acq_rel") == SPLIT_K - 1:
             tl.debug_barrier()
-            acc = tl.load(partial + cell, mask=inside, other=0.0, cache_modifier=".cg")
+            total = tl.load(sums, cache_modifier=".cg")
             for other in tl.static_range(1, SPLIT_K):
-                acc += tl.load(partial + other * size + cell, mask=inside, other=0.0, cache_modifier=".cg")
+                total += tl.load(sums + other * SIZE, cache_modifier=".cg")
             tl.store(lock, 0)
-        w_rows = tl.load(w_row_scale + n, mask=n < N, other=0.0)
-        result = acc * w_rows[:, None] * tl.load(x_row_scale + m, mask=m < M, other=0.0)[None, :]
-        if HAS_BIAS:
-            result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + m[None, :] * N + n[:, None], result.to(out.dtype.element_ty), mask=inside)
+            _store(total, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)

@@ -75,25 +75,38 @@ _ANY: Final = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class FoldedTile:
-    """One program's share of `folded_mm_kernel`: (BLOCK_M, BLOCK_N) of the output in steps of BLOCK_K."""
+    """One program's share of `folded_mm_kernel`: (BLOCK_M, BLOCK_N) of the output in steps of BLOCK_K.
+
+    SUM_STEPS: each step has a sum of its own, for the matrix instructions add with about 14 bits. Without, they add
+    over all of K, as the library's do with fast accumulation, which leaves registers for larger tiles.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    SUM_STEPS: bool = True
+
+    @property
+    def copied_factors(self) -> int:
+        """`COPIED` of the kernel: factors of a row and step, or twice that if a thread would have less than 4 bytes."""
+        factors = self.BLOCK_K // 32
+        return factors if factors * self.BLOCK_N >= 4 * 32 * self.num_warps else 2 * factors
 
 
-# Swept on an H200, CUDA-graph replay over rotating weights, a 75/20/5 split. At M = 16: 34.4 us for N x K of
-# 28672 x 4096, 19.5 for 4096 x 14336, 11.9 for 6144 x 4096, 10.0 for 4096 x 4096; with two stages 35.5, 21.0, 12.0 and
-# 10.6; with steps of 128 channels 47 and 15 for the first and third. At M = 32: 43.9 for the first, with steps of 256
-# 46.8. At M = 64: 63.4; 76 with steps of 128; 89 with 128 columns and 8 warps.
+# Swept with CUDA-graph replay over rotating weights, a 75/20/5 split, N x K of 28672 x 4096. On an H200 at M = 16,
+# 33.1 us; with steps of 128 channels 35.9, with four stages, of which three programs fit a processor, 41.5. At M = 32,
+# 38.5; with steps of 256 channels 46.2. At M = 64, 53.0; with a sum a step 64.0, with 128 columns and 8 warps 55.1.
 FOLDED_TILES: Final = (
     (16, FoldedTile(16, 64, 256, 4, 3)),
     (32, FoldedTile(32, 64, 128, 4, 3)),
-    (_ANY, FoldedTile(64, 64, 256, 4, 2)),
+    (_ANY, FoldedTile(64, 64, 128, 4, 3, SUM_STEPS=False)),
 )
 """Per largest number of rows."""
+
+WIDE_FOLDED_TILE: Final = FoldedTile(128, 128, 128, 8, 3, SUM_STEPS=False)
+"""For more rows than 64 and many columns. On an H100 at M = 128 85 us instead of 101, but with few tiles 85 for 55."""
 
 FAMILIES: Final[Mapping[str, Family]] = {
     # tcgen05: at least 128 rows on the left, 4 or 8 warps; anything else falls silently back to bfloat16.

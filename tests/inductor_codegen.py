@@ -24,7 +24,7 @@ from torch._inductor import config
 import micromix_compile.lowering.folded
 import micromix_compile.lowering.mixed_mx_mm
 import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
-from micromix_compile import folded_ops, ops
+from micromix_compile import folded_ops, folding, ops
 from micromix_compile.lowering import torch_compat
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.offline import mma_kind
@@ -82,8 +82,8 @@ def folded_mlp(x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, *weig
 
 
 def folded_specs(rows: int, split: Sequence[int]) -> list[Spec]:
-    factors = sum(-(-k // 512) * 16 for k in split)
-    return [*weight_specs(rows, split, fp4=False)[:3], ((rows, factors), torch.uint8), ((rows,), torch.float32)]
+    factors = folding.factor_shape(rows, split)
+    return [*weight_specs(rows, split, fp4=False)[:3], (factors, torch.uint8), ((rows,), torch.float32)]
 
 
 def quantized(x: Tensor, perm: Tensor) -> Any:

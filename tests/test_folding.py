@@ -234,10 +234,10 @@ def test_a_folded_weight_is_the_mx_weight_within_the_bounds(case: tuple[Tensor, 
 def test_factors_fill_whole_words_with_zeros(split: Split) -> None:
     x = reference.reorder_quantize(torch.randn(3, sum(split)), torch.arange(sum(split)), split, fp6="e2m3")
     factor = folded_weight(x, "e2m3").factor
-    stored = [-(-k // (BLOCK_SIZE * folding.FACTOR_PADDING)) * folding.FACTOR_PADDING for k in split]
-    assert factor.shape == (3, sum(stored))
-    for part, k in zip(factor.split(stored, 1), split, strict=True):
-        assert not part[:, k // BLOCK_SIZE :].any()
+    words = [-(-k // (BLOCK_SIZE * folding.FACTOR_WORD)) for k in split]
+    assert factor.shape == folding.factor_shape(3, split) == (sum(words), 3, folding.FACTOR_WORD)
+    for part, k in zip(factor.split(words), split, strict=True):
+        assert not part.transpose(0, 1).flatten(1)[:, k // BLOCK_SIZE :].any()
 
 
 def test_factors_are_what_the_docstring_says_for_every_exponent() -> None:
@@ -249,7 +249,7 @@ def test_factors_are_what_the_docstring_says_for_every_exponent() -> None:
     w6 = torch.zeros(3, 1, 8 * blocks_, dtype=torch.uint8)
     w8 = torch.zeros(1, 32 * blocks_, dtype=torch.uint8)
     assert folding.weight_row_scale(w4, w6, w8, scale, "e2m3").item() == 1.0
-    factor = folding.weight_factor(w4, w6, w8, scale, torch.ones(1))[0].unflatten(0, (3, -1))[:, :blocks_]
+    factor = folding.weight_factor(w4, w6, w8, scale, torch.ones(1)).reshape(3, -1)[:, :blocks_]
     assert torch.equal(factor[0].int(), 8 * (relative.clamp(min=-5) + 5).int())
     want = torch.where(relative < -16, 0.0, torch.exp2(relative.float()))
     for part in factor[1:]:
@@ -324,7 +324,7 @@ def test_the_ops_pass_the_checks_of_torch_library() -> None:
     [
         (1, torch.zeros(4), r"row_scale must have shape \(3,\), got \(4,\)"),
         (4, [torch.zeros(3, 40, 0, dtype=torch.uint8)], r"weight 0 holds 64 channels, q 96"),
-        (6, [torch.zeros(40, 3, dtype=torch.uint8)], r"w_factor\[0\] must have shape \(40, 48\), got \(40, 3\)"),
+        (6, [torch.zeros(40, 3, dtype=torch.uint8)], r"w_factor\[0\] must have shape \(3, 40, 4\), got \(40, 3\)"),
         (8, [torch.zeros(39)], r"bias\[0\] must have shape \(40,\), got \(39,\)"),
         (8, [torch.zeros(40)] * 2, r"w4 must list 1 to 3 weights, bias as many or none, got 1 and 2"),
     ],

@@ -15,7 +15,7 @@ from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.gpu_folded import FoldedWeight
 from micromix_compile.lowering import offline
 from micromix_compile.lowering.offline import Compiled, Kernel
-from micromix_compile.templates.tiles import FAMILIES, FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import FAMILIES, FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
 
 CAPABILITY = 90
 
@@ -37,10 +37,10 @@ class Case:
     @property
     def kernel(self) -> Kernel:
         more = self.groups > 1
+        split_k = 4 if more and self.tile != WIDE_FOLDED_TILE else 1
         return offline.folded_mm(
-            CAPABILITY, self.tile, fp6=self.fp6, groups=self.groups, bias=more, split_k=4 if more else 1,
-            columns=self.columns,
-        )  # fmt: skip
+            CAPABILITY, self.tile, fp6=self.fp6, groups=self.groups, bias=more, split_k=split_k, columns=self.columns
+        )
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -66,13 +66,12 @@ def reorder_fold(producer: str, channels: int, *, w_fp4: bool = False) -> Kernel
 
 def expand_weight(fp6: str) -> Kernel:
     k4, k6, k8 = split_of(4096)
-    weight = FoldedWeight(
-        meta(64, k4 // 2), meta(3, 64, k6 // 4), meta(64, k8), meta(64, 144), meta(64, dtype=torch.float32)
-    )
+    parts = (64, k4 // 2), (3, 64, k6 // 4), (64, k8), folding.factor_shape(64, (k4, k6, k8))
+    weight = FoldedWeight(*(meta(*shape) for shape in parts), meta(64, dtype=torch.float32))
     return kernel_of(gpu_folded.expand_call(weight, meta(64, 4096), fp6=fp6), CAPABILITY)
 
 
-TILES = tuple(dict.fromkeys(tile for _, tile in FOLDED_TILES))
+TILES = (*(tile for _, tile in FOLDED_TILES), WIDE_FOLDED_TILE)
 PRODUCTS = [Case(*parts) for parts in product(TILES, FP6_FORMATS, (1, gpu_folded.MAX_GROUP))]
 PRODUCTS += [Case(TILES[0], "e2m3", 1, columns) for columns in (1, 999)]
 OTHERS = {

@@ -16,9 +16,9 @@ from torch.nn.functional import silu
 from micromix_compile import folding, gpu_folded, ops, packing, reference
 from micromix_compile.folding import FoldedActivation
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
-from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.gpu_folded import FoldedWeight, Parts
 from micromix_compile.reference import FLOAT_DTYPES
-from micromix_compile.templates.tiles import FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +32,7 @@ pytestmark = [
 
 Split = tuple[int, int, int]
 
+ALL_TILES = (*(tile for _, tile in FOLDED_TILES), WIDE_FOLDED_TILE)
 SEGMENTS = {"e2m1": (1, 0, 0), "e2m3": (0, 1, 0), "e3m2": (0, 1, 0), "e4m3": (0, 0, 1)}
 TOP = ReorderCase(torch.full((1, 32), 3.4e38), torch.arange(32), (32, 0, 0), "e2m3", ScaleRounding.RCEIL)
 
@@ -298,7 +299,8 @@ def every_code_under_every_factor(fmt: str) -> FoldedWeight:
     w4 = packing.pack_fp4(codes) if fmt == "e2m1" else codes[:, :0]
     w6 = packing.pack_fp6(aligned, fmt if fmt in FP6_FORMATS else "e2m3")
     w8 = codes if fmt == "e4m3" else codes[:, :0]
-    factor = factors[:, None].repeat(1, folding.FACTOR_PADDING)
+    words = -(-codes.shape[1] // (BLOCK_SIZE * folding.FACTOR_WORD))
+    factor = factors[None, :, None].repeat(words, 1, folding.FACTOR_WORD)
     return FoldedWeight(w4, w6, w8, factor, torch.ones(len(factors)))
 
 
@@ -313,16 +315,17 @@ def test_every_code_is_folded_under_every_factor(device: str, fmt: str) -> None:
 def tiles_on(device: str) -> tuple[FoldedTile, ...]:
     """All tiles on a GPU; in the interpreter small ones, for several programs and steps."""
     if device == "cpu":
-        return FoldedTile(16, 32, 64, 4, 2), FoldedTile(32, 16, 128, 4, 2)
-    return tuple(dict.fromkeys(tile for _, tile in FOLDED_TILES))
+        return FoldedTile(16, 32, 64, 4, 2), FoldedTile(32, 16, 128, 4, 2, SUM_STEPS=False)
+    return ALL_TILES
 
 
 def multiply(
     x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, tile: FoldedTile | None, split_k: int | None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype = torch.float32, whole: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The products side by side."""
-    outs = gpu_folded.folded_mm(x, weights, fp6=fp6, out_dtype=out_dtype, tile=tile, split_k=split_k)
+    """The products side by side. whole: tiles that are not shared."""
+    parts = None if split_k is None else Parts(whole, split_k)
+    outs = gpu_folded.folded_mm(x, weights, fp6=fp6, out_dtype=out_dtype, tile=tile, parts=parts)
     assert all(out.dtype == out_dtype and out.is_contiguous() for out in outs)
     assert not x.locks.any(), "locks are left"
     return torch.cat(outs, 1)
@@ -341,7 +344,8 @@ def integers(
     """Operands of which every sum is exact, in any order, in float32 and in the 14 bits of sm_90's FP8 MMA.
 
     x has four entries of ±1 or ±2 a block, w integers up to 7 or twice that: a step of 8 blocks adds at most 32
-    products up to 28, 896 < 2**13, and 28,672 channels less than 2**17. Up to 2,048 channels stay below 2**13 too.
+    products up to 28, 896 < 2**13, and 28,672 channels less than 2**17. Up to 2,048 channels stay below 2**13 too, and
+    all do that the instruction adds in one sum: 2**13 is 12 standard deviations of 28,672 channels' sum.
     """
     blocks = sum(split) // BLOCK_SIZE
 
@@ -394,7 +398,12 @@ def test_product_of_any_shape_and_group(
     x = folded_rows(rows, split, fp6, w_fp4=w_fp4, device=device)
     weights = [random_weight(n, w_split, fp6, bias=bias, device=device) for n in columns]
     got = multiply(x, weights, fp6, tile, split_k)
-    assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=0 if device == "cpu" else tile.BLOCK_K)
+    assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=0 if device == "cpu" else mma_channels(tile, x))
+
+
+def mma_channels(tile: FoldedTile, x: FoldedActivation) -> int:
+    """The most that matrix instructions add to one sum."""
+    return tile.BLOCK_K if tile.SUM_STEPS else x.q.shape[1]
 
 
 @pytest.mark.parametrize(("split_k", "columns"), [(1, (33, 16, 5)), (2, (1,)), (4, (35,)), (8, (33, 5))])
@@ -454,24 +463,47 @@ def test_the_product_reads_what_the_fold_wrote(device: str) -> None:
     assert torch.equal(multiply(x, weights, "e3m2", tile, 2), first)
 
 
-def test_parts_of_k_never_outnumber_the_locks_or_the_steps() -> None:
+@pytest.mark.parametrize("whole", [1, 4, 5])
+def test_some_tiles_are_whole_and_some_shared(device: str, whole: int) -> None:
+    x, weights = integers(20, (33, 16), (96, 64, 32), "e2m3", device=device)
+    tile = tiles_on(device)[0]
+    want = exact_integers(x, weights, "e2m3")
+    assert gpu_folded.tiles_of(20, (33, 16), tile) > whole
+    for split_k in (2, 3):
+        assert_equal_but_for_one_rounding(multiply(x, weights, "e2m3", tile, split_k, whole=whole), want)
+
+
+def test_more_shared_tiles_than_locks_are_refused(device: str) -> None:
+    x, weights = integers(1, (16,), (32, 0, 0), "e2m3", device=device)
+    tile = FoldedTile(16, 16, 64, 4, 2)
+    many = x._replace(q=x.q.expand(16 * (folding.LOCKS + 1), 32), row_scale=x.row_scale.expand(16 * folding.LOCKS + 16))
+    with pytest.raises(ValueError, match=r"Parts\(whole=0, split=2\) takes a lock .* at most 1024, got 1025 shared"):
+        multiply(many, weights, "e2m3", tile, 2)
+
+
+def test_shared_tiles_never_outnumber_the_locks_nor_parts_the_steps() -> None:
     for rows in (1, 16, 17, 64, 65, 1000, 100_000):
-        tile = gpu_folded.tile_for(rows)
-        assert rows <= tile.BLOCK_M or tile == FOLDED_TILES[-1][1]
         for columns in ([1], [4096], [4096, 1024, 1024], [14336, 14336], [152_064]):
-            tiles = sum(-(-n // tile.BLOCK_N) for n in columns) * -(-rows // tile.BLOCK_M)
+            tile = gpu_folded.tile_for(rows, columns)
+            assert rows <= tile.BLOCK_M or tile in (FOLDED_TILES[-1][1], WIDE_FOLDED_TILE)
+            tiles = gpu_folded.tiles_of(rows, columns, tile)
             for channels in (32, 576, 4096, 14336, 28672):
-                parts = gpu_folded.split_for(rows, columns, channels, tile)
-                assert parts in (1, 2, 4, 8)
-                assert parts == 1 or (tiles <= folding.LOCKS and channels >= parts * tile.BLOCK_K)
+                whole, split = gpu_folded.parts_for(rows, columns, channels, tile)
+                assert 0 <= whole <= tiles
+                assert whole == tiles if split == 1 else tiles - whole <= folding.LOCKS
+                assert split == 1 or channels >= split * tile.BLOCK_K
 
 
 def test_the_library_is_asked_for_what_it_takes() -> None:
     most = gpu_folded.EXPAND_FROM
-    assert gpu_folded.uses_library(most, [64, 32], torch.bfloat16)
-    assert not gpu_folded.uses_library(most - 1, [64, 32], torch.bfloat16)
-    assert not gpu_folded.uses_library(most, [64, 33], torch.bfloat16)
-    assert not gpu_folded.uses_library(most, [64, 32], torch.float32)
+    assert gpu_folded.uses_library(most, [64], torch.bfloat16)
+    assert not gpu_folded.uses_library(most - 1, [64], torch.bfloat16)
+    assert not gpu_folded.uses_library(most, [72], torch.bfloat16)
+    assert not gpu_folded.uses_library(most, [64], torch.float32)
+    more = gpu_folded.EXPAND_SMALL_FROM
+    assert gpu_folded.uses_library(most, [8192, 32], torch.bfloat16)
+    assert not gpu_folded.uses_library(more - 1, [64, 32], torch.bfloat16)
+    assert gpu_folded.uses_library(more, [64, 32], torch.bfloat16)
 
 
 # ---- real sizes, on a GPU
@@ -498,16 +530,17 @@ def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
     group = [columns, 3 * columns // 4 + 1, 7][: index % 3 + 1]
     x, weights = integers(rows, group, split, fp6, bias=index % 2 == 0, device="cuda")
     want = exact_integers(x, weights, fp6)
-    chosen = [gpu_folded.tile_for(rows)] if channels > 8192 else [tile for _, tile in FOLDED_TILES]
+    chosen = [gpu_folded.tile_for(rows, group)] if channels > 8192 else ALL_TILES
     for tile in chosen:
-        tiles = sum(-(-n // tile.BLOCK_N) for n in group) * -(-rows // tile.BLOCK_M)
-        for split_k in (1, 2, 4, 8) if tiles <= folding.LOCKS else (1,):
-            assert_equal_but_for_one_rounding(multiply(x, weights, fp6, tile, split_k), want)
+        tiles = gpu_folded.tiles_of(rows, group, tile)
+        for split_k in (1, 2, 3, 8) if tiles <= folding.LOCKS else (1,):
+            for whole in {0, tiles // 2}:
+                assert_equal_but_for_one_rounding(multiply(x, weights, fp6, tile, split_k, whole=whole), want)
     assert_equal_but_for_one_rounding(multiply(x, weights, fp6, None, None), want)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [tile for _, tile in FOLDED_TILES], ids=lambda tile: f"{tile.BLOCK_M} rows")
+@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda tile: f"{tile.BLOCK_M} rows")
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
 @pytest.mark.parametrize("w_fp4", [False, True])
 def test_every_tile_stays_within_the_bound_of_fp8_mma(tile: FoldedTile, fp6: str, w_fp4: bool) -> None:
@@ -516,7 +549,7 @@ def test_every_tile_stays_within_the_bound_of_fp8_mma(tile: FoldedTile, fp6: str
     weights = [random_weight(n, (1888, 0, 0) if w_fp4 else split, fp6, bias=True, device="cuda") for n in (301, 64, 5)]
     for split_k in (1, 2, 4, 8):
         got = multiply(x, weights, fp6, tile, split_k)
-        assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=tile.BLOCK_K)
+        assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=mma_channels(tile, x))
 
 
 @pytest.mark.gpu
@@ -533,7 +566,7 @@ def test_parts_of_k_are_added_in_one_order() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", [(64,), (528, 16), (4096, 1024, 1024)])
-@pytest.mark.parametrize("rows", [65, 128, 1000])
+@pytest.mark.parametrize("rows", [257, 384, 1000])
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
 def test_products_of_many_rows_by_way_of_the_library(group: tuple[int, ...], rows: int, fp6: str) -> None:
     """Integers exactly, as long as all of K stays below 2**13; anything else within the bound of one sum over all K.
