@@ -33,6 +33,7 @@ from micromix_compile import folding, gpu, gpu_folded, packing, reference
 from micromix_compile.evaluation import hardware, versions
 from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.templates.tiles import WIDE_FOLDED_TILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -187,12 +188,19 @@ def fp8_bias(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: 
 
 
 def split_of(channels: int, split: str) -> Split:
-    """Whole blocks of K in each format. split: as in `SPLITS`. Raises ValueError for anything else."""
-    shares = [int(share) for share in split.split("/")]
-    if len(shares) != 3 or sum(shares) != 100 or min(shares) < 0:
-        raise ValueError(f"a split is three shares like 75/20/5 that add up to 100, got {split!r}")
-    k6, k8 = (round(channels * share / 100 / BLOCK_SIZE) * BLOCK_SIZE for share in shares[1:])
+    """Whole blocks of K in each format. split: as in `SPLITS`."""
+    _, share6, share8 = map(int, split.split("/"))
+    k8 = round(channels * share8 / 100 / BLOCK_SIZE) * BLOCK_SIZE
+    k6 = min(round(channels * share6 / 100 / BLOCK_SIZE) * BLOCK_SIZE, channels - k8)
     return channels - k6 - k8, k6, k8
+
+
+def split_argument(text: str) -> str:
+    """A split from the command line."""
+    shares = text.split("/")
+    if len(shares) != 3 or not all(share.isdecimal() for share in shares) or sum(map(int, shares)) != 100:
+        raise argparse.ArgumentTypeError(f"three shares like 75/20/5 that add up to 100, got {text!r}")
+    return text
 
 
 def folded_weight(columns: int, split: Split) -> FoldedWeight:
@@ -399,8 +407,8 @@ def check() -> None:
     The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
     of K in FP8 MMA's 14 bits a few times that.
     """
-    split = split_of(1024, SPLITS[1])
-    values = torch.randn(128, 1024, device=CUDA, dtype=BF16)
+    split, most = split_of(1024, SPLITS[1]), gpu_folded.EXPAND_SMALL_FROM
+    values = torch.randn(most, 1024, device=CUDA, dtype=BF16)
     perm = torch.randperm(1024, device=CUDA).to(torch.int32)
     weights = [folded_weight(n, split) for n in (256, 64)]
     exact = []
@@ -412,9 +420,9 @@ def check() -> None:
         assert weight.bias is not None, "made with one"
         exact.append(reference.dequantize_activation(*x).double()[:, order] @ w.T + weight.bias.double())
     want = torch.cat(exact, 1)
-    for rows in (1, 16, 64, 128):
+    for rows, tile in ((1, None), (16, None), (64, None), (128, None), (128, WIDE_FOLDED_TILE), (most, None)):
         x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
-        got = torch.cat(gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16), 1)
+        got = torch.cat(gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile), 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
     w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
     (xq, x_scale), (wq, w_scale) = compiled_fp8_quantize(values), fp8_quantize(w)
@@ -527,12 +535,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; llama-8b by default")
     parser.add_argument("--quick", action="store_true", help="one split and six M")
-    parser.add_argument("--split", action="append", metavar="4/6/8", help="percent of the channels; may be repeated")
+    parser.add_argument(
+        "--split",
+        action="append",
+        type=split_argument,
+        metavar="4/6/8",
+        help="percent of the channels; may be repeated",
+    )
     parser.add_argument("--shares", action="store_true", help="splits that differ in one share, without competitors")
     parser.add_argument("--rows", type=int, action="append", metavar="M", help="may be repeated")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    if arguments.shares and (arguments.quick or arguments.plot):
+        parser.error("--shares has splits and rows of its own and no competitors to plot: not with --quick or --plot")
     if not torch.cuda.is_available():
         raise SystemExit("bench_gpu_linear.py needs a GPU")
     console = Console(width=160)

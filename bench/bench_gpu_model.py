@@ -157,18 +157,21 @@ def default_model(dtype: torch.dtype) -> tuple[nn.Module, Any, Tensor, micromix.
 
 def smollm2_tokens(tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Greedy tokens of the default model, compiled and eager. In bfloat16 an ulp may move an MX code."""
+    start = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - start:6.1f} s  {what}", flush=True)
+
     model, tokenizer, _, recipe = default_model(dtype)
+    say("calibrated")
     ids = tokenizer("The most surprising thing about the ocean is", return_tensors="pt").input_ids.to(CUDA)
     expected = greedy(micromix.quantize_(copy.deepcopy(model), recipe), ids, tokens)
+    say(f"eager: {tokenizer.decode(expected)!r}")
     model.forward = torch.compile(model.forward, backend="micromix", options={"recipe": recipe, "strict": True})
-    seconds = first_call(lambda: greedy(model, ids, tokens))
     actual = greedy(model, ids, tokens)
     same = int((actual == expected).int().cumprod(0).sum())
-    return {
-        "equal_tokens": f"{same} of {tokens}",
-        "first_call_s": round(seconds, 1),
-        "text": tokenizer.decode(actual),
-    }
+    say(f"compiled: {same} of {tokens} tokens equal, {tokenizer.decode(actual)!r}")
+    return {"equal_tokens": f"{same} of {tokens}", "text": tokenizer.decode(actual)}
 
 
 def smollm2_tokens_bf16(tokens: int) -> dict[str, Any]:
@@ -218,10 +221,11 @@ def llama_8b_decode(_: int) -> dict[str, Any]:
     model, recipe, _ = random_llama_8b_and_recipe()
     result: dict[str, Any] = {}
 
-    def measure(name: str, model: nn.Module, **keywords: str) -> None:
+    def measure(name: str, of: nn.Module, **keywords: str) -> None:
         for batch in (1, 16):
-            result[f"{name}, batch {batch}"] = decode_ms(model, keywords, batch)
-            print(f"{name}, batch {batch}", json.dumps(result[f"{name}, batch {batch}"]), flush=True)
+            key = f"{name}, batch {batch}"
+            result[key] = decode_ms(of, keywords, batch)
+            print(key, json.dumps(result[key]), flush=True)
 
     fp8 = with_fp8_linears(copy.deepcopy(model))
     quantized = micromix.quantize_(copy.deepcopy(model), recipe)

@@ -135,13 +135,13 @@ def folded_mm(
     pointers |= dict.fromkeys((f"out_{i}" for i in range(3)), f"*{out_dtype}")
     pointers |= {"x": "*u8", "partial": "*fp32", "locks": "*i32"}
     extents = {f"N{i}": columns if i < groups else 0 for i in range(3)}
-    places = ("tiles0", "tiles1", "column_tiles", "whole", "shared")
+    numbers = ("tiles0", "tiles1", "column_tiles", "whole", "shared")
     constants = {name: value for name, value in extents.items() if value == 1} | ({} if bias else dict.fromkeys(biases))
     extents = {name: value for name, value in extents.items() if value != 1}
     return Kernel(
         function=_FOLDED,
         capability=capability,
-        signature=pointers | dict.fromkeys((*extents, "M", "odd4", "odd6", "odd8", *places), "i32"),
+        signature=pointers | dict.fromkeys((*extents, "M", "odd4", "odd6", "odd8", *numbers), "i32"),
         constexprs={
             "FP6": fp6, "GROUPS": groups, "HAS_BIAS": bias, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K, "SPLIT_K": split_k, "COPIED": tile.copied_factors, "SUM_STEPS": tile.SUM_STEPS,

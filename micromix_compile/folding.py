@@ -128,9 +128,7 @@ def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) ->
     split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
     codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
     values = []
-    for part, k, code, fmt in zip(
-        factor.split(_words(split)), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True
-    ):  # fmt: skip
+    for part, k, code, fmt in zip(factor.split(_words(split)), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True):
         byte = part.transpose(0, 1).flatten(1)[:, : k // BLOCK_SIZE].to(torch.int16)
         if fmt == "e2m1":
             scale = reference.scale_value((byte >> 3) + (MIN_FP4_EXPONENT + E8M0_BIAS))

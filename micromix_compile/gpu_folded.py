@@ -29,23 +29,24 @@ and expanded (expanding and the library in sum), N x K: 85 and 124 for 28672 x 4
 22 for 4096 x 4096; at 256 rows 183 and 131, 87 and 77, 27 and 23. Not a bound of the kernel, which takes any M."""
 
 EXPAND_SMALL_FROM: Final = 257
-"""The same for a group of small weights, each of which would be expanded and multiplied by itself: 37 and 57 us for
-columns of 4096, 1024 and 1024 with K = 4096 at 256 rows."""
+"""The same for a group of small weights, each of which would be expanded and multiplied by itself: 37 us packed and 57
+expanded for columns of 4096, 1024 and 1024 with K = 4096 at 256 rows, the most that was measured."""
 
 SMALL_COLUMNS: Final = 8192
-"""Of a group of small weights, together."""
+"""The most that a group of small weights has together: between those 6144 and gate and up's 28672."""
 
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
 
+# At M = 16, us with all tiles in 2, 4, 6 and 8 parts: 10.3, 9.0, 9.8 and 14.0 for N x K of 4096 x 4096, 12.8, 11.5,
+# 14.7 and 15.6 for 6144 x 4096, 23.1, 18.3, 17.1 and 21.5 for 4096 x 14336, on an H200. At M = 64 on an H100 with 2, 4
+# and 6: 15.7, 15.4, 21.6 for the first, 43.0, 31.8, 46.6 for the third; with 2 and 4 21.9, 20.7 for the second.
 MAX_SPLIT: Final = 4
+"""Parts of a shared tile."""
 
 
 class Parts(NamedTuple):
-    """How a product's tiles are shared out: `whole` of them to a program each, each of the others to `split` programs.
-
-    With a split of 1 all are whole.
-    """
+    """How tiles are shared out: `whole` of them to a program each, each of the others to `split` programs."""
 
     whole: int
     split: int
@@ -161,7 +162,7 @@ def folded_mm_call(
     x: FoldedActivation, weights: Sequence[FoldedWeight], outs: Sequence[Tensor], partial: Tensor, *, fp6: str,
     tile: FoldedTile, parts: Parts,
 ) -> gpu.KernelCall:  # fmt: skip
-    """The launch that fills `outs`. partial: float32 of `partial_size`. Only shapes and dtypes are read here."""
+    """The launch that fills `outs`. partial: float32 of `partial_size`, any if that is 0. Values are not read here."""
     from micromix_compile.templates.folded_mm import folded_mm_kernel
 
     columns = [weight.row_scale.shape[0] for weight in weights]
@@ -210,12 +211,10 @@ def tiles_of(rows: int, columns: Sequence[int], tile: FoldedTile) -> int:
 
 
 def parts_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile) -> Parts:
-    """Which tiles to share so that all processors have about as much to do, three programs each if K is long enough.
+    """Few tiles are all shared, for up to three programs a processor; of many, those that fill no round of processors.
 
-    At M = 16, us with all tiles in 2, 4, 6 and 8 parts, N x K: 10.3, 9.0, 9.8, 14.0 for 4096 x 4096, 12.8, 11.5, 14.7,
-    15.6 for 6144 x 4096, 23.1, 18.3, 17.1, 21.5 for 4096 x 14336 on an H200; 448 whole tiles 37.3, of 28672 x 4096, or
-    396 and the others in two parts 34.9 on an H100. There at M = 64 15.7, 15.4, 21.6, -; 21.9, 20.7, -, -; 43.0, 31.8,
-    46.6, - for the first three.
+    Three programs of the small tiles run on a processor at a time, or more. At M = 16 and N x K of 28672 x 4096, 448
+    tiles, all whole take 37.3 us on an H100, 396 whole and the others in two parts 34.9.
     """
     tiles = tiles_of(rows, columns, tile)
     if tile == WIDE_FOLDED_TILE:  # one program a processor

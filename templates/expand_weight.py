@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import factor_at, fold_e4m3, fold_fp4, fold_fp6, padded, spread
+from micromix_compile.templates.fold import factor_at, fold_e4m3, fold_fp4, fold_fp6, spread, words_of
 
 
 @triton.jit
@@ -19,9 +19,7 @@ def _expand_fp4(w4, factors, word_stride, out, inside, blocks4, step, STEP: tl.c
 
 
 @triton.jit
-def _expand_fp6(
-    w6, plane, factors, word_stride, out, inside, blocks6, step, FP6: tl.constexpr, STEP: tl.constexpr
-):  # fmt: skip
+def _expand_fp6(w6, plane, factors, word_stride, out, inside, blocks6, step, FP6: tl.constexpr, STEP: tl.constexpr):
     block = step * STEP + tl.arange(0, STEP)[None, :]
     factor = tl.load(factor_at(factors, word_stride, block), mask=inside & (block < blocks6), other=0)
     width = blocks6 * 8
@@ -65,8 +63,8 @@ def expand_weight_kernel(
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
     word_stride = N * 4
-    words4 = padded(blocks4) // 4
-    words6 = padded(blocks6) // 4
+    words4 = words_of(blocks4)
+    words6 = words_of(blocks6)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     inside = n < N
     n = n.to(tl.int64)

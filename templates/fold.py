@@ -140,9 +140,9 @@ def spread(per_block, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def padded(blocks):
-    """Factors of a row and segment in memory: see `folding.FACTOR_WORD`."""
-    return tl.cdiv(blocks, 4) * 4
+def words_of(blocks):
+    """Words that the factors of a row's blocks take in one segment: see `folding.FACTOR_WORD`."""
+    return tl.cdiv(blocks, 4)
 
 
 @triton.jit

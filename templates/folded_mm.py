@@ -10,7 +10,7 @@ order, so that the result does not depend on who came last.
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import e4m3_to_float32, factor_at, fold_e4m3, fold_fp4, fold_fp6, padded, spread
+from micromix_compile.templates.fold import e4m3_to_float32, factor_at, fold_e4m3, fold_fp4, fold_fp6, spread, words_of
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -28,7 +28,7 @@ def _factors(rows, word_stride, step, blocks, STEP: tl.constexpr, COPIED: tl.con
     COPIED: as many columns as give each thread four bytes to copy, STEP or twice that; fewer are not copied ahead.
     """
     column = tl.arange(0, COPIED)[None, :]
-    mask = (column < STEP) & (step * STEP + column < padded(blocks))
+    mask = (column < STEP) & (step * STEP + column < words_of(blocks) * 4)
     factor = tl.load(factor_at(rows, word_stride, step * STEP + column), mask=mask, other=0)
     if COPIED != STEP:
         tl.static_assert(COPIED == 2 * STEP)
@@ -102,7 +102,7 @@ def folded_mm_tile(
     width = blocks6 * 8
     w6 += n * width
     x += blocks4 * 32
-    factors += padded(blocks4) // 4 * word_stride
+    factors += words_of(blocks4) * word_stride
     for step in range(first, min(last, steps6)):
         column = step * (STEP * 8) + tl.arange(0, STEP * 8)[None, :]
         plane0 = _load(w6, column, width)
@@ -121,7 +121,7 @@ def folded_mm_tile(
     width = blocks8 * 32
     w8 += n * width
     x += blocks6 * 32
-    factors += padded(blocks6) // 4 * word_stride
+    factors += words_of(blocks6) * word_stride
     for step in range(first, last):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         factor = _factors(factors, word_stride, step, blocks8, STEP, COPIED)
@@ -132,9 +132,18 @@ def folded_mm_tile(
 
 
 @triton.jit
-def _store(
-    acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+def _of_group(column_tile, tiles0, tiles1, first, second, third, GROUPS: tl.constexpr):
+    """Which of three is the weight's that a column of tiles is of. tiles0, tiles1: where the second and third begin."""
+    mine = first
+    if GROUPS > 1:
+        mine = tl.where(column_tile >= tiles0, second, mine)
+    if GROUPS > 2:
+        mine = tl.where(column_tile >= tiles1, third, mine)
+    return mine
+
+
+@triton.jit
+def _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS: tl.constexpr):
     """out[m, n] = acc * scales + bias, rounded once. acc: (BLOCK_N, BLOCK_M)."""
     result = acc * tl.load(w_row_scale + n, mask=n < N, other=0.0)[:, None]
     result *= tl.load(x_row_scale + m, mask=m < M, other=0.0)[None, :]
@@ -165,7 +174,7 @@ def folded_mm_kernel(
     """Each out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once.
 
     Grid: the whole tiles, then the first parts of all shared ones, the second parts, and so on; row after row of tiles.
-    Parts take their time, and it is programs that are far apart that run on one processor.
+    Last parts take longest, and programs with numbers far apart run on one processor, which so gets parts of each kind.
     """
     tile = tl.program_id(0)
     part = 0
@@ -176,42 +185,20 @@ def folded_mm_kernel(
         parts = tl.where(tile < whole, 1, SPLIT_K)
         tile = tl.minimum(tile, whole + beyond % shared)
     column_tile = tile % column_tiles
-    pid_n = column_tile
-    w4 = w4_0
-    w6 = w6_0
-    w8 = w8_0
-    w_factor = w_factor_0
-    w_row_scale = w_row_scale_0
+    w4 = _of_group(column_tile, tiles0, tiles1, w4_0, w4_1, w4_2, GROUPS)
+    w6 = _of_group(column_tile, tiles0, tiles1, w6_0, w6_1, w6_2, GROUPS)
+    w8 = _of_group(column_tile, tiles0, tiles1, w8_0, w8_1, w8_2, GROUPS)
+    w_factor = _of_group(column_tile, tiles0, tiles1, w_factor_0, w_factor_1, w_factor_2, GROUPS)
+    w_row_scale = _of_group(column_tile, tiles0, tiles1, w_row_scale_0, w_row_scale_1, w_row_scale_2, GROUPS)
     bias = bias_0
-    out = out_0
-    N = N0
-    if GROUPS > 1:
-        is_second = column_tile >= tiles0
-        w4 = tl.where(is_second, w4_1, w4)
-        w6 = tl.where(is_second, w6_1, w6)
-        w8 = tl.where(is_second, w8_1, w8)
-        w_factor = tl.where(is_second, w_factor_1, w_factor)
-        w_row_scale = tl.where(is_second, w_row_scale_1, w_row_scale)
-        if HAS_BIAS:
-            bias = tl.where(is_second, bias_1, bias)
-        out = tl.where(is_second, out_1, out)
-        N = tl.where(is_second, N1, N)
-        pid_n = tl.where(is_second, column_tile - tiles0, pid_n)
-    if GROUPS > 2:
-        is_third = column_tile >= tiles1
-        w4 = tl.where(is_third, w4_2, w4)
-        w6 = tl.where(is_third, w6_2, w6)
-        w8 = tl.where(is_third, w8_2, w8)
-        w_factor = tl.where(is_third, w_factor_2, w_factor)
-        w_row_scale = tl.where(is_third, w_row_scale_2, w_row_scale)
-        if HAS_BIAS:
-            bias = tl.where(is_third, bias_2, bias)
-        out = tl.where(is_third, out_2, out)
-        N = tl.where(is_third, N2, N)
-        pid_n = tl.where(is_third, column_tile - tiles1, pid_n)
+    if HAS_BIAS:
+        bias = _of_group(column_tile, tiles0, tiles1, bias_0, bias_1, bias_2, GROUPS)
+    out = _of_group(column_tile, tiles0, tiles1, out_0, out_1, out_2, GROUPS)
+    N = _of_group(column_tile, tiles0, tiles1, N0, N1, N2, GROUPS)
+    pid_n = column_tile - _of_group(column_tile, tiles0, tiles1, 0, tiles0, tiles1, GROUPS)
 
-    # Rows of x outside are not read. Rows of w outside are read as the last one. Inside a tile offsets are short, which
-    # saves registers.
+    # Rows of x outside are not read: all programs read x, from L2. Rows of w outside are read as the last one. Inside a
+    # tile offsets are short, which saves registers.
     m_first = tile // column_tiles * BLOCK_M
     n_first = pid_n * BLOCK_N
     m = m_first + tl.arange(0, BLOCK_M)
@@ -230,7 +217,7 @@ def folded_mm_kernel(
         x, m < M, w4, w6, w8, w_factor, plane, n_local, N * 4, blocks4, blocks6, blocks8, part, parts, FP6, BLOCK_M,
         BLOCK_N, BLOCK_K, COPIED, SUM_STEPS,
     )  # fmt: skip
-    if SPLIT_K == 1:
+    if SPLIT_K == 1:  # nothing else is compiled then; parts is known only when the kernel runs
         _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)
     elif parts == 1:
         _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)

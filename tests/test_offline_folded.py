@@ -22,7 +22,7 @@ CAPABILITY = 90
 
 @dataclass(frozen=True)
 class Case:
-    """A tile of the product. Two variants, so that a group, a bias and parts of K each occur, and do not."""
+    """A tile of the product. Two variants, so that a group, a bias and (not the widest) shared tiles occur or not."""
 
     tile: FoldedTile
     fp6: str
