@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import statistics
 import time
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from shares import with_shares
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
@@ -295,19 +295,6 @@ def with_fp8_linears(model: nn.Module) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Fp8Linear(module.weight))
     return model
-
-
-def with_shares(recipe: micromix.Recipe, shares: tuple[float, float, float]) -> micromix.Recipe:
-    """The recipe with the same shares of channels per format in every linear."""
-    groups = {}
-    for name, group in recipe.groups.items():
-        channels = group.channel_perm.numel()
-        k6, k8 = (round(share * channels / 32) * 32 for share in shares[1:])
-        groups[name] = dataclasses.replace(group, split=(channels - k6 - k8, k6, k8))
-    linears = {
-        fqn: dataclasses.replace(linear, group=groups[linear.group.name]) for fqn, linear in recipe.linears.items()
-    }
-    return dataclasses.replace(recipe, linears=linears)
 
 
 def peak_gib(run: Callable[[], object]) -> float:

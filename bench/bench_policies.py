@@ -24,17 +24,15 @@ import torch
 from bench_accuracy import ANCHOR, PLAIN, CachedLogits, measure, write_csv
 from rich.console import Console
 from rich.table import Table
+from shares import Shares, with_shares
 
 import micromix_compile as micromix
 from micromix_compile import texts, zoo
 from micromix_compile.assignment import assign
 from micromix_compile.evaluation import hardware, versions
-from micromix_compile.formats import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-Shares = tuple[float, float, float]
 
 LAMBDAS = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0)
 UNIFORM = ("100/0/0", "0/100/0", "0/0/100")
@@ -48,17 +46,6 @@ def shares_of(recipe: micromix.Recipe) -> Shares:
             counts[i] += k * linear.out_features
     four, six, eight = (count / sum(counts) for count in counts)
     return four, six, eight
-
-
-def with_counts(recipe: micromix.Recipe, shares: Shares) -> micromix.Recipe:
-    """The recipe with the same shares of channels in every layer."""
-    groups = {}
-    for name, group in recipe.groups.items():
-        channels = group.channel_perm.numel()
-        k6, k8 = (round(share * channels / BLOCK_SIZE) * BLOCK_SIZE for share in shares[1:])
-        groups[name] = replace(group, split=(channels - k6 - k8, k6, k8))
-    linears = {name: replace(linear, group=groups[linear.group.name]) for name, linear in recipe.linears.items()}
-    return replace(recipe, linears=linears)
 
 
 def budget(recipe: micromix.Recipe, kind: str, stored_bits: float) -> micromix.Recipe:
@@ -86,7 +73,7 @@ def recipes(loaded: zoo.LoadedModel) -> Iterator[tuple[str, float, micromix.Reci
         by_bytes = budget(by_budget, "stored", level)
         if one_format is not None:
             yield "one format (E2M3)", level, one_format
-        yield "the same counts everywhere", level, with_counts(by_bytes, shares_of(by_bytes))
+        yield "the same counts everywhere", level, with_shares(by_bytes, shares_of(by_bytes))
         yield f"thresholds (lam {lam:g})", level, by_threshold[lam]
         yield "budget of tensor-core time", level, budget(by_budget, "time", level)
         yield "budget of bytes", level, by_bytes
