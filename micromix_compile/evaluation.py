@@ -268,14 +268,14 @@ def packed_row(
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions; packages that aren't installed are left out."""
+    """Python's and the packages' versions, torch's with its build; packages that aren't installed are left out."""
     found = {"python": platform.python_version()}
     for package in _VERSIONED:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": str(torch.__version__)}
 
 
 def hardware() -> dict[str, str]:
