@@ -13,21 +13,17 @@ timed the products of a small case must be right.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import statistics
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
+from gpu_timing import Times, copies, measure, read_all, read_sums, size
+from linear_rows import Row, plot, print_summary, print_table, write_csv
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from micromix_compile import folding, gpu, gpu_folded, packing, reference
 from micromix_compile.evaluation import hardware, versions
@@ -76,43 +72,10 @@ INT4_ROWS = 16
 """The most rows at which int4 is measured: it is made for few."""
 
 INT4_GROUP = 128
-FEW_ROWS = 64
-"""Up to here TB/s is printed, from there on TFLOP/s: what bounds a linear."""
-
-COLD_BYTES = 200 * 2**20
 QUANTIZED_SHAPE = (8192, 4096)
 FP6 = "e2m3"
 CUDA = torch.device("cuda")
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Microseconds of one launch, or of one linear."""
-
-    us: float
-    p20: float
-    p80: float
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement. floor_bytes: what must be read and written; to_fp8, to_bf16: how many times as fast."""
-
-    case: str
-    M: int
-    N: int
-    K: int
-    split: str
-    what: str
-    us: float
-    p20: float
-    p80: float
-    floor_bytes: int
-    tbps: float
-    tflops: float
-    to_fp8: float | None = None
-    to_bf16: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,21 +101,6 @@ class Case:
 
 
 # ---- what is timed
-
-
-@triton.jit
-def read_kernel(words, out, count, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201, N803 - a Triton kernel
-    """Read int32 words and keep a sum a program, so that nothing is optimized away."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + tl.program_id(0), tl.sum(tl.load(words + place, mask=place < count, other=0), 0))
-
-
-READ_BLOCK = 8192
-
-
-def read_all(words: Tensor, out: Tensor) -> None:
-    """Read a flat int32 tensor."""
-    read_kernel[(triton.cdiv(words.numel(), READ_BLOCK),)](words, out, words.numel(), BLOCK=READ_BLOCK, num_warps=8)
 
 
 def fp8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,46 +159,6 @@ def folded_weight(columns: int, split: Split) -> FoldedWeight:
     row_scale = folding.weight_row_scale(*packed, quantized.scale, FP6)
     factor = folding.weight_factor(*packed, quantized.scale, row_scale)
     return FoldedWeight(*packed, factor, row_scale, torch.randn(columns, device=CUDA, dtype=BF16))
-
-
-def size(*tensors: Tensor | None) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def copies(num_bytes: int) -> int:
-    """How many operands of a size are more than L2 holds; at least two."""
-    return max(2, COLD_BYTES // num_bytes + 1)
-
-
-# ---- timing
-
-
-def measure(runs: Sequence[Callable[[], object]], *, seconds: float = 0.04) -> Times:
-    """Replay a graph of all runs for about `seconds`; times are those of one run."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for run in runs[:2]:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-
-    def replay() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-    once = min(replay() for _ in range(2))
-    samples = [1e3 * replay() / len(runs) for _ in range(min(max(int(1e3 * seconds / once), 5), 50))]
-    cuts = statistics.quantiles(samples, n=5)
-    return Times(statistics.median(samples), cuts[0], cuts[3])
 
 
 class Linears:
@@ -330,7 +238,7 @@ class Linears:
         perm = torch.randperm(case.K, device=CUDA).to(torch.int32)
 
         words = [torch.randint(-9, 9, (packed // 4,), dtype=torch.int32, device=CUDA) for _ in groups]
-        sums = torch.empty(triton.cdiv(packed // 4, READ_BLOCK), dtype=torch.int32, device=CUDA)
+        sums = read_sums(words[0])
         found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
         del words
         if max(every_m) >= gpu_folded.EXPAND_FROM:
@@ -434,82 +342,6 @@ def _refuse_unless_near(what: str, got: Tensor, want: Tensor, limit: float) -> N
     error = ((got.double() - want).norm() / want.norm()).item()
     if not error <= limit:
         raise SystemExit(f"{what} is off by {error:.3g} of its norm, more than {limit}: nothing is timed")
-
-
-# ---- output
-
-
-def print_table(rows: Sequence[Row], console: Console) -> None:
-    """All measurements, a section a case."""
-    table = Table(title="us: median per launch; × FP8, × BF16: times as fast")
-    for name in ("case", "M", "N", "K", "split", "what", "us", "20 %", "80 %", "MB", "rate", "× FP8", "× BF16"):
-        table.add_column(name, justify="left" if name in ("case", "split", "what") else "right")
-    last = None
-    for row in rows:
-        if last is not None and (row.case, row.split) != last:
-            table.add_section()
-        last = row.case, row.split
-        by_bytes = row.M <= FEW_ROWS or row.N == 0 or "quantize" in row.what
-        rate = f"{row.tbps:.2f} TB/s" if by_bytes else f"{row.tflops:.0f} TFLOP/s"
-        ratios = ("" if ratio is None else f"{ratio:.2f}" for ratio in (row.to_fp8, row.to_bf16))
-        table.add_row(
-            row.case, str(row.M or ""), str(row.N or ""), str(row.K), row.split, row.what, f"{row.us:.1f}",
-            f"{row.p20:.1f}", f"{row.p80:.1f}", f"{row.floor_bytes / 1e6:.1f}", rate, *ratios,
-        )  # fmt: skip
-    console.print(table)
-
-
-def print_summary(rows: Sequence[Row], console: Console) -> None:
-    """Our linears by M and split: geometric means over the cases, and the slowest and fastest beside FP8."""
-    table = Table(title="geometric mean over the cases")
-    for name in ("split", "M", "us", "× FP8", "least", "most", "× BF16", "product / read"):
-        table.add_column(name, justify="right")
-    reads = {(row.case, row.split): row.us for row in rows if row.what == "read"}
-    ours = [row for row in rows if row.what == "linear" and row.split]
-    products = {(row.case, row.split, row.M): row.us for row in rows if row.what == "product"}
-    for split, m in dict.fromkeys((row.split, row.M) for row in ours):
-        group = [row for row in ours if (row.split, row.M) == (split, m)]
-        to_fp8 = [row.to_fp8 for row in group if row.to_fp8]
-        to_bf16 = [row.to_bf16 for row in group if row.to_bf16]
-        ratios = ["", "", "", ""]
-        if to_fp8:
-            ratios = [f"{x:.2f}" for x in (geometric_mean(to_fp8), min(to_fp8), max(to_fp8), geometric_mean(to_bf16))]
-        by_read = geometric_mean([products[row.case, split, m] / reads[row.case, split] for row in group])
-        us = geometric_mean([row.us for row in group])
-        table.add_row(split, str(m), f"{us:.1f}", *ratios, f"{by_read:.2f}" if m <= FEW_ROWS else "")
-    console.print(table)
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line a measurement."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """A panel a case: how many times as fast as BF16, by M."""
-    import matplotlib.pyplot as plt
-
-    cases = list(dict.fromkeys(row.case for row in rows if row.to_bf16 is not None))
-    figure, panels = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.5), sharey=True, squeeze=False)
-    for panel, case in zip(panels[0], cases, strict=True):
-        lines: dict[str, list[Row]] = {}
-        for row in rows:
-            if row.case == case and row.to_bf16 is not None:
-                lines.setdefault(f"MicroMix {row.split}" if row.split else row.what.removesuffix(" linear"), []).append(
-                    row
-                )
-        for name, line in lines.items():
-            panel.plot([row.M for row in line], [row.to_bf16 for row in line], marker="o", label=name)
-        panel.set_xscale("log", base=2)
-        panel.set_xlabel("M")
-        panel.set_title(case)
-    panels[0][0].set_ylabel("times as fast as BF16")
-    panels[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path)
 
 
 def cases_of(models: Sequence[str]) -> list[Case]:
