@@ -37,7 +37,7 @@ _ROWS_AT_ONCE: Final = 128
 _LARGEST_EXPONENT: Final = 709.0
 """math.exp overflows above."""
 
-_VERSIONED: Final = ("micromix-compile", "torch", "transformers", "triton", "numpy")
+_VERSIONED: Final = ("micromix-compile", "transformers", "triton", "numpy")
 
 
 class LanguageModel(Protocol):
@@ -269,13 +269,13 @@ def packed_row(
 
 def versions() -> dict[str, str]:
     """Python's and the packages' versions, torch's with its build; packages that aren't installed are left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in _VERSIONED:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"torch": str(torch.__version__)}
+    return found
 
 
 def hardware() -> dict[str, str]:

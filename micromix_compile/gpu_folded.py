@@ -26,7 +26,7 @@ MAX_GROUP: Final = 3
 EXPAND_FROM: Final = 129
 """Rows from which on a weight is expanded in memory for the library's FP8 product. On an H100 at 128 rows, us packed
 and expanded (expanding and the library in sum), N x K: 85 and 124 for 28672 x 4096, 52 and 76 for 4096 x 14336, 20 and
-22 for 4096 x 4096; at 256 rows 183 and 131, 87 and 77, 27 and 23. Not a bound of the kernel, which takes any M."""
+22 for 4096 x 4096; at 256 rows 183 and 131, 87 and 77, 28 and 23. Not a bound of the kernel, which takes any M."""
 
 EXPAND_SMALL_FROM: Final = 257
 """The same for a group of small weights, each of which would be expanded and multiplied by itself: 37 us packed and 57
@@ -39,8 +39,8 @@ PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
 
 # At M = 16, us with all tiles in 2, 4, 6 and 8 parts: 10.3, 9.0, 9.8 and 14.0 for N x K of 4096 x 4096, 12.8, 11.5,
-# 14.7 and 15.6 for 6144 x 4096, 23.1, 18.3, 17.1 and 21.5 for 4096 x 14336, on an H200. At M = 64 on an H100 with 2, 4
-# and 6: 15.7, 15.4, 21.6 for the first, 43.0, 31.8, 46.6 for the third; with 2 and 4 21.9, 20.7 for the second.
+# 14.7 and 15.6 for 6144 x 4096, 23.1, 18.3, 17.1 and 21.5 for 4096 x 14336, on an H200. On an H100 at M = 64 in 2, 3
+# and 4: 15.7, 18.0 and 15.4, then 21.9, 22.7 and 20.7, then 43.0, 41.8 and 31.8.
 MAX_SPLIT: Final = 4
 """Parts of a shared tile."""
 
