@@ -50,13 +50,24 @@ class PostGradPasses(CustomGraphPass):
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Run the passes in order."""
+        """Run the passes in order.
+
+        Where Inductor calls every other operation as eager does (its option fallback_by_default, for eager's bits), our
+        operations are marked as ones to compile, and none takes a norm or an activation into its kernel.
+        """
+        if torch_compat.inductor_setting("fallback_by_default"):
+            torch_compat.compile_nodes(node for node in graph.nodes if _is_ours(node))
+            return
         for graph_pass in self._passes:
             graph_pass(graph)
 
     def uuid(self) -> str:
         """Changes with any source file of the package and with the settings."""
         return f"{fingerprint(Path(micromix_compile.__file__).parent)}-{self._settings}"
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", None) == "micromix"
 
 
 def compiles_for_us() -> bool:

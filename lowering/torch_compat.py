@@ -16,7 +16,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import FrameType
 
@@ -120,6 +120,12 @@ def inductor_setting(name: str) -> Any:
     import torch._inductor.config
 
     return getattr(torch._inductor.config, name)
+
+
+def compile_nodes(nodes: Iterable[fx.Node]) -> None:
+    """Mark nodes that Inductor is to compile even where its option fallback_by_default is set."""
+    for node in nodes:
+        node.meta["custom"] = {**node.meta.get("custom", {}), "compile_with_inductor": True}
 
 
 def mode_options(mode: str) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def main() -> None:
     mma: dict[str, list[str]] = {}
     with fake_cuda(tuple(request["capability"])), config.patch(use_static_triton_launcher=False):
         hook = {POST_GRAD_HOOK: PostGradPasses(POST_GRAD_PASSES, {})} if request["ours"] else {}
-        code = generate(function, specs, dynamic_rows=request["dynamic"], **hook)
+        code = generate(function, specs, dynamic_rows=request["dynamic"], **hook, **request["options"])
         for name, source in re.findall(
             r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", code, re.M | re.S
         ):
@@ -179,7 +179,7 @@ def main() -> None:
             if request["compile"]:
                 instructions = [i for ptx in compiled_ptx(name, source) for i in re.findall(r"\S*mma\S*", ptx)]
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
-    launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(torch\.ops\.micromix\.\w+)", code, re.M)
+    launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma}
     json.dump({**found, "analyses": len(torch_compat._analyses)}, sys.stdout)
 

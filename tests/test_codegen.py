@@ -34,7 +34,7 @@ KINDS = {
 def generated(case: str, capability: tuple[int, int], **changes: Any) -> dict[str, Any]:
     """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter."""
     request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True}
-    request |= {"widen": 1}
+    request |= {"widen": 1, "options": {}}
     request |= changes
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), json.dumps({"case": case, "capability": capability} | request)]
@@ -91,6 +91,15 @@ def test_under_another_backend_the_ops_stay_calls_for_its_cache_does_not_know_ou
     launches = generated("mlp", (9, 0), ours=False)["launches"]
     assert "torch.ops.micromix.mixed_mx_mm" in launches
     assert not any(is_quantizer(name) or is_matmul(name) for name in launches)
+
+
+def test_where_all_else_is_called_as_eager_does_our_ops_are_still_compiled() -> None:
+    launches = generated("gelu", (9, 0), options={"fallback_by_default": True, "selective_decompose": True})["launches"]
+    calls = {name for name in launches if name.startswith("torch.ops.")}
+    assert calls == {"torch.ops.aten.gelu"}
+    quantizer, matmul = [name for name in launches if name not in calls]
+    assert is_quantizer(quantizer)
+    assert matmul.startswith("triton_tem_fused")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -207,6 +207,19 @@ def test_generate_gives_the_tokens_of_the_eager_packed_model(mode: str) -> None:
     assert torch.equal(generate(model), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_eager_s_to_the_bit_where_all_but_linears_is_called_as_eager_does(dtype: torch.dtype) -> None:
+    model = llama(dtype).cuda()
+    recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    fast = compiled(model, recipe, fallback_by_default=True, selective_decompose=True)
+    ids = torch.randint(0, 256, (2, 12), device="cuda")
+    with torch.no_grad():
+        assert torch.equal(fast(ids).logits, packed(ids).logits)
+        names = launches(fast, ids)
+    assert sum("mixed_mx_mm" in name or name.startswith("triton_tem") for name in names) == 7 * LAYERS
+
+
 def test_packed_modules_move_between_devices() -> None:
     net = make_net(layers=1)
     packed = micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 5, 64)]))

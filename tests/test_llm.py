@@ -83,6 +83,17 @@ def test_generate_with_a_static_cache_gives_the_tokens_of_the_eager_packed_model
     assert calls["micromix::mixed_mx_mm"] == 12 * 7 * LAYERS
 
 
+def test_logits_are_eager_s_to_the_bit_where_all_but_linears_is_called_as_eager_does() -> None:
+    model = llama()
+    recipe = micromix.calibrate(model, token_batches())
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    options = {"recipe": recipe, "fallback_by_default": True, "selective_decompose": True}
+    fast = torch.compile(model, backend="micromix", options=options)
+    ids = torch.randint(0, 256, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(fast(ids).logits, packed(ids).logits)
+
+
 def test_padding_of_a_tokenized_batch_does_not_reach_the_statistics() -> None:
     model = llama()
     ids = torch.randint(1, 256, (2, 10))
