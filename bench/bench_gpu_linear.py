@@ -286,14 +286,18 @@ def quantizers() -> list[Row]:
     split = split_of(channels, SPLITS[0])
     xs = [torch.randn(rows, channels, device=CUDA, dtype=BF16) for _ in range(copies(2 * rows * channels))]
     weight, perm = torch.randn(channels, device=CUDA, dtype=BF16), torch.randperm(channels, device=CUDA).to(torch.int32)
+    ordered = torch.arange(channels, device=CUDA, dtype=torch.int32)
     out = torch.empty_like(xs[0])
 
-    def fold(producer: str, x: Tensor, other: Tensor | None) -> object:
-        return gpu_folded.reorder_fold(producer, x, other, 1e-5, perm, split, FP6, "rceil", w_fp4=False)
+    def fold(producer: str, x: Tensor, other: Tensor | None, order: Tensor = perm) -> object:
+        return gpu_folded.reorder_fold(producer, x, other, 1e-5, order, split, FP6, "rceil", w_fp4=False)
 
     runs: dict[str, tuple[Callable[[Tensor], object], float]] = {
         "fold": (lambda x: fold("none", x, None), 3.0),
+        "fold, channels in order": (lambda x: fold("none", x, None, ordered), 3.0),
         "rms_norm + fold": (lambda x: fold("rms_norm", x, weight), 3.0),
+        "silu_mul + fold": (lambda x: fold("silu_mul", x, xs[0]), 5.0),
+        "silu_mul + fold, channels in order": (lambda x: fold("silu_mul", x, xs[0], ordered), 5.0),
         "reorder_quantize": (lambda x: gpu.reorder_quantize(x, perm, *split, FP6, "rceil"), 2.7),
         "compiled rms_norm": (lambda x: compiled_rms_norm(x, weight), 4.0),
         "fp8 quantize": (compiled_fp8_quantize, 3.0),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from micromix_compile.templates.fold import float32_to_e4m3
-from micromix_compile.templates.reorder_quantize import by_format, gather_row, produce, row_rstd, scale_byte, to_float32
+from micromix_compile.templates.reorder_quantize import by_format, gather_row, scale_byte
 
 
 @triton.jit
@@ -53,15 +53,13 @@ def reorder_fold_kernel(
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
     index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
-    y = gather_row(x_ptr, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
+    y, amax = gather_row(x_ptr, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
     y = tl.reshape(y, (BLOCKS, 32))
 
     is4 = block < b4
     is8 = block >= b4 + b6
-    if WHOLE_ROW:
+    if WHOLE_ROW:  # what was gathered is at hand in float32
         amax = tl.max(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
-    else:
-        amax = _row_amax(x_ptr, other_ptr, row * stride_other, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
     # ceil(log2(amax / 384)) + 127: 384 is the largest value that E2M1, E2M3, E3M2 and E4M3 reach with 1.5 * 2**n.
     row_exponent = (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x400000).to(tl.int32)
     row_exponent = tl.maximum(row_exponent, 1)
@@ -82,24 +80,6 @@ def reorder_fold_kernel(
     place = tl.where(block < streams, half, tl.where(block < b4 + b6, plane, block * 8 + c))
     row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (blocks * 8)
     tl.store(row_ptr + place, low | (high << 16), mask=block < blocks)
-
-
-@triton.jit
-def _row_amax(
-    x_ptr, other_ptr, other_offset, C, PRODUCER: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROW_CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Bits of the largest magnitude of a row, as an integer, so that a NaN is the largest."""
-    rstd = 1.0
-    if PRODUCER == "rms_norm":
-        rstd = row_rstd(x_ptr, C, EPS, BLOCK_C, ROW_CHUNKS)
-    if PRODUCER == "silu_mul":
-        other_ptr += other_offset
-    amax = tl.zeros((BLOCK_C,), tl.int32)
-    for chunk in tl.static_range(ROW_CHUNKS):
-        y = to_float32(produce(x_ptr, other_ptr, chunk * BLOCK_C + tl.arange(0, BLOCK_C), C, rstd, PRODUCER))
-        amax = tl.maximum(amax, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    return tl.max(amax, 0)
 
 
 @triton.jit

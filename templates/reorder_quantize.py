@@ -55,7 +55,9 @@ def reorder_quantize_kernel(
     # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
     index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     row = tl.program_id(0).to(tl.int64)
-    y = gather_row(x_ptr + row * stride_x, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS)
+    y, _ = gather_row(
+        x_ptr + row * stride_x, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS
+    )
     _quantize_blocks(
         tl.reshape(y, (BLOCKS, 32)),
         block,
@@ -83,19 +85,24 @@ def gather_row(
     BLOCK_C: tl.constexpr,
     ROW_CHUNKS: tl.constexpr,
 ):
-    """produced row[index] as float32, zero where index is outside [0, C). index: (BLOCK_K,) int32."""
+    """produced row[index] as float32, zero where index is outside [0, C), and the largest magnitude of all the row.
+
+    index: (BLOCK_K,) int32. The magnitude is an integer, the bits of a float32, so that a NaN is the largest.
+    """
     rstd = 1.0
     if PRODUCER == "rms_norm":
         rstd = row_rstd(x_ptr, C, EPS, BLOCK_C, ROW_CHUNKS)
     if PRODUCER == "silu_mul":
         other_ptr += other_offset
     y = tl.zeros(index.shape, tl.float32)
+    amax = 0
     for chunk in tl.static_range(ROW_CHUNKS):
         row = produce(x_ptr, other_ptr, chunk * BLOCK_C + tl.arange(0, BLOCK_C), C, rstd, PRODUCER)
+        amax = tl.maximum(amax, tl.max(to_float32(row).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
         local = index - chunk * BLOCK_C
         gathered = to_float32(tl.gather(row, local & (BLOCK_C - 1), 0))
         y = tl.where(local.to(tl.uint32, bitcast=True) < BLOCK_C, gathered, y)
-    return y
+    return y, amax
 
 
 @triton.jit

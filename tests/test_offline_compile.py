@@ -92,11 +92,12 @@ class QuantizeCase:
 
     @property
     def kernel(self) -> Kernel:
-        """The launch that `gpu` would make for 64 rows of bfloat16, at a split like 75/20/5."""
+        """The launch that `gpu` would make for many rows of bfloat16, at a split like 75/20/5."""
         k6, k8 = self.channels // 5 // 32 * 32, self.channels // 20 // 32 * 32
-        x = torch.empty(64, self.channels, dtype=torch.bfloat16, device="meta")
+        rows = gpu.FEW_ROWS + 1
+        x = torch.empty(rows, self.channels, dtype=torch.bfloat16, device="meta")
         widths = (self.channels - k6 - k8) // 2, k6, k8, self.channels // 32
-        outputs = QuantizedActivation(*(torch.empty(64, n, dtype=torch.uint8, device="meta") for n in widths))
+        outputs = QuantizedActivation(*(torch.empty(rows, n, dtype=torch.uint8, device="meta") for n in widths))
         other = {"none": None, "rms_norm": x[0], "silu_mul": x}[self.producer]
         permutation = torch.empty(self.channels, dtype=torch.int32, device="meta")
         call = gpu.reorder_quantize_call(

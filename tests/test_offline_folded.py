@@ -52,10 +52,12 @@ def split_of(channels: int) -> tuple[int, int, int]:
     return channels - k6 - k8, k6, k8
 
 
-def reorder_fold(producer: str, channels: int, *, w_fp4: bool = False) -> Kernel:
-    """The launch that `gpu_folded` would make for 64 rows of bfloat16."""
-    x = meta(64, channels, dtype=torch.bfloat16)
-    out = FoldedActivation(meta(64, channels), meta(64, dtype=torch.float32), meta(folding.LOCKS, dtype=torch.int32))
+def reorder_fold(producer: str, channels: int, *, rows: int = 64, w_fp4: bool = False) -> Kernel:
+    """The launch that `gpu_folded` would make for rows of bfloat16."""
+    x = meta(rows, channels, dtype=torch.bfloat16)
+    out = FoldedActivation(
+        meta(rows, channels), meta(rows, dtype=torch.float32), meta(folding.LOCKS, dtype=torch.int32)
+    )
     other = {"none": None, "rms_norm": x[0], "silu_mul": x}[producer]
     call = gpu_folded.reorder_fold_call(
         producer, x, other, 1e-5, meta(channels, dtype=torch.int32), split_of(channels), out, fp6="e2m3",
@@ -80,6 +82,8 @@ OTHERS = {
     "reorder_fold-rms_norm-4096": reorder_fold("rms_norm", 4096),
     "reorder_fold-silu_mul-14336": reorder_fold("silu_mul", 14336),
     "reorder_fold-none-28672": reorder_fold("none", 28672),
+    "reorder_fold-none-28672-many": reorder_fold("none", 28672, rows=65),
+    "reorder_fold-silu_mul-28672-many": reorder_fold("silu_mul", 28672, rows=65),
     **{f"expand_weight-{fp6}": expand_weight(fp6) for fp6 in FP6_FORMATS},
 }
 

@@ -16,7 +16,7 @@ from strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, re
 from torch import Tensor
 from torch.nn.functional import silu
 
-from micromix_compile import folding, gpu_folded, ops, packing, reference
+from micromix_compile import folding, gpu, gpu_folded, ops, packing, reference
 from micromix_compile.folding import FoldedActivation
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
 from micromix_compile.gpu_folded import FoldedWeight, Parts
@@ -157,9 +157,14 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: Split) -> No
         check_fold(device, torch.randn(rows, channels), perm, split, "e3m2", "rceil", w_fp4=w_fp4)
 
 
-@pytest.mark.parametrize(("dtype", "w_fp4"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
-def test_rows_wider_than_one_tile(device: str, dtype: torch.dtype, w_fp4: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "few", "w_fp4"),
+    [(torch.bfloat16, 64, False), (torch.bfloat16, 0, True), (torch.float32, 0, False)],
+    ids=["in parts", "as wholes", "in parts and chunks"],
+)
+def test_wide_rows(device: str, dtype: torch.dtype, few: int, w_fp4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All programs of a row have its scale, wherever its largest value is."""
+    monkeypatch.setattr(gpu, "FEW_ROWS", few)
     channels = 28672 + 7
     x = torch.randn(3, channels).to(dtype)
     x[0, 3], x[1, -1], x[2, 20000] = 1000.0, -777.0, 50.0

@@ -152,8 +152,11 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, i
     check_plain(torch.randn(rows, 45), perm, split, "e3m2", "rceil", device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_wider_than_one_tile(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "few"), [(torch.bfloat16, 64), (torch.bfloat16, 0), (torch.float32, 0)])
+def test_wide_rows_in_parts_as_wholes_and_in_chunks(
+    device: str, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "FEW_ROWS", few)
     channels = 28672 + 7
     x = torch.randn(2, channels).to(dtype)
     perm = torch.cat((torch.randperm(channels), torch.full((25,), -1)))[torch.randperm(28704)]
