@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,7 @@ def report(results: dict[str, Any], prompt: int) -> None:
     )
     table.add_row("linears, held / promised", "", f"{held / promised:.3f}", "")
     table.add_row("compile, s", f"{results['compile_s_bf16']:.0f}", f"{results['compile_s_micromix']:.0f}", "")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -381,7 +382,8 @@ def main() -> None:
             parts = ", ".join(f"{count} {what}" for what, count in sorted(row["launches"].items()))
             times = f"{row['first_call_s']} s", f"{row['forward_ms']:.2f} ms"
             table.add_row(name, backend, str(row["per_layer"]), parts, *times)
-    Console().print(table)
+    if table.row_count:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
