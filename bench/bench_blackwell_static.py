@@ -144,7 +144,8 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table."""
     table = Table(title=f"{title} ({NOT_RUN})")
     for column in rows[0]:
-        table.add_column(column, justify="right" if isinstance(rows[0][column], int | float) else "left")
+        justify = "right" if isinstance(rows[0][column], int | float) else "left"
+        table.add_column(column.replace("_", " "), justify=justify)
     for row in rows:
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
