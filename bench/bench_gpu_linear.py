@@ -6,8 +6,8 @@
 A linear is quantize, product and bias, with q, k and v as one, gate and up as one. A time is that of a CUDA graph of
 launches over copies of the weights, over 200 MB together, so that L2 does not serve them: median and 20/80 % of replays
 per launch. Competitors run in the same process: cuBLAS in BF16; FP8 with a scale a row, quantized by compiled PyTorch,
-with fast accumulation; weight-only int4 for few rows; and a kernel that only reads the packed bytes. Before anything is
-timed the products of a small case must be right.
+with fast accumulation; weight-only int4 for few rows; torchao's FP8 and emulated MX, if it is installed; and a kernel
+that only reads the packed bytes. Before anything is timed the products of a small case must be right.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from gpu_timing import Times, copies, measure, read_all, read_sums, size
 from linear_rows import Row, plot, print_summary, print_table, write_csv
 from rich.console import Console
 from rich.progress import track
+from torchao_linears import torchao_configs, torchao_linear
 
 from micromix_compile import folding, gpu, gpu_folded, packing, reference
 from micromix_compile.evaluation import hardware, versions
@@ -206,7 +207,23 @@ class Linears:
             found.append(case.row("fp8 product", rows, product, size(q, xq) + 2 * rows * case.N))
             found.append(case.row("fp8 linear", rows, self._fp8[rows], self._floor(rows, size(q))))
         del weights
-        return found + self._int4([rows for rows in every_m if rows <= INT4_ROWS])
+        return found + self._int4([rows for rows in every_m if rows <= INT4_ROWS]) + self._torchao(every_m)
+
+    def _torchao(self, every_m: Sequence[int]) -> list[Row]:
+        """torchao's FP8 and emulated MX, where it is installed."""
+        case, found = self._case, []
+        first, bias = (torch.randn(*shape, device=CUDA, dtype=BF16) for shape in ((case.N, case.K), (case.N,)))
+        for name, config in torchao_configs().items():
+            packed = case.N * case.K // (2 if name.endswith("4") else 1)
+            try:
+                linears = [torchao_linear(first, bias, config) for _ in range(copies(packed))]
+                for rows in every_m:
+                    x = self._activation(rows)
+                    times = measure([lambda f=f, x=x: f(x) for f in linears])
+                    found.append(case.row(f"{name} linear", rows, times, self._floor(rows, packed)))
+            except (RuntimeError, NotImplementedError, AssertionError) as error:
+                print(f"no {name} for {case.name}: {str(error)[:80]}", file=sys.stderr)
+        return found
 
     def _int4(self, every_m: Sequence[int]) -> list[Row]:
         """Weight-only int4 in groups, or nothing where torch does not offer it for the shape."""

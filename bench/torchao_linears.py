@@ -1,0 +1,53 @@
+"""torchao's quantized linears for bench_gpu_linear.py, where torchao is installed (`pip install --no-deps torchao`).
+
+FP8 with a scale a row is the same product as ours of that name; MX formats are emulated on a GPU without block-scaled
+MMA: weights and activations are dequantized to bfloat16 at every call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+def torchao_configs() -> dict[str, Any]:
+    """torchao's configs by what they are called here; none where it is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        print("torchao is not installed: not measured", file=sys.stderr)
+        return {}
+    from torchao.prototype.mx_formats import inference_workflow as mx
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    def emulated(dtype: torch.dtype) -> Any:
+        return mx.MXDynamicActivationMXWeightConfig(
+            activation_dtype=dtype, weight_dtype=dtype, kernel_preference=KernelPreference.EMULATED
+        )
+
+    return {
+        "torchao fp8": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        "torchao mxfp8": emulated(torch.float8_e4m3fn),
+        "torchao mxfp4": emulated(torch.float4_e2m1fn_x2),
+    }
+
+
+def torchao_linear(weight: Tensor, bias: Tensor, config: Any) -> Callable[[Tensor], Tensor]:
+    """A compiled linear of a weight (N, K) that torchao has quantized."""
+    from torchao.quantization import quantize_
+
+    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta").eval()
+    linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+    quantize_(nn.Sequential(linear), config)
+    return lambda x: _compiled_linear(x, linear.weight, linear.bias)
+
+
+_compiled_linear: Callable[..., Tensor] = torch.compile(nn.functional.linear)
