@@ -1,4 +1,4 @@
-"""Tiles of the folded product, swept: what the constants in templates/tiles.py and gpu_folded.py are chosen by (sm_90).
+"""Tiles of the folded product, swept: for the constants in templates/tiles.py and gpu_folded.py (sm_90).
 
     python bench/bench_folded_tiles.py --rows 256 [--linear gate_up ...] [--tile 256x128x128-8w3s ...] [--split-k 4 ...]
 

@@ -6,7 +6,6 @@ MMA: weights and activations are dequantized to bfloat16 at every call.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +19,18 @@ if TYPE_CHECKING:
 
 
 def torchao_configs() -> dict[str, Any]:
-    """torchao's configs by what they are called here; none where it is not installed."""
-    if importlib.util.find_spec("torchao") is None:
-        print("torchao is not installed: not measured", file=sys.stderr)
+    """torchao's configs by what they are called here; none, and why on standard error, where there is no such version.
+
+    Without their settings of Inductor, which would change what the competitors' code is.
+    """
+    try:
+        return _configs()
+    except Exception as error:  # whatever a version's import or signature says
+        print(f"torchao is not measured: {error}", file=sys.stderr)
         return {}
+
+
+def _configs() -> dict[str, Any]:
     from torchao.prototype.mx_formats import inference_workflow as mx
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
     from torchao.quantization.quantize_.common import KernelPreference
@@ -34,19 +41,21 @@ def torchao_configs() -> dict[str, Any]:
         )
 
     return {
-        "torchao fp8": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        "torchao fp8": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False),
         "torchao mxfp8": emulated(torch.float8_e4m3fn),
         "torchao mxfp4": emulated(torch.float4_e2m1fn_x2),
     }
 
 
 def torchao_linear(weight: Tensor, bias: Tensor, config: Any) -> Callable[[Tensor], Tensor]:
-    """A compiled linear of a weight (N, K) that torchao has quantized."""
+    """A compiled linear of a weight (N, K) that torchao has quantized. Raises RuntimeError if it left it as it was."""
     from torchao.quantization import quantize_
 
     linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta").eval()
     linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
     quantize_(nn.Sequential(linear), config)
+    if type(linear.weight.data) is torch.Tensor:
+        raise RuntimeError(f"torchao does not quantize a weight of {tuple(weight.shape)}")
     return lambda x: _compiled_linear(x, linear.weight, linear.bias)
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 DEFAULT_OPTIONS: Mapping[str, Any] = {"emulate_precision_casts": True}
 """Round where eager rounds: an ulp of a fused bfloat16 chain would move MXFP4 codes, and so outputs by percents."""
 
+EAGER_OPTIONS: Mapping[str, Any] = {"selective_decompose": True, "pattern_matcher": False}
+"""What Inductor's option fallback_by_default, to call all but our operations as eager does, needs for eager's bits."""
+
 POST_GRAD_HOOK = "post_grad_custom_pre_pass"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".jinja")
 
@@ -52,8 +55,8 @@ class PostGradPasses(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Run the passes in order.
 
-        Where Inductor calls every other operation as eager does (its option fallback_by_default, for eager's bits), our
-        operations are marked as ones to compile, and none takes a norm or an activation into its kernel.
+        Where Inductor calls every other operation as eager does (its option fallback_by_default), our operations are
+        marked as ones to compile, and none takes a norm or an activation into its kernel.
         """
         if torch_compat.inductor_setting("fallback_by_default"):
             torch_compat.compile_nodes(node for node in graph.nodes if _is_ours(node))
@@ -89,5 +92,6 @@ def compile_graph(
     """
     from micromix_compile.lowering import folded, mixed_mx_mm, reorder_quantize  # noqa: F401 - they register lowerings
 
-    patches = {**DEFAULT_OPTIONS, **options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
+    as_eager = EAGER_OPTIONS if options.get("fallback_by_default") else {}
+    patches = {**DEFAULT_OPTIONS, **as_eager, **options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
     return torch_compat.compile_with_inductor(gm, example_inputs, patches)

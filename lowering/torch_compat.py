@@ -125,7 +125,7 @@ def inductor_setting(name: str) -> Any:
 def compile_nodes(nodes: Iterable[fx.Node]) -> None:
     """Mark nodes that Inductor is to compile even where its option fallback_by_default is set."""
     for node in nodes:
-        node.meta["custom"] = {**node.meta.get("custom", {}), "compile_with_inductor": True}
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), "compile_with_inductor": True}
 
 
 def mode_options(mode: str) -> dict[str, Any]:

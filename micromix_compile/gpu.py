@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
 
 # Swept on an H200 at 8192 x 4096 and 4096 x 14336, bfloat16: 32 channels a thread in one tile beat 16 by a tenth. On an
-# H100 rows of 28672 as a whole, in parts of 16384 and of 8192: 505, 780 and 870 us for 8192 of them (1137 where shared
-# memory takes half a row only), 8.5, 6.2 and 4.8 us for 16.
+# H100, us of rows of 28672 as wholes, in parts of 16384, and of 8192: `reorder_fold` 505, 780 and 870 for 8192 of them
+# (1137 where shared memory takes half a row only), 74, 107 and 115 for 1024, 8.5, 6.2 and 4.8 for 16;
+# `reorder_quantize` 596, 887 and 885 (1169), 85, 119 and 117, 9.9, 7.0 and 5.0, but its wholes spill registers, so it
+# takes parts. Between 16 and 1024 rows nothing was measured: `FEW_ROWS` are half as many as processors.
 MAX_ROW_BYTES = 65536
-MAX_BLOCK_K = 32768
+MAX_BLOCK_K = 16384
 PART_BLOCK_K = 8192
 FEW_ROWS = 64
 CHANNELS_PER_THREAD = 32
@@ -161,16 +163,18 @@ class QuantizerTile(NamedTuple):
     num_warps: int
 
 
-def quantizer_tile(x: Tensor, other: Tensor | None, out_channels: int) -> QuantizerTile:
+def quantizer_tile(
+    x: Tensor, other: Tensor | None, out_channels: int, *, max_block_k: int = MAX_BLOCK_K
+) -> QuantizerTile:
     """The tile for rows of x: (M, C) and K output channels. M may be symbolic, which counts as many."""
     rows, channels = x.shape
     itemsize = max(tensor.element_size() for tensor in (x, other) if tensor is not None)
     fits = channels * itemsize <= MAX_ROW_BYTES
     block_c = _power_of_two(channels, MAX_ROW_BYTES // itemsize // (1 if fits else 2))
-    block_k = _power_of_two(out_channels, MAX_BLOCK_K)
+    block_k = _power_of_two(out_channels, max_block_k)
     # Chunks need registers for what was gathered from earlier ones, and few rows as wholes would leave processors idle.
     is_few = isinstance(rows, int) and rows <= FEW_ROWS
-    if not fits or (is_few and block_k == MAX_BLOCK_K):
+    if not fits or (is_few and out_channels > MAX_BLOCK_K):
         block_k = min(block_k, PART_BLOCK_K)
     num_warps = min(max(max(block_c, block_k) // (32 * CHANNELS_PER_THREAD), 4), 16)
     return QuantizerTile(block_c, -(-channels // block_c), block_k, num_warps)

@@ -35,6 +35,9 @@ expanded for columns of 4096, 1024 and 1024 with K = 4096 at 256 rows, the most 
 SMALL_COLUMNS: Final = 8192
 """The most that a group of small weights has together: between those 6144 and gate and up's 28672."""
 
+MAX_BLOCK_K: Final = 32768
+"""Channels of a program of `reorder_fold`: see `gpu.MAX_ROW_BYTES` for what was measured."""
+
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
 
@@ -97,7 +100,7 @@ def reorder_fold_call(
     from micromix_compile.templates.reorder_fold import reorder_fold_kernel
 
     channels = channel_perm.shape[0]
-    tile = gpu.quantizer_tile(x, other, channels)
+    tile = gpu.quantizer_tile(x, other, channels, max_block_k=MAX_BLOCK_K)
     return gpu.KernelCall(
         kernel=reorder_fold_kernel,
         grid=(x.shape[0], max(-(-channels // tile.BLOCK_K), 1)),

@@ -212,12 +212,12 @@ def test_logits_are_eager_s_to_the_bit_where_all_but_linears_is_called_as_eager_
     model = llama(dtype).cuda()
     recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
     packed = micromix.quantize_(copy.deepcopy(model), recipe)
-    fast = compiled(model, recipe, fallback_by_default=True, selective_decompose=True)
+    fast = compiled(model, recipe, fallback_by_default=True)
     ids = torch.randint(0, 256, (2, 12), device="cuda")
     with torch.no_grad():
         assert torch.equal(fast(ids).logits, packed(ids).logits)
         names = launches(fast, ids)
-    assert sum("mixed_mx_mm" in name or name.startswith("triton_tem") for name in names) == 7 * LAYERS
+    assert sum(name.startswith("triton_tem") for name in names) == 7 * LAYERS  # a call of the op is another kernel
 
 
 def test_packed_modules_move_between_devices() -> None:

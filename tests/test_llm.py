@@ -87,11 +87,32 @@ def test_logits_are_eager_s_to_the_bit_where_all_but_linears_is_called_as_eager_
     model = llama()
     recipe = micromix.calibrate(model, token_batches())
     packed = micromix.quantize_(copy.deepcopy(model), recipe)
-    options = {"recipe": recipe, "fallback_by_default": True, "selective_decompose": True}
-    fast = torch.compile(model, backend="micromix", options=options)
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe, "fallback_by_default": True})
     ids = torch.randint(0, 256, (2, 12))
     with torch.no_grad():
         assert torch.equal(fast(ids).logits, packed(ids).logits)
+
+
+class Projected(nn.Module):
+    """A linear, and a product and a sum that Inductor would make one operation of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64, dtype=torch.bfloat16)
+        self.register_buffer("w", torch.randn(64, 48, dtype=torch.bfloat16))
+        self.register_buffer("b", torch.randn(48, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x) @ self.w + self.b)
+
+
+def test_no_pattern_is_replaced_where_all_but_linears_is_called_as_eager_does() -> None:
+    net, x = Projected().eval(), torch.randn(9, 64, dtype=torch.bfloat16)
+    recipe = micromix.calibrate(net, [x])
+    packed = micromix.quantize_(copy.deepcopy(net), recipe)
+    fast = torch.compile(net, backend="micromix", options={"recipe": recipe, "fallback_by_default": True})
+    with torch.no_grad():
+        assert torch.equal(fast(x), packed(x))
 
 
 def test_padding_of_a_tokenized_batch_does_not_reach_the_statistics() -> None:

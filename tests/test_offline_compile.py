@@ -154,7 +154,10 @@ TABLE = table()
 QUANTIZE = [
     QuantizeCase(capability, channels, producer)
     for capability in (90, 100, 120)
-    for channels, producer in ((4096, "none"), (14336, "none"), (14336, "rms_norm"), (14336, "silu_mul"))
+    for channels, producer in (
+        *((4096, "none"), (14336, "none"), (14336, "rms_norm"), (14336, "silu_mul")),
+        *((28672, "none"), (28672, "silu_mul")),
+    )
 ]
 UNWIDENED = replace(FAMILIES["sm_120"], widen_fp4=False)
 UNWIDENED_KERNEL = offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True)

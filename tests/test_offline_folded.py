@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_offline_compile import SPILL_LIMIT, kernel_of
 
-from micromix_compile import folding, gpu_folded
+from micromix_compile import folding, gpu, gpu_folded
 from micromix_compile.folding import FoldedActivation
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.gpu_folded import FoldedWeight
@@ -52,7 +52,7 @@ def split_of(channels: int) -> tuple[int, int, int]:
     return channels - k6 - k8, k6, k8
 
 
-def reorder_fold(producer: str, channels: int, *, rows: int = 64, w_fp4: bool = False) -> Kernel:
+def reorder_fold(producer: str, channels: int, *, rows: int = gpu.FEW_ROWS, w_fp4: bool = False) -> Kernel:
     """The launch that `gpu_folded` would make for rows of bfloat16."""
     x = meta(rows, channels, dtype=torch.bfloat16)
     out = FoldedActivation(
@@ -82,8 +82,8 @@ OTHERS = {
     "reorder_fold-rms_norm-4096": reorder_fold("rms_norm", 4096),
     "reorder_fold-silu_mul-14336": reorder_fold("silu_mul", 14336),
     "reorder_fold-none-28672": reorder_fold("none", 28672),
-    "reorder_fold-none-28672-many": reorder_fold("none", 28672, rows=65),
-    "reorder_fold-silu_mul-28672-many": reorder_fold("silu_mul", 28672, rows=65),
+    "reorder_fold-none-28672-many": reorder_fold("none", 28672, rows=gpu.FEW_ROWS + 1),
+    "reorder_fold-silu_mul-28672-many": reorder_fold("silu_mul", 28672, rows=gpu.FEW_ROWS + 1),
     **{f"expand_weight-{fp6}": expand_weight(fp6) for fp6 in FP6_FORMATS},
 }
 

@@ -152,10 +152,12 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, i
     check_plain(torch.randn(rows, 45), perm, split, "e3m2", "rceil", device)
 
 
-@pytest.mark.parametrize(("dtype", "few"), [(torch.bfloat16, 64), (torch.bfloat16, 0), (torch.float32, 0)])
-def test_wide_rows_in_parts_as_wholes_and_in_chunks(
-    device: str, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "few"),
+    [(torch.bfloat16, 64), (torch.bfloat16, 0), (torch.float32, 0)],
+    ids=["in parts", "as wholes", "in parts and chunks"],
+)
+def test_wide_rows(device: str, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "FEW_ROWS", few)
     channels = 28672 + 7
     x = torch.randn(2, channels).to(dtype)
