@@ -73,22 +73,21 @@ def sweep(name: str, rows: int, tiles: list[FoldedTile], splits: list[int], tabl
     values = torch.randn(rows, channels, device=CUDA, dtype=BF16)
     x = gpu_folded.reorder_fold("none", values, None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
 
-    def product(group: list[FoldedWeight], tile: FoldedTile | None, parts: Parts | None) -> torch.Tensor:
-        return torch.cat(gpu_folded.folded_mm(x, group, fp6=FP6, out_dtype=BF16, tile=tile, parts=parts), 1)
+    def multiply(group: list[FoldedWeight], tile: FoldedTile | None, parts: Parts | None) -> list[torch.Tensor]:
+        return gpu_folded.folded_mm(x, group, fp6=FP6, out_dtype=BF16, tile=tile, parts=parts)
+
+    def product(tile: FoldedTile | None, parts: Parts | None) -> torch.Tensor:
+        return torch.cat(multiply(groups[0], tile, parts), 1).double()
 
     def time(tile: FoldedTile | None, parts: Parts | None) -> str:
-        runs = [
-            lambda g=group: gpu_folded.folded_mm(x, g, fp6=FP6, out_dtype=BF16, tile=tile, parts=parts)
-            for group in groups
-        ]
-        return f"{measure(runs).us:.1f}"
+        return f"{measure([lambda g=group: multiply(g, tile, parts) for group in groups]).us:.1f}"
 
-    chosen = product(groups[0], None, None).double()
+    chosen = product(None, None)
     table.add_row(name, str(rows), "chosen now", "", time(None, None))
     for tile in tiles:
         for way, parts in ways_of(gpu_folded.tiles_of(rows, columns, tile), splits).items():
             try:
-                error = ((product(groups[0], tile, parts).double() - chosen).norm() / chosen.norm()).item()
+                error = ((product(tile, parts) - chosen).norm() / chosen.norm()).item()
                 if not error <= TOLERANCE:
                     raise SystemExit(f"{name}, {rows} rows, {tile_name(tile)}, {way}: off by {error:.3g} of its norm")
                 us = time(tile, parts)

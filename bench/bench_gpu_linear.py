@@ -213,8 +213,9 @@ class Linears:
     def _torchao(self, every_m: Sequence[int]) -> list[Row]:
         """torchao's FP8 and emulated MX, where it is installed."""
         case, found = self._case, []
-        first, bias = (torch.randn(*shape, device=CUDA, dtype=BF16) for shape in ((case.N, case.K), (case.N,)))
         for name, config in self._torchao_configs.items():
+            first = torch.randn(case.N, case.K, device=CUDA, dtype=BF16)
+            bias = torch.randn(case.N, device=CUDA, dtype=BF16)
             packed = case.N * case.K // (2 if name.endswith("4") else 1)  # without scales
             try:
                 linears = [torchao_linear(first, bias, config) for _ in range(copies(packed))]

@@ -172,7 +172,7 @@ def smollm2_tokens(arguments: Arguments, dtype: torch.dtype = torch.float32) -> 
     """Greedy tokens of the default model, compiled and eager, and how far logits behind the same tokens differ.
 
     Norms and activations summed in another order differ by an ulp, which may move an MX code. So the model is compiled
-    twice, with all but the linears called as eager does and as usual; and eager runs again, its embeddings an ulp off.
+    twice, with all but the linears called as eager does and as usual; and eager runs again, its embeddings changed by that.
     """
     tokens, start = arguments.tokens, time.perf_counter()
 
@@ -201,9 +201,14 @@ def smollm2_tokens(arguments: Arguments, dtype: torch.dtype = torch.float32) -> 
         say(f"compiled, {name}: {result[name]}")
         result[name] |= difference(model(text, use_cache=False).logits, logits)
         say(f"compiled, {name}, behind the same tokens: {result[name]}")
-    packed.get_input_embeddings().register_forward_hook(lambda _, __, x: x * (1 + torch.finfo(x.dtype).eps))
-    result["eager, embeddings an ulp off"] = difference(packed(text, use_cache=False).logits, logits)
+    packed.get_input_embeddings().register_forward_hook(lambda _, __, x: some_an_ulp_off(x))
+    result["eager, some of the embeddings an ulp off"] = difference(packed(text, use_cache=False).logits, logits)
     return result
+
+
+def some_an_ulp_off(x: Tensor) -> Tensor:
+    """Every second value, at random, an ulp or so larger: if all were, the first norm would take it out again."""
+    return torch.where(torch.rand_like(x) < 0.5, x, x * (1 + torch.finfo(x.dtype).eps))
 
 
 def difference(actual: Tensor, expected: Tensor) -> dict[str, float]:

@@ -155,7 +155,7 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, i
 @pytest.mark.parametrize(
     ("dtype", "few"),
     [(torch.bfloat16, 64), (torch.bfloat16, 0), (torch.float32, 0)],
-    ids=["in parts", "as wholes", "in parts and chunks"],
+    ids=["in small parts", "in large parts", "in parts and chunks"],
 )
 def test_wide_rows(device: str, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "FEW_ROWS", few)
