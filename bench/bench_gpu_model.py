@@ -172,7 +172,7 @@ def smollm2_tokens(arguments: Arguments, dtype: torch.dtype = torch.float32) -> 
     """Greedy tokens of the default model, compiled and eager, and how far logits behind the same tokens differ.
 
     Norms and activations summed in another order differ by an ulp, which may move an MX code. So the model is compiled
-    twice, with all but the linears called as eager does and as usual; and eager runs again, its embeddings changed by that.
+    twice, with all but the linears called as eager does and as usual; and eager runs again, its embeddings so changed.
     """
     tokens, start = arguments.tokens, time.perf_counter()
 
