@@ -474,6 +474,13 @@ def test_the_product_reads_what_the_fold_wrote(device: str) -> None:
     assert torch.equal(multiply(x, weights, "e3m2", tile, 2), first)
 
 
+def test_shared_tiles_that_fill_the_registers_are_added_in_pieces(device: str) -> None:
+    tile = FoldedTile(256, 128, 128, 8, 3, SUM_STEPS=False)
+    x, weights = integers(200, (150, 20), (160, 128, 128), "e2m3", device=device)
+    want = exact_integers(x, weights, "e2m3")
+    assert_equal_but_for_one_rounding(multiply(x, weights, "e2m3", tile, 3), want)
+
+
 @pytest.mark.parametrize("whole", [1, 4, 5])
 def test_some_tiles_are_whole_and_some_shared(device: str, whole: int) -> None:
     x, weights = integers(20, (200, 70), (96, 64, 32), "e2m3", device=device)
