@@ -350,7 +350,8 @@ def check() -> None:
         order = folding.fold_order(split, w_fp4=False).to(CUDA)
         x = reference.reorder_quantize(values, perm, split, fp6=FP6)
         assert weight.bias is not None, "made with one"
-        exact.append(reference.dequantize_activation(*x).double()[:, order] @ w.T + weight.bias.double())
+        channels = torch.nn.functional.pad(reference.dequantize_activation(*x).double(), (0, 1))  # for -1 a zero
+        exact.append(channels[:, order] @ w.T + weight.bias.double())
     want = torch.cat(exact, 1)
     for rows, tile in ((1, None), (16, None), (64, None), (128, None), (128, WIDE_FOLDED_TILE), (most, None)):
         x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, "rceil", w_fp4=False)

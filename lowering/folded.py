@@ -12,7 +12,7 @@ import torch
 from torch._inductor.lowering import fallback_handler, register_lowering
 
 from micromix_compile import folded_ops, gpu_folded, target
-from micromix_compile.folding import LOCKS, FoldedActivation
+from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.gpu_folded import FoldedWeight
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
@@ -37,7 +37,7 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
         producer, source, other, eps, perm, split, fp6, scale_rounding, w_fp4 = arguments(x, *rest)
         rows, device = x.get_size()[0], x.get_device()
         outputs = (
-            empty([rows, sum(split)], torch.uint8, device),
+            empty([rows, fold_width(split, w_fp4=w_fp4)], torch.uint8, device),
             empty([rows], torch.float32, device),
             empty([LOCKS], torch.int32, device),
         )

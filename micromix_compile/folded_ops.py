@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from micromix_compile import folding, gpu_folded, ops, reference, target
-from micromix_compile.folding import LOCKS, FoldedActivation, factor_shape
+from micromix_compile.folding import LOCKS, FoldedActivation, factor_shape, fold_width
 from micromix_compile.formats import ScaleRounding
 from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight
 
@@ -159,8 +159,9 @@ def _check_folded_mm(
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"row_scale": (row_scale, (q.shape[0],))}
     for i, parts in enumerate(zip(w4, w6, w8, w_factor, w_row_scale, strict=True)):
         columns, split = parts[0].shape[0], (2 * parts[0].shape[1], 4 * parts[1].shape[2], parts[2].shape[1])
-        if sum(split) != q.shape[1]:
-            raise ValueError(f"weight {i} holds {sum(split)} channels, q {q.shape[1]}")
+        width = fold_width(split, w_fp4=False)
+        if width != q.shape[1]:
+            raise ValueError(f"weight {i} takes rows of {width} bytes, q has {q.shape[1]}")
         expected = ((3, columns, split[1] // 4), (columns, split[2]), factor_shape(columns, split), (columns,))
         for name, part, shape in zip(("w6", "w8", "w_factor", "w_row_scale"), parts[1:], expected, strict=True):
             shapes[f"{name}[{i}]"] = (part, shape)
@@ -172,12 +173,12 @@ def _check_folded_mm(
 
 
 def _fake_fold(x: Tensor, *layout: object) -> Folded:
-    channel_perm, k4, k6, k8, fp6, scale_rounding, _ = layout
-    reference.check_reorder_quantize(x, channel_perm, (k4, k6, k8), fp6, scale_rounding)  # type: ignore[arg-type]
-    rows, channels = x.shape[0], channel_perm.shape[0]  # type: ignore[attr-defined]
+    channel_perm, k4, k6, k8, fp6, scale_rounding, w_fp4 = layout
+    split = (k4, k6, k8)
+    reference.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)  # type: ignore[arg-type]
     return (
-        x.new_empty((rows, channels), dtype=torch.uint8),
-        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty((x.shape[0], fold_width(split, w_fp4=bool(w_fp4))), dtype=torch.uint8),  # type: ignore[arg-type]
+        x.new_empty(x.shape[0], dtype=torch.float32),
         x.new_empty(LOCKS, dtype=torch.int32),
     )
 

@@ -39,6 +39,8 @@ LARGEST: Final = 448.0
 FACTOR_WORD: Final = 4
 """Blocks whose factors lie side by side. Words of one place in all rows do, too: kernels read many rows' at once."""
 
+_PAIR: Final = 2 * BLOCK_SIZE
+
 MIN_FP4_EXPONENT: Final = -5
 """Of an MXFP4 weight's block relative to its row: the least at which every code is an E4M3 normal number."""
 
@@ -48,7 +50,7 @@ _TOP: Final = {"e2m1": 6, "e2m3": 11, "e3m2": 8, "e4m3": 0}
 
 
 class FoldedActivation(NamedTuple):
-    """q: (M, K) uint8, E4M3 bytes in `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
+    """q: (M, `fold_width`) uint8, E4M3 bytes in `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
 
     q: Tensor
     row_scale: Tensor
@@ -65,23 +67,36 @@ def _words(split: Split) -> list[int]:
     return [-(-k // (BLOCK_SIZE * FACTOR_WORD)) for k in split]
 
 
-def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
-    """Positions in the sorted order of what a folded operand holds, from left to right: (K,) int64.
+def fold_width(split: Split, *, w_fp4: bool) -> int:
+    """Bytes of a row in `fold_order`: K, and a block more where the order has an odd number of blocks of MXFP6."""
+    return sum(split) + (0 if w_fp4 else split[1] % _PAIR)
 
-    It is the order in which packed weights unpack by words: of each 8 channels of MXFP4 first all first halves, then
-    all second halves; of each 32 of MXFP6 the 8 of plane 0 in all blocks, then plane 1, and so on. w_fp4: all weights
-    are MXFP4, whatever the activations' formats.
+
+def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
+    """Positions in the sorted order of what a folded operand holds, from left to right: (`fold_width`,) int64.
+
+    It is the order in which FP8 MMA can take packed weights from the registers in which their words unpack, for it
+    wants two words of each 32 bytes of a row in one thread, 16 bytes apart. A block of MXFP4 has first the first four
+    of each 8 channels, then the others. Two blocks of MXFP6 have the 8 channels of plane 0 of both, then plane 1, and
+    so on; behind an odd number of blocks the second's are -1, which stands for zeros. w_fp4: all weights are MXFP4,
+    whatever the activations' formats.
     """
     k4, k6, k8 = (sum(split), 0, 0) if w_fp4 else split
-    halves = torch.arange(k4).reshape(-1, 4, 2, 4).permute(2, 0, 1, 3).flatten()
-    planes = torch.arange(k4, k4 + k6).reshape(-1, 4, BLOCK_SIZE // 4).permute(1, 0, 2).flatten()
+    halves = torch.arange(k4).reshape(-1, 4, 2, 4).transpose(1, 2).flatten()
+    planes = torch.nn.functional.pad(torch.arange(k4, k4 + k6), (0, k6 % _PAIR), value=-1)
+    planes = planes.reshape(-1, 2, 4, BLOCK_SIZE // 4).transpose(1, 2).flatten()
     return torch.cat((halves, planes, torch.arange(k4 + k6, k4 + k6 + k8)))
+
+
+def _ordered(values: Tensor, split: Split, *, w_fp4: bool) -> Tensor:
+    """Columns in the sorted order -> in `fold_order`; -1 is the zero behind the last."""
+    return torch.nn.functional.pad(values, (0, 1))[:, fold_order(split, w_fp4=w_fp4).to(values.device)]
 
 
 def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> FoldedActivation:
     """Fold what `reference.reorder_quantize` returned. amax: (M,) float32, largest magnitude of each unquantized row.
 
-    The scale of a row with a NaN or an infinity is NaN.
+    w_fp4: as in `fold_order`. The scale of a row with a NaN or an infinity is NaN.
     """
     bits = amax.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
     exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x400000).int()).clamp(min=1)
@@ -91,7 +106,7 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
     relative = reference.scale_value((x.scale.to(torch.int32) - exponent[:, None] + E8M0_BIAS).clamp(0, E8M0_NAN - 1))
     elements = reference.dequantize_activation(x.q4, x.q6, x.q8, torch.full_like(x.scale, E8M0_BIAS))
     values = elements * relative.repeat_interleave(BLOCK_SIZE, 1) + 0.0  # a zero has no sign
-    folded = values[:, fold_order(split, w_fp4=w_fp4).to(x.q4.device)]
+    folded = _ordered(values, split, w_fp4=w_fp4)
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=amax.device)
     return FoldedActivation(_to_e4m3(folded, row_scale), row_scale, locks)
 
@@ -124,7 +139,7 @@ def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale
 
 
 def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) -> Tensor:
-    """A packed weight folded: (N, K) uint8, E4M3 bytes in the order of `fold_order`. factor: from `weight_factor`."""
+    """A packed weight folded: (N, `fold_width`) uint8, E4M3 bytes in `fold_order`. factor: from `weight_factor`."""
     split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
     codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
     values = []
@@ -135,7 +150,7 @@ def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) ->
         else:
             scale = (byte << 8).view(torch.float16).to(torch.float32)
         values.append(reference.decode(code, elem_format(fmt)) * scale.repeat_interleave(BLOCK_SIZE, 1))
-    ordered = torch.cat(values, 1)[:, fold_order(split, w_fp4=False).to(w4.device)]
+    ordered = _ordered(torch.cat(values, 1), split, w_fp4=False)
     return ordered.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
 
 

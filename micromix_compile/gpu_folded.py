@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile import gpu, reference
-from micromix_compile.folding import LOCKS, FoldedActivation
+from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
 
@@ -78,7 +78,7 @@ def reorder_fold(
     """`folding.fold_activation` of what `gpu` quantizes with the same producer, in one launch. x: (M, C)."""
     reference.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
     out = FoldedActivation(
-        x.new_empty((x.shape[0], channel_perm.shape[0]), dtype=torch.uint8),
+        x.new_empty((x.shape[0], fold_width(split, w_fp4=w_fp4)), dtype=torch.uint8),
         x.new_empty(x.shape[0], dtype=torch.float32),
         x.new_empty(LOCKS, dtype=torch.int32),
     )
@@ -256,7 +256,7 @@ def _library_mm(x: FoldedActivation, weight: FoldedWeight, *, fp6: str, out_dtyp
 
 
 def expand_weight(weight: FoldedWeight, out: Tensor, *, fp6: str) -> None:
-    """Fill `out`, (N, K) uint8, with `folding.fold_weight`."""
+    """Fill `out`, (N, `folding.fold_width`) uint8, with `folding.fold_weight`."""
     if out.numel():
         with gpu.current_device(out):
             expand_call(weight, out, fp6=fp6).launch()

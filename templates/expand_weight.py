@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import factor_at, fold_e4m3, fold_fp4, fold_fp6, spread, words_of
+from micromix_compile.templates.fold import (
+    factor_at, fold_e4m3, fold_fp4, fold_fp6, in_halves, in_planes, row_bytes, spread, words_of,
+)  # fmt: skip
+
+
+@triton.jit
+def _store_step(folded, out, inside, step, stop):
+    """Columns before `stop` of a segment. folded: (BLOCK_N, C)."""
+    column = step * folded.shape[1] + tl.arange(0, folded.shape[1])[None, :]
+    tl.store(out + column, folded, mask=inside & (column < stop))
 
 
 @triton.jit
@@ -11,11 +20,9 @@ def _expand_fp4(w4, factors, word_stride, out, inside, blocks4, step, STEP: tl.c
     block = step * STEP + tl.arange(0, STEP)[None, :]
     factor = tl.load(factor_at(factors, word_stride, block), mask=inside & (block < blocks4), other=0)
     byte = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
-    mask = inside & (byte < blocks4 * 16)
-    packed = tl.load(w4 + byte, mask=mask, other=0)
-    low, high = fold_fp4(packed, spread(factor, 16))
-    tl.store(out + byte, low, mask=mask)
-    tl.store(out + blocks4 * 16 + byte, high, mask=mask)
+    packed = tl.load(w4 + byte, mask=inside & (byte < blocks4 * 16), other=0)
+    first, second = fold_fp4(packed, spread(factor, 16))
+    _store_step(in_halves(first, second), out, inside, step, blocks4 * 32)
 
 
 @triton.jit
@@ -29,11 +36,7 @@ def _expand_fp6(w6, plane, factors, word_stride, out, inside, blocks6, step, FP6
     plane1 = tl.load(w6 + plane + byte, mask=mask, other=0)
     plane2 = tl.load(w6 + 2 * plane + byte, mask=mask, other=0)
     fold0, fold1, fold2, fold3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
-    out += byte
-    tl.store(out, fold0, mask=mask)
-    tl.store(out + width, fold1, mask=mask)
-    tl.store(out + 2 * width, fold2, mask=mask)
-    tl.store(out + 3 * width, fold3, mask=mask)
+    _store_step(in_planes(fold0, fold1, fold2, fold3), out, inside, step, tl.cdiv(blocks6, 2) * 64)
 
 
 @triton.jit
@@ -41,16 +44,15 @@ def _expand_fp8(w8, factors, word_stride, out, inside, blocks8, step, STEP: tl.c
     block = step * STEP + tl.arange(0, STEP)[None, :]
     factor = tl.load(factor_at(factors, word_stride, block), mask=inside & (block < blocks8), other=0)
     byte = step * (STEP * 32) + tl.arange(0, STEP * 32)[None, :]
-    mask = inside & (byte < blocks8 * 32)
-    folded = fold_e4m3(tl.load(w8 + byte, mask=mask, other=0), spread(factor, 32))
-    tl.store(out + byte, folded, mask=mask)
+    packed = tl.load(w8 + byte, mask=inside & (byte < blocks8 * 32), other=0)
+    _store_step(fold_e4m3(packed, spread(factor, 32)), out, inside, step, blocks8 * 32)
 
 
 @triton.jit(do_not_specialize=["odd4", "odd6", "odd8"])
 def expand_weight_kernel(
     w4, w6, w8,  # packed as in `packing`
     w_factor,  # as in `folding.weight_factor`
-    out,  # (N, K) uint8: E4M3 bytes, in the order of `folding.fold_order`
+    out,  # (N, `folding.fold_width`) uint8: E4M3 bytes, in `folding.fold_order`
     N,
     odd4, odd6, odd8,  # 2 * blocks + 3, see `reorder_fold`
     FP6: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
@@ -59,7 +61,6 @@ def expand_weight_kernel(
     blocks4 = (odd4 >> 1) - 1
     blocks6 = (odd6 >> 1) - 1
     blocks8 = (odd8 >> 1) - 1
-    blocks = blocks4 + blocks6 + blocks8
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
     word_stride = N * 4
@@ -69,7 +70,7 @@ def expand_weight_kernel(
     inside = n < N
     n = n.to(tl.int64)
     factors = w_factor + n * 4
-    out += n * (blocks * 32)
+    out += n * row_bytes(blocks4, blocks6, blocks8)
     step = tl.program_id(1)
     if step < steps4:
         _expand_fp4(w4 + n * (blocks4 * 16), factors, word_stride, out, inside, blocks4, step, STEP)
@@ -81,5 +82,5 @@ def expand_weight_kernel(
     else:
         _expand_fp8(
             w8 + n * (blocks8 * 32), factors + (words4 + words6) * word_stride, word_stride,
-            out + (blocks4 + blocks6) * 32, inside, blocks8, step - steps4 - steps6, STEP,
+            out + row_bytes(blocks4, blocks6, 0), inside, blocks8, step - steps4 - steps6, STEP,
         )  # fmt: skip

@@ -132,11 +132,38 @@ def fold_e4m3(byte, factor):
 
 
 @triton.jit
+def in_halves(first, second):
+    """MXFP4 unpacked, two (R, C) -> (R, 2 * C) in `folding.fold_order`: 16 of the first, 16 of the second, and so on.
+
+    Where the result is the left operand of FP8 MMA, this and `in_planes` only say which registers are which.
+    """
+    shape: tl.constexpr = (first.shape[0], first.shape[1] // 16, 16)
+    joined = tl.join(tl.reshape(first, shape), tl.reshape(second, shape))
+    return tl.reshape(tl.permute(joined, (0, 1, 3, 2)), (first.shape[0], 2 * first.shape[1]))
+
+
+@triton.jit
+def in_planes(plane0, plane1, plane2, plane3):
+    """MXFP6 unpacked, four (R, C) -> (R, 4 * C) in `folding.fold_order`: 16 of each, and so on."""
+    shape: tl.constexpr = (plane0.shape[0], plane0.shape[1] // 16, 16)
+    pair0 = tl.join(tl.reshape(plane0, shape), tl.reshape(plane1, shape))
+    pair1 = tl.join(tl.reshape(plane2, shape), tl.reshape(plane3, shape))
+    joined = tl.permute(tl.join(pair0, pair1), (0, 1, 4, 3, 2))
+    return tl.reshape(joined, (plane0.shape[0], 4 * plane0.shape[1]))
+
+
+@triton.jit
 def spread(per_block, WIDTH: tl.constexpr):
     """(R, B) -> (R, B * WIDTH), each entry repeated."""
     rows: tl.constexpr = per_block.shape[0]
     blocks: tl.constexpr = per_block.shape[1]
     return tl.reshape(tl.broadcast_to(per_block[:, :, None], (rows, blocks, WIDTH)), (rows, blocks * WIDTH))
+
+
+@triton.jit
+def row_bytes(blocks4, blocks6, blocks8):
+    """`folding.fold_width`."""
+    return (blocks4 + tl.cdiv(blocks6, 2) * 2 + blocks8) * 32
 
 
 @triton.jit

@@ -10,7 +10,10 @@ order, so that the result does not depend on who came last.
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import e4m3_to_float32, factor_at, fold_e4m3, fold_fp4, fold_fp6, spread, words_of
+from micromix_compile.templates.fold import (
+    e4m3_to_float32, factor_at, fold_e4m3, fold_fp4, fold_fp6, in_halves, in_planes, row_bytes, spread,
+    words_of,
+)  # fmt: skip
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -38,11 +41,12 @@ def _factors(rows, word_stride, step, blocks, STEP: tl.constexpr, COPIED: tl.con
 
 
 @triton.jit
-def _dot(w, x, inside, column, stop, acc):
-    """acc + w @ x.T, of columns before `stop`. w: (BLOCK_N, C) E4M3 bytes.
+def _dot(w, x, inside, step, stop, acc):
+    """acc + w @ x.T, of a step's columns before `stop`. w: (BLOCK_N, BLOCK_K) E4M3 bytes.
 
     x: (BLOCK_M, 1) pointers to E4M3 bytes. inside: (BLOCK_M, 1), which of them are rows; the others are zeros.
     """
+    column = step * w.shape[1] + tl.arange(0, w.shape[1])[None, :]
     mask = inside & (column < stop)
     if _INTERPRETED:
         right = e4m3_to_float32(tl.load(x + column, mask=mask, other=0))
@@ -77,7 +81,7 @@ def folded_mm_tile(
     STEP: tl.constexpr = BLOCK_K // 32  # blocks
     n = n[:, None]
     inside = inside[:, None]
-    x += tl.arange(0, BLOCK_M)[:, None] * ((blocks4 + blocks6 + blocks8) * 32)
+    x += tl.arange(0, BLOCK_M)[:, None] * row_bytes(blocks4, blocks6, blocks8)
     factors += n * 4
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
@@ -92,14 +96,15 @@ def folded_mm_tile(
     for step in range(first, min(last, steps4)):
         column = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
         factor = _factors(factors, word_stride, step, blocks4, STEP, COPIED)
-        low, high = fold_fp4(_load(w4, column, half), spread(factor, 16))
-        step_sum = _dot(low, x, inside, column, half, zero if SUM_STEPS else acc)
-        step_sum = _dot(high, x + half, inside, column, half, step_sum)
+        first_half, second_half = fold_fp4(_load(w4, column, half), spread(factor, 16))
+        w = in_halves(first_half, second_half)
+        step_sum = _dot(w, x, inside, step, 2 * half, zero if SUM_STEPS else acc)
         acc = acc + step_sum if SUM_STEPS else step_sum
 
     first = tl.maximum(first - steps4, 0)
     last = last - steps4
     width = blocks6 * 8
+    pairs = tl.cdiv(blocks6, 2)
     w6 += n * width
     x += blocks4 * 32
     factors += words_of(blocks4) * word_stride
@@ -110,23 +115,21 @@ def folded_mm_tile(
         plane2 = _load(w6 + 2 * plane, column, width)
         factor = _factors(factors, word_stride, step, blocks6, STEP, COPIED)
         w_0, w_1, w_2, w_3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
-        step_sum = _dot(w_0, x, inside, column, width, zero if SUM_STEPS else acc)
-        step_sum = _dot(w_1, x + width, inside, column, width, step_sum)
-        step_sum = _dot(w_2, x + 2 * width, inside, column, width, step_sum)
-        step_sum = _dot(w_3, x + 3 * width, inside, column, width, step_sum)
+        w = in_planes(w_0, w_1, w_2, w_3)
+        step_sum = _dot(w, x, inside, step, pairs * 64, zero if SUM_STEPS else acc)
         acc = acc + step_sum if SUM_STEPS else step_sum
 
     first = tl.maximum(first - steps6, 0)
     last = last - steps6
     width = blocks8 * 32
     w8 += n * width
-    x += blocks6 * 32
+    x += pairs * 64
     factors += words_of(blocks6) * word_stride
     for step in range(first, last):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         factor = _factors(factors, word_stride, step, blocks8, STEP, COPIED)
         w = fold_e4m3(_load(w8, column, width), spread(factor, 32))
-        step_sum = _dot(w, x, inside, column, width, zero if SUM_STEPS else acc)
+        step_sum = _dot(w, x, inside, step, width, zero if SUM_STEPS else acc)
         acc = acc + step_sum if SUM_STEPS else step_sum
     return acc
 
@@ -161,7 +164,7 @@ def _cell(row, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "odd4", "odd6", "odd8", "tiles0", "tiles1", "column_tiles", "whole", "shared"])
 def folded_mm_kernel(
-    x,  # (M, K) uint8: E4M3 bytes
+    x,  # (M, `folding.fold_width`) uint8: E4M3 bytes
     x_row_scale,  # (M,) float32
     w4_0, w6_0, w8_0, w_factor_0, w_row_scale_0, bias_0,  # `packing` and `folding.weight_factor`
     w4_1, w6_1, w8_1, w_factor_1, w_row_scale_1, bias_1,
@@ -213,7 +216,7 @@ def folded_mm_kernel(
     blocks4 = (odd4 >> 1) - 1
     blocks6 = (odd6 >> 1) - 1
     blocks8 = (odd8 >> 1) - 1
-    x += m_first.to(tl.int64) * ((blocks4 + blocks6 + blocks8) * 32)
+    x += m_first.to(tl.int64) * row_bytes(blocks4, blocks6, blocks8)
     w4 += n_first.to(tl.int64) * (blocks4 * 16)
     w6 += n_first.to(tl.int64) * (blocks6 * 8)
     w8 += n_first.to(tl.int64) * (blocks8 * 32)

@@ -17,7 +17,7 @@ def reorder_fold_kernel(
     x_ptr,  # (M, C)
     other_ptr,  # rms_norm: weight (C,), any float dtype; silu_mul: up (M, C); none: unused
     channel_perm_ptr,  # (K,) any integer dtype, -1 reads as zero
-    q_ptr,  # (M, K) uint8: E4M3 bytes
+    q_ptr,  # (M, `folding.fold_width`) uint8: E4M3 bytes
     row_scale_ptr,  # (M,) float32
     locks_ptr,  # (LOCKS,) int32, set to zero for the products that follow
     C,
@@ -43,7 +43,8 @@ def reorder_fold_kernel(
     b4 = (odd4 >> 1) - 1
     b6 = (odd6 >> 1) - 1
     blocks = b4 + b6 + (odd8 >> 1) - 1
-    streams = blocks if W_FP4 else b4  # blocks that are stored in two halves, as FP4 weights unpack
+    halves = blocks if W_FP4 else b4  # blocks in the order of FP4 weights
+    row_blocks = blocks if W_FP4 else blocks + (b6 & 1)  # FP6 weights go by pairs
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))
@@ -75,11 +76,15 @@ def reorder_fold_kernel(
     c = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
     block = c >> 3
     c = c & 7
-    half = block * 4 + (c >> 1) + (c & 1) * (streams * 4)
-    plane = b4 * 8 + (block - b4) * 2 + (c & 1) + (c >> 1) * (b6 * 2)
-    place = tl.where(block < streams, half, tl.where(block < b4 + b6, plane, block * 8 + c))
-    row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (blocks * 8)
+    half = block * 8 + (c >> 1) + (c & 1) * 4
+    second = (block - b4) & 1  # of a pair
+    plane = (block - second) * 8 + (c >> 1) * 4 + second * 2 + (c & 1)
+    as_is = (block + row_blocks - blocks) * 8 + c
+    place = tl.where(block < halves, half, tl.where(block < b4 + b6, plane, as_is))
+    row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (row_blocks * 8)
     tl.store(row_ptr + place, low | (high << 16), mask=block < blocks)
+    if not W_FP4:  # in the place of the second of the last pair, if it has none
+        tl.store(row_ptr + place + 2, tl.zeros_like(place), mask=(block == b4 + b6 - 1) & (row_blocks > blocks))
 
 
 @triton.jit

@@ -53,8 +53,11 @@ def decoded(q: Tensor) -> Tensor:
 
 
 def sorted_back(folded: Tensor, split: Split, *, w_fp4: bool) -> Tensor:
-    """The columns of a folded operand in the order of the channels."""
-    return folded[:, folding.fold_order(split, w_fp4=w_fp4).argsort()]
+    """The columns of a folded operand in the order of the channels; all others are zeros."""
+    order = folding.fold_order(split, w_fp4=w_fp4)
+    assert folded.shape[1] == len(order)
+    assert not folded[:, order < 0].any()
+    return folded[:, order.argsort()[(order < 0).sum() :]]
 
 
 # ---- order
@@ -64,34 +67,46 @@ SPLITS = [(0, 0, 0), (32, 0, 0), (0, 32, 0), (0, 0, 32), (96, 64, 32), (64, 160,
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("w_fp4", [False, True])
-def test_the_order_is_a_permutation_that_leaves_mxfp8_where_it_is(split: Split, w_fp4: bool) -> None:
+def test_the_order_holds_every_channel_once_and_leaves_mxfp8_as_it_is(split: Split, w_fp4: bool) -> None:
     order = folding.fold_order(split, w_fp4=w_fp4)
-    assert order.sort().values.tolist() == list(range(sum(split)))
-    if not w_fp4:
-        first8 = split[0] + split[1]
-        assert order[first8:].tolist() == list(range(first8, sum(split)))
+    assert len(order) == folding.fold_width(split, w_fp4=w_fp4)
+    assert order[order >= 0].sort().values.tolist() == list(range(sum(split)))
+    assert (order < 0).sum() == (0 if w_fp4 else split[1] % 64)
+    if not w_fp4 and split[2]:
+        assert order[-split[2] :].tolist() == list(range(split[0] + split[1], sum(split)))
 
 
 @pytest.mark.parametrize("k", [32, 96, 256])
-def test_fp4_is_in_the_order_in_which_words_unpack(k: int) -> None:
-    """One channel at a time is packed; its byte says the word and the half. Halves come first, then words."""
+def test_fp4_unpacks_to_registers_that_one_thread_has(k: int) -> None:
+    """One channel at a time is packed: its byte says the word and which half of it.
+
+    Thread t of four has the words of 4 bytes t and t + 4 of each 32 bytes of an operand's row (PTX ISA, wgmma with A in
+    registers), and of packed weights the words t modulo 4.
+    """
     byte = packing.pack_fp4(torch.eye(k, dtype=torch.uint8)).argmax(1)
-    place = (byte % 4 // 2) * k + byte // 4 * 8 + torch.arange(k) % 8
+    word, second_half = byte // 4, byte % 4 // 2
+    place = word // 4 * 32 + second_half * 16 + word % 4 * 4 + torch.arange(k) % 4
     assert torch.equal(folding.fold_order((k, 0, 0), w_fp4=False), place.argsort())
     assert torch.equal(folding.fold_order((0, k, 0), w_fp4=True), place.argsort())
 
 
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
 @pytest.mark.parametrize("k", [32, 96, 256])
-def test_fp6_is_in_the_order_of_its_planes(k: int, fp6: str) -> None:
-    """One channel at a time is packed: it lies in one plane at a column, or in bits of all three, which is a fourth."""
+def test_fp6_unpacks_to_registers_that_one_thread_has(k: int, fp6: str) -> None:
+    """One channel at a time is packed: it lies in one plane at a column, or in bits of all three, which is a fourth.
+
+    As for FP4, but a word of the planes becomes four words, which two times 32 bytes have in one thread.
+    """
     largest = ELEM_FORMATS[fp6].max_code | 0x20
     codes = torch.eye(k, dtype=torch.uint8) * largest
     aligned, _ = packing.align_fp6(codes, torch.zeros(k, k // BLOCK_SIZE, dtype=torch.uint8), fp6)
     used = packing.pack_fp6(aligned, fp6).permute(1, 0, 2) != 0  # (channel, plane, column)
     plane = torch.where(used.any(2).sum(1) == 3, 3, used.any(2).int().argmax(1))
-    place = plane * (k // 4) + used.any(1).int().argmax(1)
-    assert torch.equal(folding.fold_order((0, k, 0), w_fp4=False), place.argsort())
+    column = used.any(1).int().argmax(1)
+    word = column // 4
+    want = torch.full((-(-k // 64) * 64,), -1)
+    want[word // 4 * 64 + plane * 16 + word % 4 * 4 + column % 4] = torch.arange(k)
+    assert torch.equal(folding.fold_order((0, k, 0), w_fp4=False), want)
 
 
 # ---- exactness
@@ -181,7 +196,8 @@ def test_a_row_with_a_special_value_has_no_scale_and_its_neighbours_have_theirs(
     x = reference.reorder_quantize(values, torch.arange(64), (32, 32, 0), fp6="e2m3")
     folded = folding.fold_activation(x, values.abs().amax(1), w_fp4=False)
     assert folded.row_scale.isnan().tolist() == [True, True, True, False]
-    assert (decoded(folded.q[3]) * folded.row_scale[3] == 1).all()
+    values = sorted_back(decoded(folded.q), (32, 32, 0), w_fp4=False) * folded.row_scale[:, None]
+    assert (values[3] == 1).all()
 
 
 # ---- weights
@@ -323,7 +339,7 @@ def test_the_ops_pass_the_checks_of_torch_library() -> None:
     ("place", "wrong", "message"),
     [
         (1, torch.zeros(4), r"row_scale must have shape \(3,\), got \(4,\)"),
-        (4, [torch.zeros(3, 40, 0, dtype=torch.uint8)], r"weight 0 holds 64 channels, q 96"),
+        (4, [torch.zeros(3, 40, 0, dtype=torch.uint8)], r"weight 0 takes rows of 64 bytes, q has 128"),
         (6, [torch.zeros(40, 3, dtype=torch.uint8)], r"w_factor\[0\] must have shape \(3, 40, 4\), got \(40, 3\)"),
         (8, [torch.zeros(39)], r"bias\[0\] must have shape \(40,\), got \(39,\)"),
         (8, [torch.zeros(40)] * 2, r"w4 must list 1 to 3 weights, bias as many or none, got 1 and 2"),

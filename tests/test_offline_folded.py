@@ -55,9 +55,8 @@ def split_of(channels: int) -> tuple[int, int, int]:
 def reorder_fold(producer: str, channels: int, *, rows: int = gpu.FEW_ROWS, w_fp4: bool = False) -> Kernel:
     """The launch that `gpu_folded` would make for rows of bfloat16."""
     x = meta(rows, channels, dtype=torch.bfloat16)
-    out = FoldedActivation(
-        meta(rows, channels), meta(rows, dtype=torch.float32), meta(folding.LOCKS, dtype=torch.int32)
-    )
+    width = folding.fold_width(split_of(channels), w_fp4=w_fp4)
+    out = FoldedActivation(meta(rows, width), meta(rows, dtype=torch.float32), meta(folding.LOCKS, dtype=torch.int32))
     other = {"none": None, "rms_norm": x[0], "silu_mul": x}[producer]
     call = gpu_folded.reorder_fold_call(
         producer, x, other, 1e-5, meta(channels, dtype=torch.int32), split_of(channels), out, fp6="e2m3",
@@ -70,7 +69,8 @@ def expand_weight(fp6: str) -> Kernel:
     k4, k6, k8 = split_of(4096)
     parts = (64, k4 // 2), (3, 64, k6 // 4), (64, k8), folding.factor_shape(64, (k4, k6, k8))
     weight = FoldedWeight(*(meta(*shape) for shape in parts), meta(64, dtype=torch.float32))
-    return kernel_of(gpu_folded.expand_call(weight, meta(64, 4096), fp6=fp6), CAPABILITY)
+    out = meta(64, folding.fold_width((k4, k6, k8), w_fp4=False))
+    return kernel_of(gpu_folded.expand_call(weight, out, fp6=fp6), CAPABILITY)
 
 
 TILES = (*(tile for _, tile in FOLDED_TILES), WIDE_FOLDED_TILE)

@@ -194,7 +194,7 @@ def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
 def test_only_the_outputs_of_a_fold_are_written(device: str) -> None:
     x, perm = torch.randn(3, 96, device=device), torch.arange(96, device=device)
     want = gpu_folded.reorder_fold("none", x, None, 0.0, perm, (32, 32, 32), "e2m3", "rceil", w_fp4=False)
-    q = torch.full((5, 96), 0xA5, dtype=torch.uint8, device=device)
+    q = torch.full((5, 128), 0xA5, dtype=torch.uint8, device=device)  # a block more: the MXFP6 one has no second
     row_scale, locks = torch.full((5,), 7.0, device=device), torch.full((folding.LOCKS + 2,), 7, device=device).int()
     inner = FoldedActivation(q[1:4], row_scale[1:4], locks[1:-1])
     gpu_folded.reorder_fold_call(
@@ -682,6 +682,7 @@ def test_bytes_of_large_weights_equal_the_definition() -> None:
     for columns, channels in ((6144, 4096), (1001, 14336), (257, 28672)):
         for fp6 in FP6_FORMATS:
             weight = random_weight(columns, share(channels, 0.75, 0.2), fp6, device="cuda")
-            out = torch.empty((columns, channels), dtype=torch.uint8, device="cuda")
+            width = folding.fold_width(weight.split, w_fp4=False)
+            out = torch.empty((columns, width), dtype=torch.uint8, device="cuda")
             gpu_folded.expand_weight(weight, out, fp6=fp6)
             assert torch.equal(out, folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6))
