@@ -24,14 +24,14 @@ from triton.runtime.errors import OutOfResources
 from micromix_compile import gpu_folded
 from micromix_compile.evaluation import hardware, versions
 from micromix_compile.gpu_folded import FoldedWeight, Parts
-from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
-# Not in the tables: 256 rows in a tile unpack a weight once where two tiles of 128 unpack it twice.
 CANDIDATES = tuple(
     FoldedTile(*sizes, SUM_STEPS=False)
-    for sizes in ((128, 64, 128, 4, 3), (256, 64, 128, 4, 3), (256, 128, 128, 8, 2), (256, 128, 128, 8, 3))
+    for sizes in ((64, 64, 256, 4, 3), (64, 128, 128, 8, 3), (128, 128, 128, 8, 3), (256, 128, 128, 8, 3))
 )
-TILES = (*(tile for _, tile in FOLDED_TILES), WIDE_FOLDED_TILE, *CANDIDATES)
+"""Not in the tables."""
+TILES = (*(tile for _, tile in (*FOLDED_TILES, *WIDE_FOLDED_TILES)), *CANDIDATES)
 LINEARS = MODELS["llama-8b"]
 TOLERANCE = 0.02
 

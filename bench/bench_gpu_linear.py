@@ -30,7 +30,7 @@ from micromix_compile import folding, gpu, gpu_folded, packing, reference
 from micromix_compile.evaluation import hardware, versions
 from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.gpu_folded import FoldedWeight
-from micromix_compile.templates.tiles import WIDE_FOLDED_TILE
+from micromix_compile.templates.tiles import WIDE_FOLDED_TILES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -261,7 +261,7 @@ class Linears:
         found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
         del words
         if max(every_m) >= gpu_folded.EXPAND_FROM:
-            room = torch.empty(case.N, case.K, dtype=torch.uint8, device=CUDA)
+            room = torch.empty(case.N, folding.fold_width(split, w_fp4=False), dtype=torch.uint8, device=CUDA)
             rows_of = room.split(list(case.columns))
 
             def expand(group: list[FoldedWeight]) -> None:
@@ -339,7 +339,7 @@ def check() -> None:
     The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
     of K in FP8 MMA's 14 bits a few times that.
     """
-    split, most = split_of(1024, SPLITS[1]), gpu_folded.EXPAND_SMALL_FROM
+    split, most = split_of(1024, SPLITS[1]), gpu_folded.EXPAND_FROM
     values = torch.randn(most, 1024, device=CUDA, dtype=BF16)
     perm = torch.randperm(1024, device=CUDA).to(torch.int32)
     weights = [folded_weight(n, split) for n in (256, 64)]
@@ -353,7 +353,8 @@ def check() -> None:
         channels = torch.nn.functional.pad(reference.dequantize_activation(*x).double(), (0, 1))  # for -1 a zero
         exact.append(channels[:, order] @ w.T + weight.bias.double())
     want = torch.cat(exact, 1)
-    for rows, tile in ((1, None), (16, None), (64, None), (128, None), (128, WIDE_FOLDED_TILE), (most, None)):
+    wide = [(256, tile) for _, tile in WIDE_FOLDED_TILES]
+    for rows, tile in ((1, None), (16, None), (64, None), (128, None), *wide, (most, None)):
         x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
         got = torch.cat(gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile), 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)

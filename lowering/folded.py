@@ -83,7 +83,7 @@ def _lower_folded_mm(
     ]
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
-    tile = gpu_folded.tile_for(rows, columns)
+    tile = gpu_folded.tile_for(rows, columns, x.q.shape[1])
     parts = gpu_folded.parts_for(rows, columns, x.q.shape[1], tile)
     size = gpu_folded.partial_size(rows, columns, tile, parts)
     partial: Any = Operand(empty([size], torch.float32, q.get_device())) if size else x.row_scale

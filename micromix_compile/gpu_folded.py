@@ -13,7 +13,7 @@ from torch import Tensor
 from micromix_compile import gpu, reference
 from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 MAX_GROUP: Final = 3
 """Weights that one product takes."""
 
-EXPAND_FROM: Final = 129
-"""Rows from which on a weight is expanded in memory for the library's FP8 product. On an H100 at 128 rows, us packed
-and expanded (expanding and the library in sum), N x K: 85 and 124 for 28672 x 4096, 52 and 76 for 4096 x 14336, 20 and
-22 for 4096 x 4096; at 256 rows 183 and 131, 87 and 77, 28 and 23. Not a bound of the kernel, which takes any M."""
-
-EXPAND_SMALL_FROM: Final = 257
-"""The same for a group of small weights, each of which would be expanded and multiplied by itself: 37 us packed and 57
-expanded for columns of 4096, 1024 and 1024 with K = 4096 at 256 rows, the most that was measured."""
-
-SMALL_COLUMNS: Final = 8192
-"""The most that a group of small weights has together: between those 6144 and gate and up's 28672."""
+EXPAND_FROM: Final = 257
+"""Rows from which on a weight is expanded in memory for the library's FP8 product. On an H100 at 256 rows, us packed
+and expanded (expanding and the library in sum), N x K: 98 and 135 for 28672 x 4096, 57 and 76 for 4096 x 14336. Beyond,
+a second row of tiles would unpack all again. Not a bound of the kernel, which takes any M."""
 
 MAX_BLOCK_K: Final = 32768
 """Channels of a program of `reorder_fold`: see `gpu.MAX_ROW_BYTES` for what was measured."""
 
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
+
+WIDE_PROGRAMS: Final = 2
+"""Of the widest tiles, that run on a processor at a time."""
+
+LONG: Final = 8192
+"""Channels from which on few of the widest tiles pay, in parts, which take as long to add up for any number of them. At
+256 rows, us with that tile and as it was without: 57 and 76 for 4096 x 14336, but 28 and 23 for 4096 x 4096."""
 
 # At M = 16, us with all tiles in 2, 4, 6 and 8 parts: 10.3, 9.0, 9.8 and 14.0 for N x K of 4096 x 4096, 12.8, 11.5,
 # 14.7 and 15.6 for 6144 x 4096, 23.1, 18.3, 17.1 and 21.5 for 4096 x 14336, on an H200. On an H100 at M = 64 in 2, 3
@@ -148,7 +148,7 @@ def folded_mm(
     if tile is None and rounds_once and uses_library(rows, columns, out_dtype):
         return [_library_mm(x, weight, fp6=fp6, out_dtype=out_dtype) for weight in weights]
     outs = [x.q.new_empty((rows, n), dtype=out_dtype) for n in columns]
-    tile = tile or tile_for(rows, columns)
+    tile = tile or tile_for(rows, columns, x.q.shape[1])
     parts = parts or parts_for(rows, columns, x.q.shape[1], tile)
     shared = tiles_of(rows, columns, tile) - parts.whole
     if parts.split > 1 and shared > LOCKS:
@@ -201,10 +201,13 @@ def folded_mm_call(
     )
 
 
-def tile_for(rows: int, columns: Sequence[int]) -> FoldedTile:
-    """The tile for M = rows and all columns together."""
-    if rows > WIDE_FOLDED_TILE.BLOCK_M // 2 and sum(columns) >= WIDE_FOLDED_TILE.BLOCK_N * PROCESSORS:
-        return WIDE_FOLDED_TILE
+def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
+    """The tile for M = rows and all columns together: a wide one if that still is work for all processors."""
+    if rows > FOLDED_TILES[-1][1].BLOCK_M:
+        tile = next(tile for most, tile in WIDE_FOLDED_TILES if rows <= most)
+        fills = sum(columns) >= tile.BLOCK_N * WIDE_PROGRAMS * PROCESSORS
+        if fills or (rows > WIDE_FOLDED_TILES[0][0] and channels >= LONG):
+            return tile
     return next(tile for most, tile in FOLDED_TILES if rows <= most)
 
 
@@ -220,11 +223,13 @@ def parts_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile
     tiles, all whole take 37.3 us on an H100, 396 whole and the others in two parts 34.9.
     """
     tiles = tiles_of(rows, columns, tile)
-    if tile == WIDE_FOLDED_TILE:  # one program a processor
-        return Parts(tiles, 1)
+    is_wide = any(tile == wide for _, wide in WIDE_FOLDED_TILES)
+    programs = (WIDE_PROGRAMS if is_wide else 3) * PROCESSORS
     whole, split = tiles // PROCESSORS * PROCESSORS, 2
-    if tiles <= 3 * PROCESSORS:
-        whole, split = 0, min(3 * PROCESSORS // max(tiles, 1), channels // (2 * tile.BLOCK_K), MAX_SPLIT)
+    if tiles <= programs:
+        whole, split = 0, min(programs // max(tiles, 1), channels // (2 * tile.BLOCK_K), MAX_SPLIT)
+    elif is_wide:
+        whole = tiles
     return Parts(whole, split) if whole < tiles and 1 < split <= channels // tile.BLOCK_K else Parts(tiles, 1)
 
 
@@ -237,9 +242,7 @@ def partial_size(rows: int, columns: Sequence[int], tile: FoldedTile, parts: Par
 
 def uses_library(rows: int, columns: Sequence[int], out_dtype: torch.dtype) -> bool:
     """Whether a product goes through expanded weights; the library wants bfloat16 and whole groups of 16 columns."""
-    is_small = len(columns) > 1 and sum(columns) <= SMALL_COLUMNS
-    is_long = rows >= (EXPAND_SMALL_FROM if is_small else EXPAND_FROM)
-    return is_long and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
+    return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
 
 
 def _library_mm(x: FoldedActivation, weight: FoldedWeight, *, fp6: str, out_dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,16 @@ import triton
 import triton.language as tl
 
 from micromix_compile.templates.fold import (
-    factor_at, fold_e4m3, fold_fp4, fold_fp6, in_halves, in_planes, row_bytes, spread, words_of,
-)  # fmt: skip
+    factor_at,
+    fold_e4m3,
+    fold_fp4,
+    fold_fp6,
+    in_halves,
+    in_planes,
+    row_bytes,
+    spread,
+    words_of,
+)
 
 
 @triton.jit

@@ -11,9 +11,17 @@ import triton
 import triton.language as tl
 
 from micromix_compile.templates.fold import (
-    e4m3_to_float32, factor_at, fold_e4m3, fold_fp4, fold_fp6, in_halves, in_planes, row_bytes, spread,
+    e4m3_to_float32,
+    factor_at,
+    fold_e4m3,
+    fold_fp4,
+    fold_fp6,
+    in_halves,
+    in_planes,
+    row_bytes,
+    spread,
     words_of,
-)  # fmt: skip
+)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

@@ -106,9 +106,13 @@ FOLDED_TILES: Final = (
 )
 """Per largest number of rows."""
 
-WIDE_FOLDED_TILE: Final = FoldedTile(128, 128, 128, 8, 3, SUM_STEPS=False)
-"""For more rows than 64 and many columns. On an H100 at M = 128 85 us, not 101, for N x K of 28672 x 4096, but 85 and
-not 52 for 4096 x 14336, which is few tiles."""
+# On an H100, the same split, us: N x K of 28672 x 4096 at M = 128 72, with 128 columns and 8 warps 74; at M = 256 98
+# and 99. Fewer tiles want to be smaller: 4096 x 14336 at M = 128, in four parts, 45, with 64 rows 39.
+WIDE_FOLDED_TILES: Final = (
+    (128, FoldedTile(128, 64, 128, 4, 3, SUM_STEPS=False)),
+    (_ANY, FoldedTile(256, 64, 128, 4, 3, SUM_STEPS=False)),
+)
+"""Per largest number of rows, for more than 64 and many columns. A weight is unpacked once for each row of tiles."""
 
 FAMILIES: Final[Mapping[str, Family]] = {
     # tcgen05: at least 128 rows on the left, 4 or 8 warps; anything else falls silently back to bfloat16.

@@ -15,14 +15,14 @@ from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.gpu_folded import FoldedWeight
 from micromix_compile.lowering import offline
 from micromix_compile.lowering.offline import Compiled, Kernel
-from micromix_compile.templates.tiles import FAMILIES, FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
+from micromix_compile.templates.tiles import FAMILIES, FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 CAPABILITY = 90
 
 
 @dataclass(frozen=True)
 class Case:
-    """A tile of the product. Two variants, so that a group, a bias and (not the widest) shared tiles occur or not."""
+    """A tile of the product. Two variants, so that a group, a bias and shared tiles occur or not."""
 
     tile: FoldedTile
     fp6: str
@@ -37,9 +37,14 @@ class Case:
     @property
     def kernel(self) -> Kernel:
         more = self.groups > 1
-        split_k = 4 if more and self.tile != WIDE_FOLDED_TILE else 1
         return offline.folded_mm(
-            CAPABILITY, self.tile, fp6=self.fp6, groups=self.groups, bias=more, split_k=split_k, columns=self.columns
+            CAPABILITY,
+            self.tile,
+            fp6=self.fp6,
+            groups=self.groups,
+            bias=more,
+            split_k=4 if more else 1,
+            columns=self.columns,
         )
 
 
@@ -73,7 +78,7 @@ def expand_weight(fp6: str) -> Kernel:
     return kernel_of(gpu_folded.expand_call(weight, out, fp6=fp6), CAPABILITY)
 
 
-TILES = (*(tile for _, tile in FOLDED_TILES), WIDE_FOLDED_TILE)
+TILES = tuple(tile for _, tile in (*FOLDED_TILES, *WIDE_FOLDED_TILES))
 PRODUCTS = [Case(*parts) for parts in product(TILES, FP6_FORMATS, (1, gpu_folded.MAX_GROUP))]
 PRODUCTS += [Case(TILES[0], "e2m3", 1, columns) for columns in (1, 999)]
 OTHERS = {

@@ -22,7 +22,7 @@ from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
 from micromix_compile.gpu_folded import FoldedWeight, Parts
 from micromix_compile.reference import FLOAT_DTYPES
 from micromix_compile.templates.folded_mm import _bound
-from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILE, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +36,8 @@ pytestmark = [
 
 Split = tuple[int, int, int]
 
-ALL_TILES = (*(tile for _, tile in FOLDED_TILES), WIDE_FOLDED_TILE)
+WIDE_TILES = [tile for _, tile in WIDE_FOLDED_TILES]
+ALL_TILES = (*(tile for _, tile in FOLDED_TILES), *WIDE_TILES)
 SEGMENTS = {"e2m1": (1, 0, 0), "e2m3": (0, 1, 0), "e3m2": (0, 1, 0), "e4m3": (0, 0, 1)}
 TOP = ReorderCase(torch.full((1, 32), 3.4e38), torch.arange(32), (32, 0, 0), "e2m3", ScaleRounding.RCEIL)
 
@@ -475,7 +476,7 @@ def test_the_product_reads_what_the_fold_wrote(device: str) -> None:
 
 
 def test_shared_tiles_that_fill_the_registers_are_added_in_pieces(device: str) -> None:
-    tile = FoldedTile(256, 128, 128, 8, 3, SUM_STEPS=False)
+    tile = WIDE_TILES[-1]
     x, weights = integers(200, (150, 20), (160, 128, 128), "e2m3", device=device)
     want = exact_integers(x, weights, "e2m3")
     assert_equal_but_for_one_rounding(multiply(x, weights, "e2m3", tile, 3), want)
@@ -504,21 +505,27 @@ def test_more_shared_tiles_than_locks_are_refused(device: str) -> None:
     [
         (16, [14336, 14336], 4096, 396, 2), (16, [4096], 4096, 0, 4), (1, [4096, 1024, 1024], 4096, 0, 4),
         (16, [8192], 28672, 0, 3), (16, [152_064], 4096, 2376, 1), (64, [4096], 14336, 0, 4), (16, [576], 576, 9, 1),
-        (16, [1536], 1536, 0, 3), (128, [14336, 14336], 4096, 224, 1),
+        (16, [1536], 1536, 0, 3), (128, [14336, 14336], 4096, 448, 1), (256, [14336, 14336], 4096, 448, 1),
+        (256, [4096], 14336, 0, 4), (256, [4096, 1024, 1024], 4096, 0, 1),
     ],
 )  # fmt: skip
 def test_tiles_are_shared_where_they_would_leave_processors_idle(
     rows: int, columns: list[int], channels: int, whole: int, split: int
 ) -> None:
-    tile = gpu_folded.tile_for(rows, columns)
+    tile = gpu_folded.tile_for(rows, columns, channels)
     assert gpu_folded.parts_for(rows, columns, channels, tile) == (whole, split)
 
 
 def test_tiles_follow_rows_and_columns() -> None:
-    rows_of_tiles = [(gpu_folded.tile_for(rows, [16_895]).BLOCK_M, rows) for rows in (1, 16, 17, 32, 33, 64, 65, 999)]
-    assert rows_of_tiles == [(16, 1), (16, 16), (32, 17), (32, 32), (64, 33), (64, 64), (64, 65), (64, 999)]
-    assert gpu_folded.tile_for(64, [16_896]).BLOCK_M == 64
-    assert gpu_folded.tile_for(65, [16_000, 896]) == WIDE_FOLDED_TILE
+    def rows_of_tile(rows: int, columns: int, channels: int) -> int:
+        return gpu_folded.tile_for(rows, [columns // 2, columns - columns // 2], channels).BLOCK_M
+
+    few = [(rows_of_tile(rows, 16_895, 8191), rows) for rows in (1, 16, 17, 32, 33, 64, 65, 999)]
+    assert few == [(16, 1), (16, 16), (32, 17), (32, 32), (64, 33), (64, 64), (64, 65), (64, 999)]
+    many = [(rows_of_tile(rows, 16_896, 8191), rows) for rows in (16, 64, 65, 128, 129, 999)]
+    assert many == [(16, 16), (64, 64), (128, 65), (128, 128), (256, 129), (256, 999)]
+    long = [(rows_of_tile(rows, 4096, 8192), rows) for rows in (16, 64, 128, 129)]
+    assert long == [(16, 16), (64, 64), (64, 128), (256, 129)]
 
 
 @triton.jit(do_not_specialize=["steps4", "steps6", "steps8", "parts"])
@@ -546,10 +553,10 @@ def test_parts_hold_all_steps_and_equal_bytes_but_for_a_step(
 def test_shared_tiles_never_outnumber_the_locks_nor_parts_the_steps() -> None:
     for rows in (1, 16, 17, 64, 65, 1000, 100_000):
         for columns in ([1], [4096], [4096, 1024, 1024], [14336, 14336], [152_064]):
-            tile = gpu_folded.tile_for(rows, columns)
-            assert rows <= tile.BLOCK_M or tile in (FOLDED_TILES[-1][1], WIDE_FOLDED_TILE)
-            tiles = gpu_folded.tiles_of(rows, columns, tile)
             for channels in (32, 576, 4096, 14336, 28672):
+                tile = gpu_folded.tile_for(rows, columns, channels)
+                assert rows <= tile.BLOCK_M or tile in (FOLDED_TILES[-1][1], WIDE_TILES[-1])
+                tiles = gpu_folded.tiles_of(rows, columns, tile)
                 whole, split = gpu_folded.parts_for(rows, columns, channels, tile)
                 assert 0 <= whole <= tiles
                 assert whole == tiles if split == 1 else tiles - whole <= folding.LOCKS
@@ -562,10 +569,8 @@ def test_the_library_is_asked_for_what_it_takes() -> None:
     assert not gpu_folded.uses_library(most - 1, [64], torch.bfloat16)
     assert not gpu_folded.uses_library(most, [72], torch.bfloat16)
     assert not gpu_folded.uses_library(most, [64], torch.float32)
-    more = gpu_folded.EXPAND_SMALL_FROM
-    assert gpu_folded.uses_library(most, [8192, 32], torch.bfloat16)
-    assert not gpu_folded.uses_library(more - 1, [64, 32], torch.bfloat16)
-    assert gpu_folded.uses_library(more, [64, 32], torch.bfloat16)
+    assert gpu_folded.uses_library(most, [64, 32], torch.bfloat16)
+    assert not gpu_folded.uses_library(most, [64, 24], torch.bfloat16)
 
 
 # ---- real sizes, on a GPU
@@ -592,7 +597,7 @@ def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
     group = [columns, 3 * columns // 4 + 1, 7][: index % 3 + 1]
     x, weights = integers(rows, group, split, fp6, bias=index % 2 == 0, device="cuda")
     want = exact_integers(x, weights, fp6)
-    chosen = [gpu_folded.tile_for(rows, group)] if channels > 8192 else ALL_TILES
+    chosen = [gpu_folded.tile_for(rows, group, channels)] if channels > 8192 else ALL_TILES
     for tile in chosen:
         tiles = gpu_folded.tiles_of(rows, group, tile)
         for split_k in (1, 2, 3, 8) if tiles <= folding.LOCKS else (1,):
@@ -630,7 +635,7 @@ def assert_near_by_norm(got: Tensor, x: FoldedActivation, weights: Sequence[Fold
 def test_a_sum_for_each_step_keeps_what_14_bits_would_lose(rows: int, fmt: str) -> None:
     """Ones in weights, ones and zeros in x: a step adds at most 256, all together an odd number above 2**14."""
     channels, ones = 20_480, 17_477
-    tile, (split, fp6) = gpu_folded.tile_for(rows, [64]), one_format(fmt, channels)
+    tile, (split, fp6) = gpu_folded.tile_for(rows, [64], channels), one_format(fmt, channels)
     values = (torch.arange(channels, device="cuda") < ones).float()[torch.randperm(channels, device="cuda")]
     w = torch.ones(64, channels, device="cuda")
     quantized = reference.reorder_quantize(w, torch.arange(channels, device="cuda"), split, fp6=fp6)
@@ -652,9 +657,7 @@ def test_parts_of_k_are_added_in_one_order() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("group", "rows"), [((64,), 129), *product([(64,), (528, 16), (4096, 1024, 1024)], [257, 1000])]
-)
+@pytest.mark.parametrize(("group", "rows"), list(product([(64,), (528, 16), (4096, 1024, 1024)], [257, 1000])))
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
 def test_products_of_many_rows_by_way_of_the_library(group: tuple[int, ...], rows: int, fp6: str) -> None:
     """Integers exactly, as long as all of K stays below 2**13; anything else within the bound of one sum over all K.
