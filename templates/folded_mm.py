@@ -247,7 +247,7 @@ def folded_mm_kernel(
         if tl.atomic_add(lock, 1, sem="acq_rel") == SPLIT_K - 1:
             tl.debug_barrier()
             tl.store(lock, 0)
-            ROWS: tl.constexpr = min(BLOCK_N, 8192 // BLOCK_M)  # of a large tile at a time, for want of registers
+            ROWS: tl.constexpr = min(BLOCK_N, 4096 // BLOCK_M)  # of a large tile at a time, for want of registers
             for first in tl.static_range(0, BLOCK_N, ROWS):
                 row = first + tl.arange(0, ROWS)
                 cell = _cell(row, BLOCK_M)
