@@ -58,8 +58,9 @@ class Compiled:
     target: as ptxas names it ("sm_100a"). mma_blocks: (kind, instructions) of every straight piece of code with matrix
     instructions; one step along K is one piece, and a peeled first step another. Kinds are "tcgen05.mma mxf4" and the
     like, see `mma_kind`. registers: per thread. spilled_bytes: stored, per thread. shared_bytes, tensor_columns: of
-    one program. trap: the code can end in a trap; a kernel that the compiler gave up on is nothing else. flushing:
-    the instructions that take float32 subnormals for zero, such as "rsqrt.approx.ftz.f32".
+    one program. serialized: ptxas has each asynchronous matrix instruction end before the next begins. trap: the code
+    can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
+    float32 subnormals for zero, such as "rsqrt.approx.ftz.f32".
     """
 
     target: str
@@ -68,6 +69,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     tensor_columns: int
+    serialized: bool
     trap: bool
     flushing: tuple[str, ...]
 
@@ -247,6 +249,7 @@ def _inspect(binary: Any, log: str) -> Compiled:
         spilled_bytes=sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)),
         shared_bytes=int(binary.metadata.shared),
         tensor_columns=int(getattr(binary.metadata, "tmem_size", None) or 0),
+        serialized="instructions are serialized" in log,
         trap=re.search(r"\btrap;", ptx) is not None,
         flushing=tuple(sorted(set(re.findall(r"[a-z][\w.]*\.ftz\b[\w.]*", ptx)))),
     )

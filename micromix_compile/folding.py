@@ -41,6 +41,10 @@ FACTOR_WORD: Final = 4
 
 _PAIR: Final = 2 * BLOCK_SIZE
 
+_LINE: Final = 128
+"""Bytes that longer rows are a multiple of. The library's FP8 product of 2048 x 14336 x 4096 on an H100: 165 us, with
+rows of 4128 bytes 192, of 4224 174."""
+
 MIN_FP4_EXPONENT: Final = -5
 """Of an MXFP4 weight's block relative to its row: the least at which every code is an E4M3 normal number."""
 
@@ -68,8 +72,10 @@ def _words(split: Split) -> list[int]:
 
 
 def fold_width(split: Split, *, w_fp4: bool) -> int:
-    """Bytes of a row in `fold_order`: K, and a block more where the order has an odd number of blocks of MXFP6."""
-    return sum(split) + (0 if w_fp4 else split[1] % _PAIR)
+    """Bytes of a row in `fold_order`: K, but more where the order has an odd number of blocks of MXFP6."""
+    if w_fp4 or split[1] % _PAIR == 0:
+        return sum(split)
+    return -(-(sum(split) + BLOCK_SIZE) // _LINE) * _LINE
 
 
 def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
@@ -78,14 +84,15 @@ def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
     It is the order in which FP8 MMA can take packed weights from the registers in which their words unpack, for it
     wants two words of each 32 bytes of a row in one thread, 16 bytes apart. A block of MXFP4 has first the first four
     of each 8 channels, then the others. Two blocks of MXFP6 have the 8 channels of plane 0 of both, then plane 1, and
-    so on; behind an odd number of blocks the second's are -1, which stands for zeros. w_fp4: all weights are MXFP4,
-    whatever the activations' formats.
+    so on. Behind an odd number of blocks the second's are -1, which stands for zeros, and so is what then fills the row
+    up to `fold_width`. w_fp4: all weights are MXFP4, whatever the activations' formats.
     """
     k4, k6, k8 = (sum(split), 0, 0) if w_fp4 else split
     halves = torch.arange(k4).reshape(-1, 4, 2, 4).transpose(1, 2).flatten()
     planes = torch.nn.functional.pad(torch.arange(k4, k4 + k6), (0, k6 % _PAIR), value=-1)
     planes = planes.reshape(-1, 2, 4, BLOCK_SIZE // 4).transpose(1, 2).flatten()
-    return torch.cat((halves, planes, torch.arange(k4 + k6, k4 + k6 + k8)))
+    order = torch.cat((halves, planes, torch.arange(k4 + k6, k4 + k6 + k8)))
+    return torch.nn.functional.pad(order, (0, fold_width(split, w_fp4=w_fp4) - len(order)), value=-1)
 
 
 def _ordered(values: Tensor, split: Split, *, w_fp4: bool) -> Tensor:

@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from micromix_compile.templates.fold import (
+    data_blocks,
     factor_at,
     fold_e4m3,
     fold_fp4,
     fold_fp6,
     in_halves,
     in_planes,
-    row_bytes,
+    row_blocks,
     spread,
     words_of,
 )
@@ -78,7 +79,8 @@ def expand_weight_kernel(
     inside = n < N
     n = n.to(tl.int64)
     factors = w_factor + n * 4
-    out += n * row_bytes(blocks4, blocks6, blocks8)
+    width = row_blocks(blocks4, blocks6, blocks8) * 32
+    out += n * width
     step = tl.program_id(1)
     if step < steps4:
         _expand_fp4(w4 + n * (blocks4 * 16), factors, word_stride, out, inside, blocks4, step, STEP)
@@ -87,8 +89,11 @@ def expand_weight_kernel(
             w6 + n * (blocks6 * 8), (blocks6 * 8).to(tl.int64) * N, factors + words4 * word_stride,
             word_stride, out + blocks4 * 32, inside, blocks6, step - steps4, FP6, STEP,
         )  # fmt: skip
+        if step == steps4 + steps6 - 1:  # only with MXFP6 a row may be longer than its data
+            byte = data_blocks(blocks4, blocks6, blocks8) * 32 + tl.arange(0, 128)[None, :]
+            tl.store(out + byte, tl.zeros((BLOCK_N, 128), tl.uint8), mask=inside & (byte < width))
     else:
         _expand_fp8(
             w8 + n * (blocks8 * 32), factors + (words4 + words6) * word_stride, word_stride,
-            out + row_bytes(blocks4, blocks6, 0), inside, blocks8, step - steps4 - steps6, STEP,
+            out + data_blocks(blocks4, blocks6, 0) * 32, inside, blocks8, step - steps4 - steps6, STEP,
         )  # fmt: skip

@@ -161,9 +161,16 @@ def spread(per_block, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def row_bytes(blocks4, blocks6, blocks8):
-    """`folding.fold_width`."""
-    return (blocks4 + tl.cdiv(blocks6, 2) * 2 + blocks8) * 32
+def data_blocks(blocks4, blocks6, blocks8):
+    """Blocks of a row in `folding.fold_order` up to the last that is not zeros."""
+    return blocks4 + tl.cdiv(blocks6, 2) * 2 + blocks8
+
+
+@triton.jit
+def row_blocks(blocks4, blocks6, blocks8):
+    """`folding.fold_width`, in blocks."""
+    blocks = data_blocks(blocks4, blocks6, blocks8)
+    return tl.where(blocks6 % 2 == 0, blocks, tl.cdiv(blocks, 4) * 4)
 
 
 @triton.jit
@@ -176,6 +183,15 @@ def words_of(blocks):
 def factor_at(rows, word_stride, block):
     """Where a block's factor is. rows: pointers to a segment's first. word_stride: bytes from four to the next four."""
     return rows + block // 4 * word_stride + block % 4
+
+
+@triton.jit
+def prefetch(pointers):
+    """Have L2 read what will be loaded much later."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

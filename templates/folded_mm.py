@@ -18,7 +18,8 @@ from micromix_compile.templates.fold import (
     fold_fp6,
     in_halves,
     in_planes,
-    row_bytes,
+    prefetch,
+    row_blocks,
     spread,
     words_of,
 )
@@ -85,11 +86,15 @@ def folded_mm_tile(
     x, w4, w6, w8, factors: pointers to the tile's first rows. inside: (BLOCK_M,), which rows of x there are. n:
     (BLOCK_N,), rows of w from the first. plane: bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about
     14 bits: with SUM_STEPS each step has a sum of its own.
+
+    Without, matrix instructions run on while the next step unpacks, but only where it is plain that a loop is entered:
+    zeros that might come around it have ptxas wait for each instruction. So a loop stands behind the question whether
+    it has a step.
     """
     STEP: tl.constexpr = BLOCK_K // 32  # blocks
     n = n[:, None]
     inside = inside[:, None]
-    x += tl.arange(0, BLOCK_M)[:, None] * row_bytes(blocks4, blocks6, blocks8)
+    x += tl.arange(0, BLOCK_M)[:, None] * (row_blocks(blocks4, blocks6, blocks8) * 32)
     factors += n * 4
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
@@ -101,13 +106,15 @@ def folded_mm_tile(
 
     half = blocks4 * 16
     w4 += n * half
-    for step in range(first, min(last, steps4)):
-        column = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
-        factor = _factors(factors, word_stride, step, blocks4, STEP, COPIED)
-        first_half, second_half = fold_fp4(_load(w4, column, half), spread(factor, 16))
-        w = in_halves(first_half, second_half)
-        step_sum = _dot(w, x, inside, step, 2 * half, zero if SUM_STEPS else acc)
-        acc = acc + step_sum if SUM_STEPS else step_sum
+    stop = min(last, steps4)
+    if SUM_STEPS or first < stop:
+        for step in range(first, stop):
+            column = step * (STEP * 16) + tl.arange(0, STEP * 16)[None, :]
+            factor = _factors(factors, word_stride, step, blocks4, STEP, COPIED)
+            first_half, second_half = fold_fp4(_load(w4, column, half), spread(factor, 16))
+            w = in_halves(first_half, second_half)
+            step_sum = _dot(w, x, inside, step, 2 * half, zero if SUM_STEPS else acc)
+            acc = acc + step_sum if SUM_STEPS else step_sum
 
     first = tl.maximum(first - steps4, 0)
     last = last - steps4
@@ -116,16 +123,18 @@ def folded_mm_tile(
     w6 += n * width
     x += blocks4 * 32
     factors += words_of(blocks4) * word_stride
-    for step in range(first, min(last, steps6)):
-        column = step * (STEP * 8) + tl.arange(0, STEP * 8)[None, :]
-        plane0 = _load(w6, column, width)
-        plane1 = _load(w6 + plane, column, width)
-        plane2 = _load(w6 + 2 * plane, column, width)
-        factor = _factors(factors, word_stride, step, blocks6, STEP, COPIED)
-        w_0, w_1, w_2, w_3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
-        w = in_planes(w_0, w_1, w_2, w_3)
-        step_sum = _dot(w, x, inside, step, pairs * 64, zero if SUM_STEPS else acc)
-        acc = acc + step_sum if SUM_STEPS else step_sum
+    stop = min(last, steps6)
+    if SUM_STEPS or first < stop:
+        for step in range(first, stop):
+            column = step * (STEP * 8) + tl.arange(0, STEP * 8)[None, :]
+            plane0 = _load(w6, column, width)
+            plane1 = _load(w6 + plane, column, width)
+            plane2 = _load(w6 + 2 * plane, column, width)
+            factor = _factors(factors, word_stride, step, blocks6, STEP, COPIED)
+            w_0, w_1, w_2, w_3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
+            w = in_planes(w_0, w_1, w_2, w_3)
+            step_sum = _dot(w, x, inside, step, pairs * 64, zero if SUM_STEPS else acc)
+            acc = acc + step_sum if SUM_STEPS else step_sum
 
     first = tl.maximum(first - steps6, 0)
     last = last - steps6
@@ -133,12 +142,13 @@ def folded_mm_tile(
     w8 += n * width
     x += pairs * 64
     factors += words_of(blocks6) * word_stride
-    for step in range(first, last):
-        column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-        factor = _factors(factors, word_stride, step, blocks8, STEP, COPIED)
-        w = fold_e4m3(_load(w8, column, width), spread(factor, 32))
-        step_sum = _dot(w, x, inside, step, width, zero if SUM_STEPS else acc)
-        acc = acc + step_sum if SUM_STEPS else step_sum
+    if SUM_STEPS or first < last:
+        for step in range(first, last):
+            column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+            factor = _factors(factors, word_stride, step, blocks8, STEP, COPIED)
+            w = fold_e4m3(_load(w8, column, width), spread(factor, 32))
+            step_sum = _dot(w, x, inside, step, width, zero if SUM_STEPS else acc)
+            acc = acc + step_sum if SUM_STEPS else step_sum
     return acc
 
 
@@ -221,10 +231,14 @@ def folded_mm_kernel(
     m = m_first + tl.arange(0, BLOCK_M)
     n = n_first + tl.arange(0, BLOCK_N)
     n_local = tl.minimum(n, N - 1) - n_first
+    if SUM_STEPS:  # the tiles of few rows, whose time it is a part of
+        prefetch(w_row_scale + n_first + n_local)
+        if HAS_BIAS:
+            prefetch(bias + n_first + n_local)
     blocks4 = (odd4 >> 1) - 1
     blocks6 = (odd6 >> 1) - 1
     blocks8 = (odd8 >> 1) - 1
-    x += m_first.to(tl.int64) * row_bytes(blocks4, blocks6, blocks8)
+    x += m_first.to(tl.int64) * (row_blocks(blocks4, blocks6, blocks8) * 32)
     w4 += n_first.to(tl.int64) * (blocks4 * 16)
     w6 += n_first.to(tl.int64) * (blocks6 * 8)
     w8 += n_first.to(tl.int64) * (blocks8 * 32)

@@ -8,7 +8,7 @@ The values are those of `reorder_quantize`, divided by the row's power of two an
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.fold import float32_to_e4m3
+from micromix_compile.templates.fold import data_blocks, float32_to_e4m3, row_blocks
 from micromix_compile.templates.reorder_quantize import by_format, gather_row, scale_byte
 
 
@@ -42,9 +42,11 @@ def reorder_fold_kernel(
     BLOCKS: tl.constexpr = BLOCK_K // 32
     b4 = (odd4 >> 1) - 1
     b6 = (odd6 >> 1) - 1
-    blocks = b4 + b6 + (odd8 >> 1) - 1
+    b8 = (odd8 >> 1) - 1
+    blocks = b4 + b6 + b8
     halves = blocks if W_FP4 else b4  # blocks in the order of FP4 weights
-    row_blocks = blocks if W_FP4 else blocks + (b6 & 1)  # FP6 weights go by pairs
+    data = blocks if W_FP4 else data_blocks(b4, b6, b8)  # FP6 weights go by pairs
+    width = blocks if W_FP4 else row_blocks(b4, b6, b8)
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))
@@ -79,12 +81,15 @@ def reorder_fold_kernel(
     half = block * 8 + (c >> 1) + (c & 1) * 4
     second = (block - b4) & 1  # of a pair
     plane = (block - second) * 8 + (c >> 1) * 4 + second * 2 + (c & 1)
-    as_is = (block + row_blocks - blocks) * 8 + c
+    as_is = (block + data - blocks) * 8 + c
     place = tl.where(block < halves, half, tl.where(block < b4 + b6, plane, as_is))
-    row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (row_blocks * 8)
+    row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (width * 8)
     tl.store(row_ptr + place, low | (high << 16), mask=block < blocks)
-    if not W_FP4:  # in the place of the second of the last pair, if it has none
-        tl.store(row_ptr + place + 2, tl.zeros_like(place), mask=(block == b4 + b6 - 1) & (row_blocks > blocks))
+    if not W_FP4:  # zeros in the place of the second of the last pair, if it has none, and behind the data
+        tl.store(row_ptr + place + 2, tl.zeros_like(place), mask=(block == b4 + b6 - 1) & (data > blocks))
+        word = data * 8 + tl.arange(0, 32)
+        is_last = tl.program_id(1) == tl.num_programs(1) - 1
+        tl.store(row_ptr + word, tl.zeros_like(word), mask=(word < width * 8) & is_last)
 
 
 @triton.jit

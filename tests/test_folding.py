@@ -71,9 +71,20 @@ def test_the_order_holds_every_channel_once_and_leaves_mxfp8_as_it_is(split: Spl
     order = folding.fold_order(split, w_fp4=w_fp4)
     assert len(order) == folding.fold_width(split, w_fp4=w_fp4)
     assert order[order >= 0].sort().values.tolist() == list(range(sum(split)))
-    assert (order < 0).sum() == (0 if w_fp4 else split[1] % 64)
     if not w_fp4 and split[2]:
-        assert order[-split[2] :].tolist() == list(range(split[0] + split[1], sum(split)))
+        start = split[0] + -(-split[1] // 64) * 64
+        assert order[start : start + split[2]].tolist() == list(range(split[0] + split[1], sum(split)))
+
+
+def test_rows_are_longer_only_behind_an_odd_number_of_mxfp6_blocks_and_then_whole_lines() -> None:
+    for split in [*SPLITS, (2048, 1440, 608), (3072, 800, 224)]:
+        width, channels = folding.fold_width(split, w_fp4=False), sum(split)
+        assert folding.fold_width(split, w_fp4=True) == channels
+        if split[1] % 64:
+            assert width % 128 == 0
+            assert channels + 32 <= width < channels + 32 + 128
+        else:
+            assert width == channels
 
 
 @pytest.mark.parametrize("k", [32, 96, 256])
@@ -104,7 +115,7 @@ def test_fp6_unpacks_to_registers_that_one_thread_has(k: int, fp6: str) -> None:
     plane = torch.where(used.any(2).sum(1) == 3, 3, used.any(2).int().argmax(1))
     column = used.any(1).int().argmax(1)
     word = column // 4
-    want = torch.full((-(-k // 64) * 64,), -1)
+    want = torch.full((folding.fold_width((0, k, 0), w_fp4=False),), -1)
     want[word // 4 * 64 + plane * 16 + word % 4 * 4 + column % 4] = torch.arange(k)
     assert torch.equal(folding.fold_order((0, k, 0), w_fp4=False), want)
 

@@ -120,6 +120,7 @@ def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str
     assert 0 < result.shared_bytes <= FAMILIES["sm_90"].shared_memory
     assert result.tensor_columns == 0
     assert result.target == "sm_90a"
+    assert not result.serialized
     assert not result.trap
     assert not result.flushing
 
