@@ -13,8 +13,9 @@ SOURCES := micromix_compile passes lowering templates tests bench
 demo: $(INSTALLED)
 	$(BIN)/micromix demo
 
+# A worker a core, which torch's own threads would only get in the way of.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -29,13 +29,18 @@ FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
 
 # Swept on an H200 at 8192 x 4096 and 4096 x 14336, bfloat16: 32 channels a thread in one tile beat 16 by a tenth. On an
 # H100, us of rows of 28672 as wholes, in parts of 16384, and of 8192: `reorder_fold` 505, 780 and 870 for 8192 of them
-# (1137 where shared memory takes half a row only), 74, 107 and 115 for 1024, 8.5, 6.2 and 4.8 for 16;
-# `reorder_quantize` 596, 887 and 885 (1169), 85, 119 and 117, 9.9, 7.0 and 5.0, but its wholes spill registers, so it
-# takes parts. Between 16 and 1024 rows nothing was measured: `FEW_ROWS` are half as many as processors.
+# (1137 where shared memory takes half a row only), 74, 107 and 115 for 1024; `reorder_quantize` 596, 887 and 885
+# (1169), 85, 119 and 117, but its wholes spill registers, so it takes parts.
+#
+# Few rows are shared out so that all processors have work, and a thread has half the channels, for then latency counts.
+# `reorder_fold` on an H100 of 1, 16 and 64 rows, us so and as wholes of 32 channels a thread: 4096 channels 2.2, 2.4,
+# 2.8 and 2.7, 3.0, 3.1, behind RMSNorm 2.8, 3.2, 3.3 and 4.0, 4.1, 4.3; 14336 channels 2.9, 3.4, 4.5 and 5.0, 5.2, 5.3,
+# behind SiLU times up 5.2, 5.4, 6.3 and 6.3, 6.4, 6.5. Of 256 rows parts are slower.
 MAX_ROW_BYTES = 65536
 MAX_BLOCK_K = 16384
 PART_BLOCK_K = 8192
-FEW_ROWS = 64
+LEAST_PART = 1024
+FEW_ROWS = 128
 CHANNELS_PER_THREAD = 32
 
 
@@ -171,12 +176,13 @@ def quantizer_tile(
     itemsize = max(tensor.element_size() for tensor in (x, other) if tensor is not None)
     fits = channels * itemsize <= MAX_ROW_BYTES
     block_c = _power_of_two(channels, MAX_ROW_BYTES // itemsize // (1 if fits else 2))
-    block_k = _power_of_two(out_channels, max_block_k)
-    # Chunks need registers for what was gathered from earlier ones, and few rows as wholes would leave processors idle.
-    is_few = isinstance(rows, int) and rows <= FEW_ROWS
-    if not fits or (is_few and out_channels > MAX_BLOCK_K):
-        block_k = min(block_k, PART_BLOCK_K)
-    num_warps = min(max(max(block_c, block_k) // (32 * CHANNELS_PER_THREAD), 4), 16)
+    # Chunks need registers for what was gathered from earlier ones.
+    block_k = _power_of_two(out_channels, max_block_k if fits else PART_BLOCK_K)
+    is_few = isinstance(rows, int) and 0 < rows <= FEW_ROWS
+    if is_few:
+        block_k = min(block_k, max(_power_of_two(-(-out_channels // (FEW_ROWS // rows)), max_block_k), LEAST_PART))
+    per_thread = CHANNELS_PER_THREAD // 2 if is_few else CHANNELS_PER_THREAD
+    num_warps = min(max(max(block_c, block_k) // (32 * per_thread), 4), 16)
     return QuantizerTile(block_c, -(-channels // block_c), block_k, num_warps)
 
 

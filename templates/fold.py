@@ -186,15 +186,6 @@ def factor_at(rows, word_stride, block):
 
 
 @triton.jit
-def prefetch(pointers):
-    """Have L2 read what will be loaded much later."""
-    if not _INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def e4m3_to_float32(byte):
     """Finite E4M3 bytes as float32, by integer operations."""
     byte = byte.to(tl.uint32)

@@ -18,7 +18,6 @@ from micromix_compile.templates.fold import (
     fold_fp6,
     in_halves,
     in_planes,
-    prefetch,
     row_blocks,
     spread,
     words_of,
@@ -231,10 +230,6 @@ def folded_mm_kernel(
     m = m_first + tl.arange(0, BLOCK_M)
     n = n_first + tl.arange(0, BLOCK_N)
     n_local = tl.minimum(n, N - 1) - n_first
-    if SUM_STEPS:  # the tiles of few rows, whose time it is a part of
-        prefetch(w_row_scale + n_first + n_local)
-        if HAS_BIAS:
-            prefetch(bias + n_first + n_local)
     blocks4 = (odd4 >> 1) - 1
     blocks6 = (odd6 >> 1) - 1
     blocks8 = (odd8 >> 1) - 1

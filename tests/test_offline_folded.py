@@ -18,6 +18,7 @@ from micromix_compile.lowering.offline import Compiled, Kernel
 from micromix_compile.templates.tiles import FAMILIES, FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 CAPABILITY = 90
+MANY = gpu.FEW_ROWS + 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def split_of(channels: int) -> tuple[int, int, int]:
     return channels - k6 - k8, k6, k8
 
 
-def reorder_fold(producer: str, channels: int, *, rows: int = gpu.FEW_ROWS, w_fp4: bool = False) -> Kernel:
+def reorder_fold(producer: str, channels: int, *, rows: int = 16, w_fp4: bool = False) -> Kernel:
     """The launch that `gpu_folded` would make for rows of bfloat16."""
     x = meta(rows, channels, dtype=torch.bfloat16)
     width = folding.fold_width(split_of(channels), w_fp4=w_fp4)
@@ -87,8 +88,10 @@ OTHERS = {
     "reorder_fold-rms_norm-4096": reorder_fold("rms_norm", 4096),
     "reorder_fold-silu_mul-14336": reorder_fold("silu_mul", 14336),
     "reorder_fold-none-28672": reorder_fold("none", 28672),
-    "reorder_fold-none-28672-many": reorder_fold("none", 28672, rows=gpu.FEW_ROWS + 1),
-    "reorder_fold-silu_mul-28672-many": reorder_fold("silu_mul", 28672, rows=gpu.FEW_ROWS + 1),
+    "reorder_fold-rms_norm-4096-many": reorder_fold("rms_norm", 4096, rows=MANY),
+    "reorder_fold-silu_mul-14336-many": reorder_fold("silu_mul", 14336, rows=MANY),
+    "reorder_fold-none-28672-many": reorder_fold("none", 28672, rows=MANY),
+    "reorder_fold-silu_mul-28672-many": reorder_fold("silu_mul", 28672, rows=MANY),
     **{f"expand_weight-{fp6}": expand_weight(fp6) for fp6 in FP6_FORMATS},
 }
 
