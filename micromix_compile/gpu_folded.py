@@ -43,9 +43,12 @@ LONG: Final = 8192
 
 # At M = 16, us with all tiles in 2, 4, 6 and 8 parts: 10.3, 9.0, 9.8 and 14.0 for N x K of 4096 x 4096, 12.8, 11.5,
 # 14.7 and 15.6 for 6144 x 4096, 23.1, 18.3, 17.1 and 21.5 for 4096 x 14336, on an H200. On an H100 at M = 64 in 2, 3
-# and 4: 15.7, 18.0 and 15.4, then 21.9, 22.7 and 20.7, then 43.0, 41.8 and 31.8.
+# and 4: 13.4, 12.4 and 11.6, then 16.1, 16.2 and 14.5, then 37.9, 31.6 and 28.5; in 6 12.1, 18.5 and 26.2.
 MAX_SPLIT: Final = 4
 """Parts of a shared tile."""
+
+MAX_LONG_SPLIT: Final = 6
+"""The same of `LONG` channels and more."""
 
 
 class Parts(NamedTuple):
@@ -228,7 +231,8 @@ def parts_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile
     programs = (WIDE_PROGRAMS if is_wide else 3) * PROCESSORS
     whole, split = tiles // PROCESSORS * PROCESSORS, 2
     if tiles <= programs:
-        whole, split = 0, min(programs // max(tiles, 1), channels // (2 * tile.BLOCK_K), MAX_SPLIT)
+        most = MAX_LONG_SPLIT if channels >= LONG else MAX_SPLIT
+        whole, split = 0, min(programs // max(tiles, 1), channels // (2 * tile.BLOCK_K), most)
     elif is_wide:
         whole = tiles
     return Parts(whole, split) if whole < tiles and 1 < split <= channels // tile.BLOCK_K else Parts(tiles, 1)

@@ -173,12 +173,6 @@ def _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS: tl.co
     tl.store(out + cell, result.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-@triton.jit
-def _cell(row, BLOCK_M: tl.constexpr):
-    """Where rows of a tile's sums are. row: (R,). Returns (R, BLOCK_M)."""
-    return row[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-
-
 @triton.jit(do_not_specialize=["M", "odd4", "odd6", "odd8", "tiles0", "tiles1", "column_tiles", "whole", "shared"])
 def folded_mm_kernel(
     x,  # (M, `folding.fold_width`) uint8: E4M3 bytes
@@ -250,7 +244,8 @@ def folded_mm_kernel(
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
         sums = partial + (tile - whole) * (SPLIT_K * SIZE)
-        tl.store(sums + part * SIZE + _cell(tl.arange(0, BLOCK_N), BLOCK_M), acc)
+        # As vectors: Triton gives threads as many neighbours of all matrices of one shape, here too many for float32.
+        tl.store(sums + part * SIZE + tl.arange(0, SIZE), tl.reshape(acc, (SIZE,)))
         tl.debug_barrier()  # all threads' sums are written before the one that counts says so
         lock = locks + (tile - whole)
         if tl.atomic_add(lock, 1, sem="acq_rel") == SPLIT_K - 1:
@@ -258,9 +253,10 @@ def folded_mm_kernel(
             tl.store(lock, 0)
             ROWS: tl.constexpr = min(BLOCK_N, 4096 // BLOCK_M)  # of a large tile at a time, for want of registers
             for first in tl.static_range(0, BLOCK_N, ROWS):
-                row = first + tl.arange(0, ROWS)
-                cell = _cell(row, BLOCK_M)
-                total = tl.load(sums + cell, cache_modifier=".cg")
+                cell = sums + first * BLOCK_M + tl.arange(0, ROWS * BLOCK_M)
+                total = tl.load(cell, cache_modifier=".cg")
                 for other in tl.static_range(1, SPLIT_K):
-                    total += tl.load(sums + other * SIZE + cell, cache_modifier=".cg")
-                _store(total, out, x_row_scale, w_row_scale, bias, m, n_first + row, M, N, HAS_BIAS)
+                    total += tl.load(cell + other * SIZE, cache_modifier=".cg")
+                total = tl.reshape(total, (ROWS, BLOCK_M))
+                rows = n_first + first + tl.arange(0, ROWS)
+                _store(total, out, x_row_scale, w_row_scale, bias, m, rows, M, N, HAS_BIAS)
