@@ -1,6 +1,7 @@
 """Whole models on a GPU: tokens and logits against the eager packed model, launches, speed and memory beside BF16, FP8.
 
-    python bench/bench_gpu_model.py [--part PART] [--tokens 64] [--contender NAME] [--batch B] [--json FILE]
+    python bench/bench_gpu_model.py [--part PART] [--tokens 64] [--contender NAME] [--batch B]
+                                     [--cache LENGTH] [--json FILE]
 
 smollm2 is the default model with real weights: greedy tokens of the compiled model, with a static cache, beside those
 of the eager packed model, in float32 and in bfloat16, which sm_90 folds where it is compiled only.
@@ -53,6 +54,7 @@ class Arguments(argparse.Namespace):
     tokens: int
     contender: list[str] | None
     batch: list[int] | None
+    cache: int
     json: Path | None
 
 
@@ -103,13 +105,16 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, steps: int = 24) -> dict[str, float]:
+def decode_ms(
+    model: nn.Module, keywords: dict[str, Any], batch: int, cache_length: int, steps: int = 24
+) -> dict[str, float]:
     """Milliseconds of one decoding step behind 128 tokens, replayed as a CUDA graph.
 
-    waiting: each step is waited for before the next is launched, as sampling on the host does. queued: none is.
+    cache_length: of a static cache, all of which attention reads, whatever is in it. waiting: each step is waited for
+    before the next is launched, as sampling on the host does. queued: none is.
     """
     torch._dynamo.reset()
-    cache = StaticCache(config=model.config, max_cache_len=1024)
+    cache = StaticCache(config=model.config, max_cache_len=cache_length)
     model(torch.randint(0, 1000, (batch, 128), device=CUDA), past_key_values=cache, logits_to_keep=1)
     fast = torch.compile(model, **keywords)
     token = torch.randint(0, 1000, (batch, 1), device=CUDA)
@@ -277,7 +282,7 @@ def llama_8b_decode(arguments: Arguments) -> dict[str, Any]:
     for batch in arguments.batch or (1, 16):
         for name, contender in models.items():
             key = f"{name}, batch {batch}"
-            result[key] = decode_ms(contender, contenders[name][1], batch)
+            result[key] = decode_ms(contender, contenders[name][1], batch, arguments.cache)
             print(key, json.dumps(result[key]), flush=True)
     return result
 
@@ -370,6 +375,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="of decoding; may be repeated")
     parser.add_argument("--batch", type=int, action="append", help="of decoding; may be repeated, 1 and 16 by default")
+    parser.add_argument("--cache", type=int, default=256, metavar="LENGTH", help="tokens of the cache in decoding")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(namespace=Arguments())
     results: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "target": target_of(CUDA).name}

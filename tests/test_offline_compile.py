@@ -324,11 +324,12 @@ def test_matrix_instructions_are_told_apart_by_kind(instruction: str, kind: str 
     assert kind is None or offline.is_block_scaled(kind) == (".block_scale" in instruction)
 
 
-def test_a_kernel_that_is_a_bare_trap_is_seen() -> None:
-    """What Triton makes of some kernels that are too large, without an error."""
+def test_a_bare_trap_and_what_ptxas_says_are_seen() -> None:
+    """A trap is what Triton makes of some kernels that are too large, without an error."""
     ptx = ".version 8.8\n.target sm_100a\n.visible .entry f()\n{\n\ttrap;\n\tmul.ftz.f32 %f1, %f1, %f1;\n}\n"
     binary = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(shared=0, tmem_size=None))
-    found = offline._inspect(binary, "ptxas info : Used 8 registers\n16 bytes spill stores, 8 bytes spill loads")
+    log = "ptxas info : Used 8 registers\n16 bytes spill stores, 8 bytes spill loads\n"
+    found = offline._inspect(binary, log)
     assert found == Compiled(
         target="sm_100a",
         mma_blocks=(),
@@ -336,9 +337,12 @@ def test_a_kernel_that_is_a_bare_trap_is_seen() -> None:
         spilled_bytes=16,
         shared_bytes=0,
         tensor_columns=0,
+        serialized=False,
         trap=True,
         flushing=("mul.ftz.f32",),
     )
+    log += "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to it\n"
+    assert offline._inspect(binary, log) == replace(found, serialized=True)
     assert found.emulated
 
 
