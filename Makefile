@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 # A worker a core, which torch's own threads would only get in the way of.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
