@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from micromix_compile import folding, packing, reference
-from micromix_compile.formats import elem_format
+from micromix_compile.formats import FP6_FORMATS, elem_format
 from micromix_compile.gpu_folded import FoldedWeight
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from micromix_compile.reference import QuantizedActivation
 
     Split = tuple[int, int, int]
+
+SEGMENTS = {"e2m1": (1, 0, 0), "e2m3": (0, 1, 0), "e3m2": (0, 1, 0), "e4m3": (0, 0, 1)}
+"""Which segment a format's channels are: shares of a split."""
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -121,3 +124,8 @@ def assert_folded_product_is_exact(
     poisoned = exact.isnan()
     assert torch.equal(got.isnan(), poisoned)
     assert bool(((got.double() - exact).abs() <= bound)[~poisoned].all())
+
+
+def one_format(fmt: str, channels: int) -> tuple[Split, str]:
+    k4, k6, k8 = (channels * share for share in SEGMENTS[fmt])
+    return (k4, k6, k8), fmt if fmt in FP6_FORMATS else "e2m3"
