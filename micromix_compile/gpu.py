@@ -32,7 +32,8 @@ FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
 # (1137 where shared memory takes half a row only), 74, 107 and 115 for 1024; `reorder_quantize` 596, 887 and 885
 # (1169), 85, 119 and 117, but its wholes spill registers, so it takes parts.
 #
-# Few rows are shared out so that all processors have work, and a thread has half the channels, for then latency counts.
+# Few rows are shared out among more processors, and a thread of up to 16 warps has half the channels, for then latency
+# counts; parts of fewer than `LEAST_PART` channels were slower for 16 and 64 rows of 4096.
 # `reorder_fold` on an H100 of 1, 16 and 64 rows, us so and as wholes of 32 channels a thread: 4096 channels 2.2, 2.4,
 # 2.8 and 2.7, 3.0, 3.1, behind RMSNorm 2.8, 3.2, 3.3 and 4.0, 4.1, 4.3; 14336 channels 2.9, 3.4, 4.5 and 5.0, 5.2, 5.3,
 # behind SiLU times up 5.2, 5.4, 6.3 and 6.3, 6.4, 6.5. Of 256 rows parts are slower.
