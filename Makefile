@@ -13,7 +13,7 @@ SOURCES := micromix_compile passes lowering templates tests bench
 demo: $(INSTALLED)
 	$(BIN)/micromix demo
 
-# A worker a core, which torch's own threads would only get in the way of.
+# A worker for each logical core, at most 8, which torch's own threads would only get in the way of.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 

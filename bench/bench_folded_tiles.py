@@ -69,7 +69,7 @@ def sweep(name: str, rows: int, tiles: list[FoldedTile], splits: list[int], tabl
     first = [folded_weight(n, split) for n in columns]
     count = copies(sum(size(*weight) for weight in first))
     groups = [[FoldedWeight(*(part.clone() for part in w)) for w in first] for _ in range(count)]  # type: ignore[union-attr]
-    perm = torch.randperm(channels, device=CUDA).to(torch.int32)
+    perm = torch.randperm(channels, device=CUDA).to(torch.int16)
     values = torch.randn(rows, channels, device=CUDA, dtype=BF16)
     x = gpu_folded.reorder_fold("none", values, None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
 

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CUDA = torch.device("cuda")
+PROMPT, STEPS = 128, 24
+SHORTEST_CACHE = PROMPT + 4 + STEPS + 5 * 8
+"""Tokens of a prompt, and of all steps of `decode_ms` behind it."""
+
 AS_EAGER = {"fallback_by_default": True, "exact": True}
 """All operations but ours are called as eager does, and ours are those of the eager packed model."""
 
@@ -105,9 +109,7 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def decode_ms(
-    model: nn.Module, keywords: dict[str, Any], batch: int, cache_length: int, steps: int = 24
-) -> dict[str, float]:
+def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, cache_length: int) -> dict[str, float]:
     """Milliseconds of one decoding step behind 128 tokens, replayed as a CUDA graph.
 
     cache_length: of a static cache, all of which attention reads, whatever is in it. waiting: each step is waited for
@@ -115,10 +117,10 @@ def decode_ms(
     """
     torch._dynamo.reset()
     cache = StaticCache(config=model.config, max_cache_len=cache_length)
-    model(torch.randint(0, 1000, (batch, 128), device=CUDA), past_key_values=cache, logits_to_keep=1)
+    model(torch.randint(0, 1000, (batch, PROMPT), device=CUDA), past_key_values=cache, logits_to_keep=1)
     fast = torch.compile(model, **keywords)
     token = torch.randint(0, 1000, (batch, 1), device=CUDA)
-    position = torch.full((batch, 1), 128, device=CUDA)
+    position = torch.full((batch, 1), PROMPT, device=CUDA)
 
     def step() -> None:
         fast(token, past_key_values=cache, position_ids=position, logits_to_keep=1)
@@ -127,7 +129,7 @@ def decode_ms(
     seconds = first_call(step)
     for _ in range(3):  # records
         step()
-    waiting = median_ms(step, steps)
+    waiting = median_ms(step, STEPS)
     queued = median_ms(lambda: [step() for _ in range(8)], 5) / 8
     return {"waiting": waiting, "queued": queued, "tokens_per_s": 1000 * batch / queued, "first_call_s": seconds}
 
@@ -378,6 +380,10 @@ def main() -> None:
     parser.add_argument("--cache", type=int, default=256, metavar="LENGTH", help="tokens of the cache in decoding")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(namespace=Arguments())
+    if arguments.cache < SHORTEST_CACHE:
+        parser.error(
+            f"--cache must hold 128 tokens and those decoded, {SHORTEST_CACHE} together, got {arguments.cache}"
+        )
     results: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "target": target_of(CUDA).name}
     with torch.no_grad():
         for part in arguments.part or PARTS:

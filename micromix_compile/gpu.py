@@ -154,6 +154,7 @@ def reorder_quantize_call(
             "FORMATS": FORMATS_DIGEST,
             "BLOCK_C": tile.BLOCK_C,
             "ROW_CHUNKS": tile.ROW_CHUNKS,
+            "HAS_ROOM": x.shape[1] < tile.BLOCK_C,
             "BLOCK_K": tile.BLOCK_K,
         },
         num_warps=tile.num_warps,
@@ -170,8 +171,9 @@ class QuantizerTile(NamedTuple):
 
 
 def quantizer_tile(
-    x: Tensor, other: Tensor | None, out_channels: int, *, max_block_k: int = MAX_BLOCK_K
-) -> QuantizerTile:
+    x: Tensor, other: Tensor | None, out_channels: int, *, max_block_k: int = MAX_BLOCK_K,
+    channels_per_thread: int = CHANNELS_PER_THREAD,
+) -> QuantizerTile:  # fmt: skip
     """The tile for rows of x: (M, C) and K output channels. M may be symbolic, which counts as many."""
     rows, channels = x.shape
     itemsize = max(tensor.element_size() for tensor in (x, other) if tensor is not None)
@@ -182,7 +184,7 @@ def quantizer_tile(
     is_few = isinstance(rows, int) and 0 < rows <= FEW_ROWS
     if is_few:
         block_k = min(block_k, max(_power_of_two(-(-out_channels // (FEW_ROWS // rows)), max_block_k), LEAST_PART))
-    per_thread = CHANNELS_PER_THREAD // 2 if is_few else CHANNELS_PER_THREAD
+    per_thread = channels_per_thread // 2 if is_few else channels_per_thread
     num_warps = min(max(max(block_c, block_k) // (32 * per_thread), 4), 16)
     return QuantizerTile(block_c, -(-channels // block_c), block_k, num_warps)
 

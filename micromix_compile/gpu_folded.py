@@ -31,6 +31,9 @@ a second row of tiles would unpack all again. Not a bound of the kernel, which t
 MAX_BLOCK_K: Final = 32768
 """Channels of a program of `reorder_fold`: see `gpu.MAX_ROW_BYTES` for what was measured."""
 
+LONG_ROW: Final = 8192
+"""Channels beyond which a thread has twice as many of them."""
+
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
 
@@ -103,7 +106,8 @@ def reorder_fold_call(
     from micromix_compile.templates.reorder_fold import reorder_fold_kernel
 
     channels = channel_perm.shape[0]
-    tile = gpu.quantizer_tile(x, other, channels, max_block_k=MAX_BLOCK_K)
+    per_thread = gpu.CHANNELS_PER_THREAD * (2 if x.shape[1] > LONG_ROW else 1)
+    tile = gpu.quantizer_tile(x, other, channels, max_block_k=MAX_BLOCK_K, channels_per_thread=per_thread)
     return gpu.KernelCall(
         kernel=reorder_fold_kernel,
         grid=(x.shape[0], max(-(-channels // tile.BLOCK_K), 1)),
@@ -128,6 +132,7 @@ def reorder_fold_call(
             "FORMATS": gpu.FORMATS_DIGEST,
             "BLOCK_C": tile.BLOCK_C,
             "ROW_CHUNKS": tile.ROW_CHUNKS,
+            "HAS_ROOM": x.shape[1] < tile.BLOCK_C,
             "BLOCK_K": tile.BLOCK_K,
             "WHOLE_ROW": channels <= tile.BLOCK_K,
             "LOCKS": LOCKS,

@@ -99,6 +99,11 @@ class GroupRecipe:
     split: Split
     statistics: ChannelStatistics
 
+    def order_on(self, device: torch.device) -> Tensor:
+        """channel_perm on a device: int16 on a GPU where it fits, for quantizers there read it anew for every row."""
+        is_short = device.type == "cuda" and self.channel_perm.numel() <= 1 << 15
+        return self.channel_perm.to(device, torch.int16 if is_short else torch.int32)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearRecipe:

@@ -11,7 +11,7 @@ import triton.language as tl
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def _one_line(ptx: str) -> str:
+def one_line(ptx: str) -> str:
     """Inductor writes constants into generated source, where a line break would not survive."""
     return " ".join(ptx.split())
 
@@ -40,20 +40,20 @@ def _fp6_ptx(used: int, moves: tuple[tuple[int, int, int], ...]) -> str:
     lop3.b32 t, a, {bits * 0x01010101:#x}, t, 0xEA;"""
         for plane, bits, shift in moves
     )
-    return _one_line(f"{{ {_REGISTERS} {_FACTOR.format(7)}{''.join(words)}{gather}{_word_ptx('t', '$3')} }}")
+    return one_line(f"{{ {_REGISTERS} {_FACTOR.format(7)}{''.join(words)}{gather}{_word_ptx('t', '$3')} }}")
 
 
 _REGISTERS = ".reg .b16 first, second; .reg .b32 a, b, t, factor;"
 _FACTOR = "prmt.b32 factor, ${}, 0, 0x0404;"  # float16, from its upper byte, twice
 _E2M3_PTX = tl.constexpr(_fp6_ptx(0x9F, ((0, 0x80, -1), (0, 0x10, 1), (1, 0x0C, 3), (2, 0x03, 5))))
 _E3M2_PTX = tl.constexpr(_fp6_ptx(0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, -2), (2, 0x10, 2), (2, 0x08, -3))))
-_E4M3_PTX = tl.constexpr(_one_line(f"{{ {_REGISTERS} {_FACTOR.format(2)}{_word_ptx('$1', '$0')} }}"))
+_E4M3_PTX = tl.constexpr(one_line(f"{{ {_REGISTERS} {_FACTOR.format(2)}{_word_ptx('$1', '$0')} }}"))
 
 # A table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8 to all but the zero
 # in its lowest byte. Signs are bits 3 of the nibbles, which prmt spreads over bytes. Products and shifts to the left go
 # to another pipeline than the rest, which is the busier one.
 _E2M1_PTX = tl.constexpr(
-    _one_line("""{
+    one_line("""{
     .reg .b32 factor, low, high, code, upper, sign;
     and.b32 factor, $3, 0xFF;
     mad.lo.u32 low, factor, 0x01010100, 0x14100800;

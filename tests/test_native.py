@@ -205,6 +205,30 @@ def test_product_is_exact_up_to_accumulation(
         assert_product_is_exact(got, x, weight, bias, fp6)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        pytest.param(3, 700, id="few rows"),
+        pytest.param(530, 45, id="divided along x"),
+        pytest.param(64, 700, id="divided along w"),
+        pytest.param(50, 20, id="divided along w and x"),
+    ],
+)
+def test_products_and_quantizers_are_right_on_any_number_of_threads(threads: int, rows: int, columns: int) -> None:
+    split = (96, 64, 32)
+    values, perm, before = torch.randn(rows, 192), torch.randperm(192), torch.get_num_threads()
+    x, weight = quantized_rows(rows, split, "e2m3"), packed_rows(columns, split, "e2m3")
+    torch.set_num_threads(threads)
+    try:
+        product = ops.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32)
+        quantized = ops.reorder_quantize(values, perm, *split, "e2m3", "rceil")
+    finally:
+        torch.set_num_threads(before)
+    assert_product_is_exact(product, x, weight, None, "e2m3")
+    assert equal_bytes(quantized, reference.reorder_quantize(values, perm, split, fp6="e2m3"))
+
+
 @st.composite
 def splits_of(draw: st.DrawFn, blocks: int) -> Split:
     first = draw(st.integers(0, blocks))

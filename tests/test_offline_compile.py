@@ -8,15 +8,18 @@ up on, fails here and not on somebody's GPU.
 
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pytest
 import torch
+from filelock import FileLock
 
 from micromix_compile import gpu
 from micromix_compile.lowering import offline
@@ -24,7 +27,16 @@ from micromix_compile.lowering.offline import Compiled, Kernel, NotSupported
 from micromix_compile.reference import QuantizedActivation
 from micromix_compile.templates.tiles import FAMILIES, Family, Tile, family_of
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Name = TypeVar("Name")
+
 SPILL_LIMIT = 0  # bytes a thread
+# Of the quantizers. Behind a norm of 28672 channels, and of 64 rows of 14336 behind SiLU times up, a part of half the
+# size spills nothing, but takes a quarter longer (H100: 17.0 and 13.9 us for 128 rows, 8.0 and 6.3 for 64).
+QUANTIZER_SPILL_LIMITS = {"none": 0, "rms_norm": 16, "silu_mul": 4}
+QUANTIZER_ROWS = (1, 16, gpu.FEW_ROWS // 2, gpu.FEW_ROWS, gpu.FEW_ROWS + 1)
 CAPABILITIES = (80, 89, 90, 100, 103, 120, 121)
 
 # Extents of one matrix instruction along K, by kind.
@@ -85,21 +97,21 @@ class QuantizeCase:
     capability: int
     channels: int
     producer: str
+    rows: int
 
     def __str__(self) -> str:
         """A test's name."""
-        return f"{offline.target_name(self.capability)}-{self.channels}-{self.producer}"
+        return f"{offline.target_name(self.capability)}-{self.channels}-{self.producer}-{self.rows}"
 
     @property
     def kernel(self) -> Kernel:
-        """The launch that `gpu` would make for many rows of bfloat16, at a split like 75/20/5."""
+        """The launch that `gpu` would make for rows of bfloat16, at a split like 75/20/5."""
         k6, k8 = self.channels // 5 // 32 * 32, self.channels // 20 // 32 * 32
-        rows = gpu.FEW_ROWS + 1
-        x = torch.empty(rows, self.channels, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(self.rows, self.channels, dtype=torch.bfloat16, device="meta")
         widths = (self.channels - k6 - k8) // 2, k6, k8, self.channels // 32
-        outputs = QuantizedActivation(*(torch.empty(rows, n, dtype=torch.uint8, device="meta") for n in widths))
+        outputs = QuantizedActivation(*(torch.empty(self.rows, n, dtype=torch.uint8, device="meta") for n in widths))
         other = {"none": None, "rms_norm": x[0], "silu_mul": x}[self.producer]
-        permutation = torch.empty(self.channels, dtype=torch.int32, device="meta")
+        permutation = torch.empty(self.channels, dtype=torch.int16, device="meta")
         call = gpu.reorder_quantize_call(
             self.producer, x, other, 1e-5, permutation, outputs, fp6="e2m3", scale_rounding="rceil"
         )
@@ -123,7 +135,7 @@ def kernel_of(call: gpu.KernelCall, capability: int) -> Kernel:
 
 
 def triton_type(value: object) -> str:
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32"}
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"}
     return f"*{names[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
 
 
@@ -152,23 +164,41 @@ BAD = {
 }
 TABLE = table()
 QUANTIZE = [
-    QuantizeCase(capability, channels, producer)
+    QuantizeCase(capability, channels, producer, rows)
     for capability in (90, 100, 120)
     for channels, producer in (
-        *((4096, "none"), (14336, "none"), (14336, "rms_norm"), (14336, "silu_mul")),
-        *((28672, "none"), (28672, "silu_mul")),
+        *((4096, "none"), (4096, "rms_norm"), (14336, "none"), (14336, "rms_norm"), (14336, "silu_mul")),
+        *((28672, "none"), (28672, "rms_norm"), (28672, "silu_mul")),
     )
+    for rows in QUANTIZER_ROWS
 ]
 UNWIDENED = replace(FAMILIES["sm_120"], widen_fp4=False)
 UNWIDENED_KERNEL = offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True)
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Results:
-    """Everything this file looks at, compiled once: by case, the bad ones by name."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Everything this file looks at: by case, the bad ones by name."""
     kernels: dict[Case | QuantizeCase | str, Kernel] = {case: case.kernel for case in (*TABLE, *QUANTIZE)}
     kernels |= {name: case.kernel for name, case in BAD.items()} | {"unwidened": UNWIDENED_KERNEL}
-    return dict(zip(kernels, offline.compile_all(list(kernels.values())), strict=True))
+    return compile_once(kernels, tmp_path_factory, "offline_compile")
+
+
+def compile_once(
+    kernels: Mapping[Name, Kernel], tmp_path_factory: pytest.TempPathFactory, file_name: str
+) -> dict[Name, Compiled | NotSupported]:
+    """What each kernel compiles to; equal ones are compiled once, and all by one of the processes that run tests."""
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / file_name
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            distinct = list({repr(kernel): kernel for kernel in kernels.values()}.values())
+            results = offline.compile_all(distinct)
+            path.write_bytes(
+                pickle.dumps({repr(kernel): result for kernel, result in zip(distinct, results, strict=True)})
+            )
+        found: dict[str, Compiled | NotSupported] = pickle.loads(path.read_bytes())
+    return {name: found[repr(kernel)] for name, kernel in kernels.items()}
 
 
 @pytest.fixture
@@ -251,7 +281,7 @@ def test_the_code_is_for_the_target_and_neither_traps_nor_flushes_subnormals(cas
 def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: QuantizeCase, result: Compiled) -> None:
     """Only the norm's reciprocal square root may flush: its argument is at least eps."""
     assert result.target == offline.target_name(case.capability)
-    assert result.spilled_bytes <= SPILL_LIMIT
+    assert result.spilled_bytes <= QUANTIZER_SPILL_LIMITS[case.producer]
     assert not result.trap
     assert not result.mma_blocks
     assert result.shared_bytes <= min(family.shared_memory for family in FAMILIES.values())

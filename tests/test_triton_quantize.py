@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import example, given, settings
+from products import SEGMENTS, one_format
 from strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, reorder_cases
 from torch import Tensor
 from torch.nn.functional import silu
@@ -25,7 +27,6 @@ pytestmark = [
 ]
 
 LARGEST = ReorderCase(torch.full((1, 32), 3.0e38), torch.arange(32), (0, 32, 0), "e2m3", ScaleRounding.RCEIL)
-SEGMENTS = {"e2m1": (1, 0, 0), "e2m3": (0, 1, 0), "e3m2": (0, 1, 0), "e4m3": (0, 0, 1)}
 
 
 def assert_same_bytes(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
@@ -45,9 +46,7 @@ def check_plain(x: Tensor, perm: Tensor, split: tuple[int, int, int], fp6: str, 
 def check_one_format(x: Tensor, fmt: str, rounding: str, device: str) -> None:
     """Quantize all of x (M, K), in order, to one format."""
     channels = x.shape[1]
-    k4, k6, k8 = (channels * share for share in SEGMENTS[fmt])
-    fp6 = fmt if fmt in FP6_FORMATS else "e2m3"
-    check_plain(x, torch.arange(channels), (k4, k6, k8), fp6, rounding, device)
+    check_plain(x, torch.arange(channels), *one_format(fmt, channels), rounding, device)
 
 
 def finite_bfloat16() -> Tensor:
@@ -150,6 +149,32 @@ def test_a_special_value_poisons_its_block_alone(device: str, dtype: torch.dtype
 def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, int, int]) -> None:
     perm = torch.randint(-1, 45, (sum(split),), dtype=torch.int32)
     check_plain(torch.randn(rows, 45), perm, split, "e3m2", "rceil", device)
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "block_k", "num_warps"),
+    [
+        (1, 4096, 1024, 8),
+        (32, 4096, 1024, 8),
+        (33, 4096, 2048, 8),
+        (64, 4096, 2048, 8),
+        (65, 4096, 4096, 8),
+        (gpu.FEW_ROWS, 4096, 4096, 8),
+        (gpu.FEW_ROWS + 1, 4096, 4096, 4),
+        (0, 4096, 4096, 4),
+        ("M", 4096, 4096, 4),
+        (16, 14336, 2048, 16),
+        (1, 28672, 1024, 16),
+        ("M", 28672, gpu.MAX_BLOCK_K, 16),
+        (1, 96, 128, 4),
+    ],
+)
+def test_few_rows_are_shared_among_programs(rows: object, channels: int, block_k: int, num_warps: int) -> None:
+    """And all of a row's channels are some program's. Rows of a number unknown while compiling count as many."""
+    x = SimpleNamespace(shape=(rows, channels), element_size=lambda: 2)
+    tile = gpu.quantizer_tile(x, None, channels)  # type: ignore[arg-type]
+    assert channels <= tile.BLOCK_C * tile.ROW_CHUNKS
+    assert (tile.BLOCK_K, tile.num_warps) == (block_k, num_warps)
 
 
 @pytest.mark.parametrize(

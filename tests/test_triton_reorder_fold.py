@@ -176,13 +176,15 @@ def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_only_the_outputs_of_a_fold_are_written(device: str) -> None:
-    x, perm = torch.randn(3, 96, device=device), torch.arange(96, device=device)
-    want = gpu_folded.reorder_fold("none", x, None, 0.0, perm, (32, 32, 32), "e2m3", "rceil", w_fp4=False)
-    q = torch.full((5, 128), 0xA5, dtype=torch.uint8, device=device)  # a block more: the MXFP6 one has no second
+    split = (64, 32, 32)  # the MXFP6 block has no second: a block of zeros in its place, and three to whole lines
+    x, perm = torch.randn(3, 128, device=device), torch.arange(128, device=device)
+    want = gpu_folded.reorder_fold("none", x, None, 0.0, perm, split, "e2m3", "rceil", w_fp4=False)
+    q = torch.full((5, folding.fold_width(split, w_fp4=False)), 0xA5, dtype=torch.uint8, device=device)
+    assert q.shape[1] == 256
     row_scale, locks = torch.full((5,), 7.0, device=device), torch.full((folding.LOCKS + 2,), 7, device=device).int()
     inner = FoldedActivation(q[1:4], row_scale[1:4], locks[1:-1])
     gpu_folded.reorder_fold_call(
-        "none", x, None, 0.0, perm, (32, 32, 32), inner, fp6="e2m3", scale_rounding="rceil", w_fp4=False
+        "none", x, None, 0.0, perm, split, inner, fp6="e2m3", scale_rounding="rceil", w_fp4=False
     ).launch()
     assert all(torch.equal(got, wanted) for got, wanted in zip(inner, want, strict=True))
     assert bool((q[[0, 4]] == 0xA5).all())
