@@ -62,14 +62,22 @@ class Arguments(argparse.Namespace):
     json: Path | None
 
 
-def launches(run: Callable[[], object]) -> Counter[str]:
-    """Kernels that `run` launches, by kind."""
+def launches(run: Callable[[], object]) -> tuple[Counter[str], dict[str, float]]:
+    """Kernels that `run` launches, and the milliseconds that the GPU is at them, by kind.
+
+    A profiler may leave launches slower than they were: what is timed by the clock comes first.
+    """
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         run()
         torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    return Counter(kind(name) for name in names if not name.startswith(("Memcpy", "Memset")))
+    counts: Counter[str] = Counter()
+    busy: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset")):
+            counts[kind(event.name)] += 1
+            busy[kind(event.name)] += round(event.time_range.elapsed_us())
+    return counts, {what: us / 1e3 for what, us in busy.items()}
 
 
 def kind(name: str) -> str:
@@ -143,12 +151,14 @@ def compare_launches(model: nn.Module, recipe: micromix.Recipe, ids: Tensor) -> 
         torch._dynamo.reset()
         fast = torch.compile(model, backend=name, **keywords)
         seconds = first_call(lambda fast=fast: fast(ids, use_cache=False))
-        counts = launches(lambda fast=fast: fast(ids, use_cache=False))
+        forward = median_ms(lambda fast=fast: fast(ids, use_cache=False), 5)
+        counts, busy = launches(lambda fast=fast: fast(ids, use_cache=False))
         result[name] = {
             "first_call_s": round(seconds, 1),
+            "forward_ms": forward,
             "launches": dict(counts),
             "per_layer": round(sum(counts.values()) / layers, 2),
-            "forward_ms": median_ms(lambda fast=fast: fast(ids, use_cache=False), 5),
+            "gpu_ms": busy,
         }
         logits = fast(ids, use_cache=False).logits
     torch._dynamo.reset()

@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
 
-# Swept on an H200 at 8192 x 4096 and 4096 x 14336, bfloat16: 32 channels a thread in one tile beat 16 by a tenth. On an
-# H100, us of rows of 28672 as wholes, in parts of 16384, and of 8192: `reorder_fold` 505, 780 and 870 for 8192 of them
-# (1137 where shared memory takes half a row only), 74, 107 and 115 for 1024; `reorder_quantize` 596, 887 and 885
-# (1169), 85, 119 and 117, but its wholes spill registers, so it takes parts.
+# On an H100, us of rows of 28672 as wholes, in parts of 16384, and of 8192, earlier kernels: `reorder_fold` 505, 780
+# and 870 for 8192 of them (1137 where shared memory takes half a row only), 74, 107 and 115 for 1024;
+# `reorder_quantize` 596, 887 and 885 (1169), 85, 119 and 117, but its wholes spill registers, so it takes parts. 32
+# channels a thread beat 16 by a tenth at 8192 x 4096 and 4096 x 14336, on an H200.
 #
 # Few rows are shared out among more processors, and a thread of up to 16 warps has half the channels, for then latency
-# counts; parts of fewer than `LEAST_PART` channels were slower for 16 and 64 rows of 4096.
-# `reorder_fold` on an H100 of 1, 16 and 64 rows, us so and as wholes of 32 channels a thread: 4096 channels 2.2, 2.4,
-# 2.8 and 2.7, 3.0, 3.1, behind RMSNorm 2.8, 3.2, 3.3 and 4.0, 4.1, 4.3; 14336 channels 2.9, 3.4, 4.5 and 5.0, 5.2, 5.3,
-# behind SiLU times up 5.2, 5.4, 6.3 and 6.3, 6.4, 6.5. Of 256 rows parts are slower.
+# counts; parts of fewer than `LEAST_PART` channels were slower for 16 and 64 rows of 4096. `reorder_fold` of an earlier
+# version on an H100 of 1, 16 and 64 rows, us so and as wholes of 32 channels a thread: 4096 channels 2.2, 2.4, 2.8 and
+# 2.7, 3.0, 3.1, behind RMSNorm 2.8, 3.2, 3.3 and 4.0, 4.1, 4.3; 14336 channels 2.9, 3.4, 4.5 and 5.0, 5.2, 5.3, behind
+# SiLU times up 5.2, 5.4, 6.3 and 6.3, 6.4, 6.5. Of 256 rows parts are slower.
 MAX_ROW_BYTES = 65536
 MAX_BLOCK_K = 16384
 PART_BLOCK_K = 8192

@@ -25,14 +25,15 @@ MAX_GROUP: Final = 3
 
 EXPAND_FROM: Final = 257
 """Rows from which on a weight is expanded in memory for the library's FP8 product. On an H100 at 256 rows, us packed
-and expanded (expanding and the library in sum), N x K: 98 and 135 for 28672 x 4096, 57 and 76 for 4096 x 14336. Beyond,
+and expanded (expanding and the library in sum), N x K: 86 and 134 for 28672 x 4096, 55 and 76 for 4096 x 14336. Beyond,
 a second row of tiles would unpack all again. Not a bound of the kernel, which takes any M."""
 
 MAX_BLOCK_K: Final = 32768
 """Channels of a program of `reorder_fold`: see `gpu.MAX_ROW_BYTES` for what was measured."""
 
 LONG_ROW: Final = 8192
-"""Channels beyond which a thread has twice as many of them."""
+"""Channels beyond which a thread of `reorder_fold` has twice as many of them: of 8192 rows of 14336 on an H100, us as
+they are 162 and 175, behind SiLU times up 235 and 274."""
 
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
@@ -41,12 +42,14 @@ WIDE_PROGRAMS: Final = 2
 """Of the wide tiles, that are counted on to run on a processor at a time."""
 
 LONG: Final = 8192
-"""Channels from which on few of the widest tiles pay, in parts, which take as long to add up for any number of them. At
-256 rows, us with that tile and as it was without: 57 and 76 for 4096 x 14336, but 28 and 23 for 4096 x 4096."""
+"""Bytes of a folded row from which on there may be `MAX_LONG_SPLIT` parts, and few of the widest tiles pay, in parts,
+which take as long to add up for any number of them. At 256 rows, an earlier product, us with that tile and without: 57
+and 76 for 4096 x 14336, but 28 and 23 for 4096 x 4096."""
 
-# At M = 16, us with all tiles in 2, 4, 6 and 8 parts: 10.3, 9.0, 9.8 and 14.0 for N x K of 4096 x 4096, 12.8, 11.5,
-# 14.7 and 15.6 for 6144 x 4096, 23.1, 18.3, 17.1 and 21.5 for 4096 x 14336, on an H200. On an H100 at M = 64 in 2, 3
-# and 4: 13.4, 12.4 and 11.6, then 16.1, 16.2 and 14.5, then 37.9, 31.6 and 28.5; in 6 12.1, 18.5 and 26.2.
+# Of an earlier product. At M = 16, us with all tiles in 2, 4, 6 and 8 parts: 10.3, 9.0, 9.8 and 14.0 for N x K of 4096
+# x 4096, 12.8, 11.5, 14.7 and 15.6 for 6144 x 4096, 23.1, 18.3, 17.1 and 21.5 for 4096 x 14336, on an H200. On an H100
+# at M = 64 in 2, 3 and 4: 13.4, 12.4 and 11.6, then 16.1, 16.2 and 14.5, then 37.9, 31.6 and 28.5; in 6 12.1, 18.5 and
+# 26.2.
 MAX_SPLIT: Final = 4
 """Parts of a shared tile."""
 
@@ -228,8 +231,9 @@ def parts_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile
     """Few tiles are all shared, for as many programs as run at a time; of many, those that fill no round of processors.
 
     Three programs of the small tiles run on a processor at a time, or more, two of the wide, which many tiles leave
-    whole: at M = 256 and N x K of 28672 x 4096 that takes 98 us, with 52 of 448 in two parts 105. At M = 16 and N x K
-    of 28672 x 4096, 448 tiles, all whole take 37.3 us on an H100, 396 whole and the others in two parts 34.9.
+    whole: at M = 256 and N x K of 28672 x 4096 that took 98 us, with 52 of 448 in two parts 105. At M = 16 and N x K of
+    28672 x 4096, 448 tiles, all whole took 37.3 us, 396 whole and the others in two parts 34.9 (an earlier product, an
+    H100).
     """
     tiles = tiles_of(rows, columns, tile)
     is_wide = any(tile == wide for _, wide in WIDE_FOLDED_TILES)

@@ -99,7 +99,7 @@ class FoldedTile:
 # operands in an earlier order. At M = 16, 33.1 us; with steps of 128 channels 35.9, with four stages, of which three
 # programs fit a processor, 41.5. At M = 32, 38.5; with steps of 256 channels 46.2. At M = 64, 53.0; with 128 columns
 # and 8 warps 55.1, with a sum for each step, of 256 channels in two stages, 64.0. In today's order, on an H100: 35.0,
-# 38.7 and 43.9, and the other sizes slower.
+# 38.7 and 43.9, and the other sizes slower; since then 34.1 at M = 16 and 41.6 at M = 64.
 FOLDED_TILES: Final = (
     (16, FoldedTile(16, 64, 256, 4, 3)),
     (32, FoldedTile(32, 64, 128, 4, 3)),
@@ -107,8 +107,9 @@ FOLDED_TILES: Final = (
 )
 """Per largest number of rows."""
 
-# On an H100, the same split, us: N x K of 28672 x 4096 at M = 128 72, with 128 columns and 8 warps 74; at M = 256 98
-# and 99. Fewer tiles want to be smaller: 4096 x 14336 at M = 128, in four parts, 45, with 64 rows 39.
+# On an H100, the same split, us of an earlier product: N x K of 28672 x 4096 at M = 128 72, with 128 columns and 8
+# warps 74; at M = 256 98 and 99. Fewer tiles want to be smaller: 4096 x 14336 at M = 128, in four parts, 45, with 64
+# rows 39.
 WIDE_FOLDED_TILES: Final = (
     (128, FoldedTile(128, 64, 128, 4, 3, SUM_STEPS=False)),
     (_ANY, FoldedTile(256, 64, 128, 4, 3, SUM_STEPS=False)),
