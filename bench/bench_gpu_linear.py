@@ -27,8 +27,9 @@ from rich.progress import track
 from torchao_linears import torchao_configs, torchao_linear
 
 from micromix_compile import folding, gpu, gpu_folded, packing, reference
+from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import hardware, versions
-from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.gpu_folded import FoldedWeight
 from micromix_compile.templates.tiles import WIDE_FOLDED_TILES
 
@@ -165,8 +166,9 @@ def folded_weight(columns: int, split: Split) -> FoldedWeight:
 class Linears:
     """One case in all variants; operands live as long as this does."""
 
-    def __init__(self, case: Case, torchao: Mapping[str, Any]) -> None:
+    def __init__(self, case: Case, torchao: Mapping[str, Any], scale_rounding: str) -> None:
         self._case = case
+        self._scale_rounding = scale_rounding
         self._torchao_configs = torchao
         self._bf16: dict[int, Times] = {}
         self._fp8: dict[int, Times] = {}
@@ -271,7 +273,9 @@ class Linears:
             x = self._activation(rows)
 
             def fold(x: Tensor = x) -> folding.FoldedActivation:
-                return gpu_folded.reorder_fold("none", x, None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
+                return gpu_folded.reorder_fold(
+                    "none", x, None, 0.0, perm, split, FP6, self._scale_rounding, w_fp4=False
+                )
 
             def multiply(folded: folding.FoldedActivation, group: list[FoldedWeight]) -> list[Tensor]:
                 return gpu_folded.folded_mm(folded, group, fp6=FP6, out_dtype=BF16)
@@ -295,7 +299,7 @@ class Linears:
         ]
 
 
-def quantizers() -> list[Row]:
+def quantizers(scale_rounding: str) -> list[Row]:
     """Quantizers alone, behind nothing and an RMSNorm, beside a compiled RMSNorm, FP8's and a copy."""
     rows, channels = QUANTIZED_SHAPE
     case = Case("quantizers", (0,), channels)
@@ -308,7 +312,7 @@ def quantizers() -> list[Row]:
     up = {x.data_ptr(): other for x, other in zip(xs, xs[1:] + xs[:1], strict=True)}
 
     def fold(producer: str, x: Tensor, other: Tensor | None, order: Tensor = perm) -> object:
-        return gpu_folded.reorder_fold(producer, x, other, 1e-5, order, split, FP6, "rceil", w_fp4=False)
+        return gpu_folded.reorder_fold(producer, x, other, 1e-5, order, split, FP6, scale_rounding, w_fp4=False)
 
     runs: dict[str, tuple[Callable[[Tensor], object], float]] = {
         "fold": (lambda x: fold("none", x, None), 3.0),
@@ -316,7 +320,7 @@ def quantizers() -> list[Row]:
         "rms_norm + fold": (lambda x: fold("rms_norm", x, weight), 3.0),
         "silu_mul + fold": (lambda x: fold("silu_mul", x, up[x.data_ptr()]), 5.0),
         "silu_mul + fold, channels in order": (lambda x: fold("silu_mul", x, up[x.data_ptr()], ordered), 5.0),
-        "reorder_quantize": (lambda x: gpu.reorder_quantize(x, perm, *split, FP6, "rceil"), 2.7),
+        "reorder_quantize": (lambda x: gpu.reorder_quantize(x, perm, *split, FP6, scale_rounding), 2.7),
         "compiled rms_norm": (lambda x: compiled_rms_norm(x, weight), 4.0),
         "fp8 quantize": (compiled_fp8_quantize, 3.0),
         "copy": (out.copy_, 4.0),
@@ -331,7 +335,7 @@ def quantizers() -> list[Row]:
 # ---- the gate
 
 
-def check() -> None:
+def check(scale_rounding: str) -> None:
     """End the run unless small products are right: ours within 2 % of the MX product (norms), FP8 within 6 %.
 
     The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
@@ -339,21 +343,21 @@ def check() -> None:
     """
     split, most = split_of(1024, SPLITS[1]), gpu_folded.EXPAND_FROM
     values = torch.randn(most, 1024, device=CUDA, dtype=BF16)
-    perm = torch.randperm(1024, device=CUDA).to(torch.int32)
+    perm = torch.randperm(1024, device=CUDA).to(torch.int16)
     weights = [folded_weight(n, split) for n in (256, 64)]
     exact = []
     for weight in weights:
         folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, FP6)
         w = folded.view(E4M3).double() * weight.row_scale.double()[:, None]
         order = folding.fold_order(split, w_fp4=False).to(CUDA)
-        x = reference.reorder_quantize(values, perm, split, fp6=FP6)
+        x = reference.reorder_quantize(values, perm, split, fp6=FP6, scale_rounding=ScaleRounding(scale_rounding))
         assert weight.bias is not None, "made with one"
         channels = torch.nn.functional.pad(reference.dequantize_activation(*x).double(), (0, 1))  # for -1 a zero
         exact.append(channels[:, order] @ w.T + weight.bias.double())
     want = torch.cat(exact, 1)
     wide = [(256, tile) for _, tile in WIDE_FOLDED_TILES]
     for rows, tile in ((1, None), (16, None), (64, None), (128, None), *wide, (most, None)):
-        x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
+        x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
         got = torch.cat(gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile), 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
     w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
@@ -373,11 +377,13 @@ def cases_of(models: Sequence[str]) -> list[Case]:
     return [Case(f"{model} {name}", *shape) for model in models for name, shape in MODELS[model].items()]
 
 
-def run(cases: Sequence[Case], every_m: Sequence[int], splits: Sequence[str], *, only_ours: bool) -> list[Row]:
+def run(
+    cases: Sequence[Case], every_m: Sequence[int], splits: Sequence[str], scale_rounding: str, *, only_ours: bool
+) -> list[Row]:
     """Everything, a case after the other."""
-    rows, torchao = ([], {}) if only_ours else (quantizers(), torchao_configs())
+    rows, torchao = ([], {}) if only_ours else (quantizers(scale_rounding), torchao_configs())
     for case in track(cases, "linears", transient=True, console=Console(stderr=True)):
-        linears = Linears(case, torchao)
+        linears = Linears(case, torchao, scale_rounding)
         found = [] if only_ours else linears.competitors(every_m)
         for split in splits:
             found += linears.folded(every_m, split)
@@ -400,6 +406,8 @@ def main() -> None:
     )
     parser.add_argument("--shares", action="store_true", help="splits that differ in one share, without competitors")
     parser.add_argument("--rows", type=int, action="append", metavar="M", help="may be repeated")
+    default = str(MicroMixConfig().scale_rounding)
+    parser.add_argument("--scale-rounding", choices=[str(rule) for rule in ScaleRounding], default=default)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
@@ -419,9 +427,10 @@ def main() -> None:
         every_m, splits = SHARE_ROWS, SHARE_SPLITS
     every_m, splits = tuple(arguments.rows or every_m), tuple(arguments.split or splits)
     with torch.inference_mode():
-        check()
+        check(arguments.scale_rounding)
         gc.freeze()  # every capture of a graph collects garbage
-        rows = run(cases_of(arguments.model or ["llama-8b"]), every_m, splits, only_ours=arguments.shares)
+        cases = cases_of(arguments.model or ["llama-8b"])
+        rows = run(cases, every_m, splits, arguments.scale_rounding, only_ours=arguments.shares)
     print_table(rows, console)
     print_summary(rows, console)
     if arguments.csv:

@@ -392,7 +392,7 @@ def main() -> None:
     arguments = parser.parse_args(namespace=Arguments())
     if arguments.cache < SHORTEST_CACHE:
         parser.error(
-            f"--cache must hold 128 tokens and those decoded, {SHORTEST_CACHE} together, got {arguments.cache}"
+            f"--cache must hold {PROMPT} tokens and those decoded, {SHORTEST_CACHE} together, got {arguments.cache}"
         )
     results: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "target": target_of(CUDA).name}
     with torch.no_grad():

@@ -15,7 +15,7 @@ from micromix_compile import folded_ops, ops
 from micromix_compile.assignment import assign
 from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.folded_ops import Factors
+from micromix_compile.folded_ops import Derived
 from micromix_compile.lowering import inductor, torch_compat
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, run_passes
 from micromix_compile.recipe import Recipe
@@ -156,7 +156,7 @@ def compile_quantized(
     inputs = [(position[weight], index) for weight, index in context.inputs]
     weights = sorted({i for i, _ in inputs})
     place = {node: i for i, node in enumerate([*placeholders, *appended])}
-    folded = [(tuple(place[node] for node in nodes), Factors(fp6)) for nodes, fp6 in context.folded]
+    folded = [([place[node] for node in nodes], Derived(make)) for nodes, make in context.folded]
 
     def run(*args: Any) -> Any:
         session.check_not_training()
@@ -166,8 +166,8 @@ def compile_quantized(
         if weights and torch.is_grad_enabled():
             _say_once("micromix runs without gradients: its outputs don't require grad")
         given = [*args, *(packed[i][index] for i, index in inputs)]
-        for (i4, i6, i8, i_scale), factors in folded:
-            given += factors.of(given[i4], given[i6], given[i8], given[i_scale])
+        for places, derived in folded:
+            given += derived.of(*[given[i] for i in places])
         with torch.no_grad():
             return compiled(*given)
 

@@ -13,7 +13,7 @@ plain PyTorch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from weakref import ref
 
 import torch
@@ -24,11 +24,13 @@ from micromix_compile import folding, gpu_folded, ops, reference, target
 from micromix_compile.folding import LOCKS, FoldedActivation, factor_shape, fold_width
 from micromix_compile.formats import ScaleRounding
 from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight
+from micromix_compile.recipe import order_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 Folded = tuple[Tensor, Tensor, Tensor]
+_Made = TypeVar("_Made", bound="tuple[Tensor, ...]")
 
 _LAYOUT_ARGS = "Tensor channel_perm, int k4, int k6, int k8, str fp6, str scale_rounding, bool w_fp4"
 _FOLDED = "(Tensor q, Tensor row_scale, Tensor locks)"
@@ -49,44 +51,58 @@ folded_mm: Callable[..., list[Tensor]] = torch.ops.micromix.folded_mm.default
 
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By scales: their version, factors and row scales, which all graphs share."""
+"""By scales or orders: their version, and what was made from them, which all graphs share."""
 
 
-def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> tuple[Tensor, Tensor]:
+def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, *, fp6: str) -> tuple[Tensor, Tensor]:
     """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change.
 
     A change in place through `.data`, or of an inference tensor, leaves no trace and is not seen.
     """
-    version = _version(w_scale)
-    kept = _kept.get(w_scale)
-    if kept is None or kept[0] != version:
+
+    def make() -> tuple[Tensor, Tensor]:
         row_scale = folding.weight_row_scale(w4, w6, w8, w_scale, fp6)
-        kept = (version, (folding.weight_factor(w4, w6, w8, w_scale, row_scale), row_scale))
-        _kept[w_scale] = kept
-    factors: tuple[Tensor, Tensor] = kept[1]
-    return factors
+        return folding.weight_factor(w4, w6, w8, w_scale, row_scale), row_scale
+
+    return _keep(w_scale, make)
 
 
-def _version(w_scale: Tensor) -> tuple[int, int]:
-    return 0 if w_scale.is_inference() else w_scale._version, w_scale.data_ptr()
+def short_order(channel_perm: Tensor) -> tuple[Tensor]:
+    """(channel_perm as `order_dtype`,), kept as the factors are. Packed modules hold and save int32."""
+    return _keep(channel_perm, lambda: (channel_perm.to(order_dtype(channel_perm.shape[0]), copy=True),))
 
 
-class Factors:
-    """The factors of one weight of a graph, call by call: as `folded_factors`, but a call costs next to nothing.
+def _keep(key: Tensor, make: Callable[[], _Made]) -> _Made:
+    version = _version(key)
+    kept = _kept.get(key)
+    if kept is None or kept[0] != version:
+        kept = (version, make())
+        _kept[key] = kept
+    made: _Made = kept[1]
+    return made
+
+
+def _version(key: Tensor) -> tuple[int, int]:
+    return 0 if key.is_inference() else key._version, key.data_ptr()
+
+
+class Derived:
+    """What `make` keeps by the last of some inputs of one graph, call by call: as `make`, but for next to nothing.
 
     There are hundreds of weights in a model, and a decoding step waits for all of them.
     """
 
-    def __init__(self, fp6: str) -> None:
-        self._fp6 = fp6
-        self._last: tuple[ref[Tensor], tuple[int, int], tuple[Tensor, Tensor]] | None = None
+    def __init__(self, make: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._make = make
+        self._last: tuple[ref[Tensor], tuple[int, int], tuple[Tensor, ...]] | None = None
 
-    def of(self, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(w_factor, w_row_scale)."""
-        version, last = _version(w_scale), self._last
-        if last is None or last[0]() is not w_scale or last[1] != version:
+    def of(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """make(*inputs)."""
+        key = inputs[-1]
+        version, last = _version(key), self._last
+        if last is None or last[0]() is not key or last[1] != version:
             # One assignment: another thread may run the same graph with another layer's weights.
-            self._last = last = (ref(w_scale), version, folded_factors(w4, w6, w8, w_scale, self._fp6))
+            self._last = last = (ref(key), version, self._make(*inputs))
         return last[2]
 
 

@@ -30,7 +30,9 @@ FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
 # On an H100, us of rows of 28672 as wholes, in parts of 16384, and of 8192, earlier kernels: `reorder_fold` 505, 780
 # and 870 for 8192 of them (1137 where shared memory takes half a row only), 74, 107 and 115 for 1024;
 # `reorder_quantize` 596, 887 and 885 (1169), 85, 119 and 117, but its wholes spill registers, so it takes parts. 32
-# channels a thread beat 16 by a tenth at 8192 x 4096 and 4096 x 14336, on an H200.
+# channels a thread beat 16 by a tenth at 8192 x 4096 and 4096 x 14336, on an H200. Beyond `LONG_ROW` channels a thread
+# of `reorder_fold` has twice as many: of 8192 rows of 14336 on an H100, us so and with 32, 162 and 175, behind SiLU
+# times up 235 and 274.
 #
 # Few rows are shared out among more processors, and a thread of up to 16 warps has half the channels, for then latency
 # counts; parts of fewer than `LEAST_PART` channels were slower for 16 and 64 rows of 4096. `reorder_fold` of an earlier
@@ -39,10 +41,12 @@ FORMATS_DIGEST = hashlib.sha256(repr(ELEM_FORMATS).encode()).hexdigest()
 # SiLU times up 5.2, 5.4, 6.3 and 6.3, 6.4, 6.5. Of 256 rows parts are slower.
 MAX_ROW_BYTES = 65536
 MAX_BLOCK_K = 16384
+MAX_FOLDED_BLOCK_K = 32768
 PART_BLOCK_K = 8192
 LEAST_PART = 1024
 FEW_ROWS = 128
 CHANNELS_PER_THREAD = 32
+LONG_ROW = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +131,7 @@ def reorder_quantize_call(
     from micromix_compile.templates.reorder_quantize import reorder_quantize_kernel
 
     q4, q6, q8, scale = outputs
-    tile = quantizer_tile(x, other, channel_perm.shape[0])
+    tile = quantizer_tile(producer, x, other, channel_perm.shape[0])
     return KernelCall(
         kernel=reorder_quantize_kernel,
         grid=(x.shape[0], -(-channel_perm.shape[0] // tile.BLOCK_K)),
@@ -154,7 +158,7 @@ def reorder_quantize_call(
             "FORMATS": FORMATS_DIGEST,
             "BLOCK_C": tile.BLOCK_C,
             "ROW_CHUNKS": tile.ROW_CHUNKS,
-            "HAS_ROOM": x.shape[1] < tile.BLOCK_C,
+            "HAS_ROOM": tile.HAS_ROOM,
             "BLOCK_K": tile.BLOCK_K,
         },
         num_warps=tile.num_warps,
@@ -162,31 +166,37 @@ def reorder_quantize_call(
 
 
 class QuantizerTile(NamedTuple):
-    """Channels that a quantizer's program reads at a time, how many such chunks make a row, channels that it writes."""
+    """Channels that a quantizer's program reads at a time, how many such chunks make a row, channels that it writes.
+
+    HAS_ROOM: a row is one chunk that ends with a zero, which indices outside can point to. Not behind an RMSNorm, which
+    makes NaN of zeros where a row has one.
+    """
 
     BLOCK_C: int
     ROW_CHUNKS: int
+    HAS_ROOM: bool
     BLOCK_K: int
     num_warps: int
 
 
 def quantizer_tile(
-    x: Tensor, other: Tensor | None, out_channels: int, *, max_block_k: int = MAX_BLOCK_K,
-    channels_per_thread: int = CHANNELS_PER_THREAD,
-) -> QuantizerTile:  # fmt: skip
-    """The tile for rows of x: (M, C) and K output channels. M may be symbolic, which counts as many."""
+    producer: str, x: Tensor, other: Tensor | None, out_channels: int, *, folds: bool = False
+) -> QuantizerTile:
+    """The tile for rows of x: (M, C) and K output channels; folds: of `reorder_fold`. A symbolic M counts as many."""
     rows, channels = x.shape
     itemsize = max(tensor.element_size() for tensor in (x, other) if tensor is not None)
     fits = channels * itemsize <= MAX_ROW_BYTES
     block_c = _power_of_two(channels, MAX_ROW_BYTES // itemsize // (1 if fits else 2))
+    largest = MAX_FOLDED_BLOCK_K if folds else MAX_BLOCK_K
     # Chunks need registers for what was gathered from earlier ones.
-    block_k = _power_of_two(out_channels, max_block_k if fits else PART_BLOCK_K)
+    block_k = _power_of_two(out_channels, largest if fits else PART_BLOCK_K)
     is_few = isinstance(rows, int) and 0 < rows <= FEW_ROWS
     if is_few:
-        block_k = min(block_k, max(_power_of_two(-(-out_channels // (FEW_ROWS // rows)), max_block_k), LEAST_PART))
-    per_thread = channels_per_thread // 2 if is_few else channels_per_thread
+        block_k = min(block_k, max(_power_of_two(-(-out_channels // (FEW_ROWS // rows)), largest), LEAST_PART))
+    per_thread = CHANNELS_PER_THREAD * (2 if folds and channels > LONG_ROW else 1) // (2 if is_few else 1)
+    has_room = channels < block_c and producer != "rms_norm"
     num_warps = min(max(max(block_c, block_k) // (32 * per_thread), 4), 16)
-    return QuantizerTile(block_c, -(-channels // block_c), block_k, num_warps)
+    return QuantizerTile(block_c, -(-channels // block_c), has_room, block_k, num_warps)
 
 
 def _quantize(

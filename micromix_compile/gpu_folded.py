@@ -28,13 +28,6 @@ EXPAND_FROM: Final = 257
 and expanded (expanding and the library in sum), N x K: 86 and 134 for 28672 x 4096, 55 and 76 for 4096 x 14336. Beyond,
 a second row of tiles would unpack all again. Not a bound of the kernel, which takes any M."""
 
-MAX_BLOCK_K: Final = 32768
-"""Channels of a program of `reorder_fold`: see `gpu.MAX_ROW_BYTES` for what was measured."""
-
-LONG_ROW: Final = 8192
-"""Channels beyond which a thread of `reorder_fold` has twice as many of them: of 8192 rows of 14336 on an H100, us as
-they are 162 and 175, behind SiLU times up 235 and 274."""
-
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
 
@@ -109,8 +102,7 @@ def reorder_fold_call(
     from micromix_compile.templates.reorder_fold import reorder_fold_kernel
 
     channels = channel_perm.shape[0]
-    per_thread = gpu.CHANNELS_PER_THREAD * (2 if x.shape[1] > LONG_ROW else 1)
-    tile = gpu.quantizer_tile(x, other, channels, max_block_k=MAX_BLOCK_K, channels_per_thread=per_thread)
+    tile = gpu.quantizer_tile(producer, x, other, channels, folds=True)
     return gpu.KernelCall(
         kernel=reorder_fold_kernel,
         grid=(x.shape[0], max(-(-channels // tile.BLOCK_K), 1)),
@@ -135,7 +127,7 @@ def reorder_fold_call(
             "FORMATS": gpu.FORMATS_DIGEST,
             "BLOCK_C": tile.BLOCK_C,
             "ROW_CHUNKS": tile.ROW_CHUNKS,
-            "HAS_ROOM": x.shape[1] < tile.BLOCK_C,
+            "HAS_ROOM": tile.HAS_ROOM,
             "BLOCK_K": tile.BLOCK_K,
             "WHOLE_ROW": channels <= tile.BLOCK_K,
             "LOCKS": LOCKS,

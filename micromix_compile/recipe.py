@@ -86,6 +86,11 @@ class ChannelStatistics:
     costs: ChannelCosts | None = None
 
 
+def order_dtype(channels: int) -> torch.dtype:
+    """Of an order where it is used: the smallest that holds it, for a GPU's quantizer reads it anew for every row."""
+    return torch.int16 if channels <= torch.iinfo(torch.int16).max + 1 else torch.int32
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupRecipe:
     """Order and split of one activation, shared by the linears that read it.
@@ -100,9 +105,8 @@ class GroupRecipe:
     statistics: ChannelStatistics
 
     def order_on(self, device: torch.device) -> Tensor:
-        """channel_perm on a device: int16 on a GPU where it fits, for quantizers there read it anew for every row."""
-        is_short = device.type == "cuda" and self.channel_perm.numel() <= 1 << 15
-        return self.channel_perm.to(device, torch.int16 if is_short else torch.int32)
+        """channel_perm on a device, as `order_dtype`."""
+        return self.channel_perm.to(device, order_dtype(self.channel_perm.numel()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -313,7 +313,10 @@ class Session:
             assert self.recipe is not None, "a linear's recipe is a part of the whole"
             weight = parameter.detach().T if state.transposed else parameter.detach()
             group = state.linear.group
-            perm = self._perms.setdefault((group.name, parameter.device), group.order_on(parameter.device))
+            key = group.name, parameter.device
+            if key not in self._perms:
+                self._perms[key] = group.order_on(parameter.device)
+            perm = self._perms[key]
             if state.packed is None:
                 state.packed = (perm, *packed_weight(weight, state.linear, self.recipe))
             else:  # what calibration rounded was another weight

@@ -6,6 +6,7 @@ Linears that read one activation become one product with several results: q, k a
 from __future__ import annotations
 
 import operator
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from micromix_compile.folding import factor_shape
 from micromix_compile.gpu_folded import MAX_GROUP
 from micromix_compile.passes.pass_manager import PassContext, copy_meta
 from micromix_compile.passes.share_activations import is_quantize
+from micromix_compile.recipe import order_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,7 +32,7 @@ def fold_products(gm: fx.GraphModule, context: PassContext) -> int:
     """Rewrite each quantize all of whose users are bfloat16 products; fills `context.folded`. Returns how many."""
     if not context.folds:
         return 0
-    folded: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    folded: dict[fx.Node, tuple[fx.Node, ...]] = {}
     rewritten = 0
     for quantize in [node for node in gm.graph.nodes if is_quantize(node)]:
         products = _products(quantize)
@@ -71,17 +73,20 @@ def _example(node: Any) -> torch.Tensor:
 
 def _rewrite(
     graph: fx.Graph, context: PassContext, quantize: fx.Node, products: list[fx.Node],
-    folded: dict[fx.Node, tuple[fx.Node, fx.Node]],
+    folded: dict[fx.Node, tuple[fx.Node, ...]],
 ) -> None:  # fmt: skip
+    x, perm, *layout = quantize.args
+    order = _short_order(graph, context, perm, folded)
     with graph.inserting_before(quantize):
-        fold = graph.call_function(folded_ops.reorder_fold, (*quantize.args, _weights_are_fp4(quantize, products[0])))
-        x = [graph.call_function(operator.getitem, (copy_meta(quantize, fold), i)) for i in range(3)]
+        w_fp4 = _weights_are_fp4(quantize, products[0])
+        fold = graph.call_function(folded_ops.reorder_fold, (x, order, *layout, w_fp4))
+        parts = [graph.call_function(operator.getitem, (copy_meta(quantize, fold), i)) for i in range(3)]
     for group in _groups(products):
         weights = [[*product.args[4:7], *_folded_inputs(graph, context, product, folded)] for product in group]
         biases = [product.args[_BIAS] for product in group if product.args[_BIAS] is not None]
         with graph.inserting_before(group[0]):
             lists = [list(column) for column in zip(*weights, strict=True)]
-            joint = graph.call_function(folded_ops.folded_mm, (*x, *lists, biases, *group[0].args[_FP6:]))
+            joint = graph.call_function(folded_ops.folded_mm, (*parts, *lists, biases, *group[0].args[_FP6:]))
             copy_meta(group[0], joint)
             outputs = [graph.call_function(operator.getitem, (joint, i)) for i in range(len(group))]
         for product, output in zip(group, outputs, strict=True):
@@ -108,9 +113,24 @@ def _groups(products: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
         yield from (members[i : i + MAX_GROUP] for i in range(0, len(members), MAX_GROUP))
 
 
+def _short_order(graph: fx.Graph, context: PassContext, perm: Any, folded: dict[fx.Node, tuple[fx.Node, ...]]) -> Any:
+    """A graph input with the order in few bytes, or the order itself if it is so already, or is computed."""
+    if getattr(perm, "op", None) != "placeholder":
+        return perm
+    example = _example(perm)
+    short = order_dtype(example.shape[0])
+    if example.dtype == short:
+        return perm
+    if perm not in folded:
+        name = f"micromix_folded_{len(context.folded)}_order"
+        folded[perm] = (context.owner.add_input(graph, name, example.new_empty(example.shape, dtype=short)),)
+        context.folded.append(((perm,), folded_ops.short_order))
+    return folded[perm][0]
+
+
 def _folded_inputs(
-    graph: fx.Graph, context: PassContext, product: fx.Node, folded: dict[fx.Node, tuple[fx.Node, fx.Node]]
-) -> tuple[fx.Node, fx.Node]:
+    graph: fx.Graph, context: PassContext, product: fx.Node, folded: dict[fx.Node, tuple[fx.Node, ...]]
+) -> tuple[fx.Node, ...]:
     """Graph inputs with the factors and the row scales of a product's weight."""
     w4, w6, w8, w_scale = product.args[4:8]
     assert isinstance(w_scale, torch.fx.Node), "scales are a graph input"
@@ -122,5 +142,6 @@ def _folded_inputs(
             context.owner.add_input(graph, f"{name}_factor", scale.new_empty(factor_shape(scale.shape[0], split))),
             context.owner.add_input(graph, f"{name}_row", scale.new_empty(scale.shape[0], dtype=torch.float32)),
         )
-        context.folded.append(((w4, w6, w8, w_scale), str(product.args[_FP6])))  # type: ignore[arg-type]
+        make = partial(folded_ops.folded_factors, fp6=str(product.args[_FP6]))
+        context.folded.append(((w4, w6, w8, w_scale), make))  # type: ignore[arg-type]
     return folded[w_scale]

@@ -105,8 +105,8 @@ class PassContext:
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     smoothable: filled by find_smoothable.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
-    folds: products are to be folded (see `fold_products`). folded: filled by it: per two appended inputs, factors and
-        row scales, the inputs (w4, w6, w8, w_scale) that they are made from, and the MXFP6 format.
+    folds: products are to be folded (see `fold_products`). folded: filled by it: for one or more appended inputs, in
+        order, the inputs that they are made from, and the function that makes them (see `folded_ops.Derived`).
     """
 
     owner: Owner
@@ -118,7 +118,7 @@ class PassContext:
     smoothable: list[SmoothableSite] = field(default_factory=list)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
     folds: bool = False
-    folded: list[tuple[tuple[fx.Node, fx.Node, fx.Node, fx.Node], str]] = field(default_factory=list)
+    folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)
 
 
 Pass = Callable[["fx.GraphModule", PassContext], int]

@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 
 from micromix_compile.templates.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
-from micromix_compile.templates.reorder_quantize import by_format, gather_row, magnitude_bits, scale_byte, to_float32
+from micromix_compile.templates.reorder_quantize import (
+    by_format,
+    gather_row,
+    magnitude_bits,
+    round_to,
+    scale_byte,
+    to_float32,
+)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -68,7 +75,7 @@ def reorder_fold_kernel(
     FORMATS: tl.constexpr,  # digest of the table that `by_format` reads
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
-    HAS_ROOM: tl.constexpr,  # one chunk, of more than C channels
+    HAS_ROOM: tl.constexpr,  # see `gpu.QuantizerTile`
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
     WHOLE_ROW: tl.constexpr,  # BLOCK_K covers K
     LOCKS: tl.constexpr,
@@ -94,7 +101,7 @@ def reorder_fold_kernel(
     y, amax = gather_row(
         x_ptr, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS, HAS_ROOM, PTX=True
     )
-    is_packed: tl.constexpr = y.dtype == tl.bfloat16 and not _INTERPRETED
+    is_packed: tl.constexpr = y.dtype == tl.bfloat16
     if is_packed:  # two bfloat16 a register, of which one instruction does both
         a, b, c, d = _as_pairs(y, BLOCKS)
         block_amax = tl.max(_pairs_amax(a, b, c, d), 1)
@@ -121,7 +128,7 @@ def reorder_fold_kernel(
         code = float32_to_e4m3(_round_folded(y, exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
         first, second = _as_words(code)
 
-    # Four channels are a word, and where in its row it goes depends on the format. In one dimension, for of two the
+    # Four channels are a word, and where in its row it goes depends on the format. In one dimension, for in two the
     # compiler does not see along which neighbours lie.
     eight = tl.program_id(1) * (BLOCKS * 4) + tl.arange(0, BLOCKS * 4)
     block = eight >> 2
@@ -164,6 +171,10 @@ def _as_pairs(y, BLOCKS: tl.constexpr):
 @triton.jit
 def _pairs_amax(a, b, c, d):
     """The largest `magnitude_bits` of four pairs of bfloat16."""
+    if _INTERPRETED:
+        upper = tl.maximum(tl.maximum(a & 0x7FFF0000, b & 0x7FFF0000), tl.maximum(c & 0x7FFF0000, d & 0x7FFF0000))
+        lower = tl.maximum(tl.maximum(a & 0x7FFF, b & 0x7FFF), tl.maximum(c & 0x7FFF, d & 0x7FFF))
+        return tl.maximum(upper, lower << 16).to(tl.int32, bitcast=True)
     most = tl.inline_asm_elementwise(_PAIRS_MAX_PTX, "=r,r,r,r,r", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1)
     return tl.maximum(most & 0xFFFF0000, most << 16).to(tl.int32, bitcast=True)
 
@@ -180,12 +191,37 @@ def _pair_grids(exponent, row_exponent, is4, is8, FP6: tl.constexpr):
 def _fold_pairs(first, second, scale, lowest, lift, largest, SCALE_ROUNDING: tl.constexpr):
     """A word of `float32_to_e4m3(_round_folded(...))` of two pairs of bfloat16.
 
-    bfloat16 holds all numbers that come up there, but those below 2**-126, which end as zeros either way.
+    The lift is 2**16 smaller than there, as an ulp of bfloat16 is that much larger, so that every sum rounds alike.
+    What lies below 2**-126 ends as a zero either way, perhaps of another sign.
     """
+    if _INTERPRETED:
+        low = _fold_one(first << 16, scale, lowest, lift, largest, SCALE_ROUNDING)
+        low |= _fold_one(first, scale, lowest, lift, largest, SCALE_ROUNDING) << 8
+        high = _fold_one(second << 16, scale, lowest, lift, largest, SCALE_ROUNDING)
+        high |= _fold_one(second, scale, lowest, lift, largest, SCALE_ROUNDING) << 8
+        return low | (high << 16)
     ptx: tl.constexpr = _FOLD_PTX if SCALE_ROUNDING == "rceil" else _CLAMP_AND_FOLD_PTX
     return tl.inline_asm_elementwise(
         ptx, "=r,r,r,r,r,r,r", [first, second, scale, lowest, lift, largest], dtype=tl.uint32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def _fold_one(word, scale, lowest, lift, largest, SCALE_ROUNDING: tl.constexpr):
+    """What the PTX of `_fold_pairs` does with the upper half of a word, in float32 rounded to bfloat16; uint32."""
+    y = to_float32(round_to(_upper(word) * _upper(scale), tl.bfloat16))
+    if SCALE_ROUNDING != "rceil":
+        y = tl.minimum(tl.maximum(y, -_upper(largest)), _upper(largest))
+    power = tl.maximum(y.to(tl.int32, bitcast=True) & 0x7F800000, _upper(lowest).to(tl.int32, bitcast=True))
+    magic = power.to(tl.float32, bitcast=True) * _upper(lift)
+    y = to_float32(round_to(y + magic, tl.bfloat16))
+    return float32_to_e4m3(to_float32(round_to(y - magic, tl.bfloat16))).to(tl.uint32)
+
+
+@triton.jit
+def _upper(word):
+    """The bfloat16 in the upper half of a word, as float32."""
+    return (word & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

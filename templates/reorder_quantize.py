@@ -5,8 +5,8 @@ before the quantizer, and reorders the result through shared memory: gathering f
 again (90 against 58 us, H200, 8192 x 4096 bfloat16). One tile holds blocks of all three formats, so what differs
 between formats is data (one number a block), not code.
 
-Every rounding is made of integer operations and float32 additions, which are the same on every target and in
-Triton's interpreter. `reference` is the contract: equal bytes. Launched by `micromix_compile.gpu`.
+Every rounding of the quantizer is made of integer operations and float32 additions, which are the same on every target
+and in Triton's interpreter. `reference` is the contract: equal bytes. Launched by `micromix_compile.gpu`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def reorder_quantize_kernel(
     FORMATS: tl.constexpr,  # digest of the table that `_field` reads, which Triton's cache would not see otherwise
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
-    HAS_ROOM: tl.constexpr,  # one chunk, of more than C channels
+    HAS_ROOM: tl.constexpr,  # see `gpu.QuantizerTile`
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
 ):
     """Quantize BLOCK_K output channels, from program_id(1) * BLOCK_K on, of row program_id(0)."""
@@ -151,9 +151,9 @@ def produce(x_ptr, other_ptr, c, C, rstd, PRODUCER: tl.constexpr, PTX: tl.conste
                 _ROUND_AND_MULTIPLY_PTX, "=r,r,r,r", [x32, other], dtype=tl.bfloat16, is_pure=True, pack=2
             )
         else:
-            y = to_float32(_round_to(x32, x.dtype)) * to_float32(other)
+            y = to_float32(round_to(x32, x.dtype)) * to_float32(other)
             if other.dtype == x.dtype:
-                y = _round_to(y, x.dtype)
+                y = round_to(y, x.dtype)
     return y
 
 
@@ -179,7 +179,7 @@ def to_float32(x):
 
 
 @triton.jit
-def _round_to(x, DTYPE: tl.constexpr):
+def round_to(x, DTYPE: tl.constexpr):
     """float32 rounded to DTYPE, to nearest even."""
     if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)

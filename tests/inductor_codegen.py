@@ -37,7 +37,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 C, HIDDEN = 256, 352
 SPLITS = ((96, 96, 64), (32, 128, 96), (128, 224, 0))
-LAYOUT = ("e2m3", "rceil")
+LAYOUT = ("e2m3", "fit")
 
 
 def weight_specs(rows: int, split: Sequence[int], *, fp4: bool) -> list[Spec]:
@@ -124,16 +124,16 @@ PRODUCERS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
 def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callable[..., Any], list[Spec]]:
     if name in PRODUCERS:
         function, shapes = PRODUCERS[name]
-        return function, [*((shape, dtype) for shape in shapes), ((C,), torch.int32)]
+        return function, [*((shape, dtype) for shape in shapes), ((C,), torch.int16)]
     if name == "gelu":
-        specs: list[Spec] = [((rows, C), dtype), ((C,), torch.int32), ((HIDDEN,), dtype)]
+        specs: list[Spec] = [((rows, C), dtype), ((C,), torch.int16), ((HIDDEN,), dtype)]
         return gelu, specs + weight_specs(HIDDEN, SPLITS[0], fp4=fp4)
     if name == "folded":
-        specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int32), ((HIDDEN,), torch.int32)]
+        specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int16), ((HIDDEN,), torch.int16)]
         for split in SPLITS[:2]:
             specs += folded_specs(HIDDEN, split) * 2 + folded_specs(C, SPLITS[2])
         return folded_mlp, specs
-    specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int32), ((HIDDEN,), torch.int32), ((HIDDEN,), dtype)]
+    specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int16), ((HIDDEN,), torch.int16), ((HIDDEN,), dtype)]
     for split in SPLITS[:2]:
         specs += weight_specs(HIDDEN, split, fp4=fp4) * 2 + weight_specs(C, SPLITS[2], fp4=fp4)
     return mlp, specs

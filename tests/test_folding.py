@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -364,7 +365,12 @@ def test_operands_of_a_folded_product_must_fit(place: int, wrong: Any, message: 
 
 
 @pytest.mark.parametrize(
-    "of", [lambda *parts: folded_ops.folded_factors(*parts, "e2m3"), folded_ops.Factors("e2m3").of], ids=["all", "one"]
+    "of",
+    [
+        partial(folded_ops.folded_factors, fp6="e2m3"),
+        folded_ops.Derived(partial(folded_ops.folded_factors, fp6="e2m3")).of,
+    ],
+    ids=["all", "one"],
 )
 def test_factors_follow_their_scales(of: Callable[..., tuple[Tensor, Tensor]]) -> None:
     q = reference.reorder_quantize(torch.randn(5, 96), torch.arange(96), (32, 32, 32), fp6="e2m3")
@@ -381,3 +387,13 @@ def test_factors_follow_their_scales(of: Callable[..., tuple[Tensor, Tensor]]) -
     assert torch.equal(factors()[1], 4 * first[1])
     assert torch.equal(of(q.q4, w6, q.q8, scale + 1)[1], 8 * first[1])
     assert torch.equal(factors()[1], 4 * first[1])
+
+
+def test_a_short_order_follows_its_order_and_is_made_once() -> None:
+    perm = torch.arange(96, dtype=torch.int32)
+    of = folded_ops.Derived(folded_ops.short_order).of
+    (short,) = of(perm)
+    assert short.dtype == torch.int16
+    assert of(perm)[0] is folded_ops.short_order(perm)[0] is short
+    perm.copy_(perm.flip(0))
+    assert torch.equal(of(perm)[0].int(), perm)

@@ -212,7 +212,7 @@ def test_product_is_exact_up_to_accumulation(
         pytest.param(3, 700, id="few rows"),
         pytest.param(530, 45, id="divided along x"),
         pytest.param(64, 700, id="divided along w"),
-        pytest.param(50, 20, id="divided along w and x"),
+        pytest.param(50, 40, id="divided along w and x"),
     ],
 )
 def test_products_and_quantizers_are_right_on_any_number_of_threads(threads: int, rows: int, columns: int) -> None:

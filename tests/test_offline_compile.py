@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 Name = TypeVar("Name")
 
 SPILL_LIMIT = 0  # bytes a thread
-# Of the quantizers. Behind a norm of 28672 channels, and of 64 rows of 14336 behind SiLU times up, a part of half the
-# size spills nothing, but takes a quarter longer (H100: 17.0 and 13.9 us for 128 rows, 8.0 and 6.3 for 64).
-QUANTIZER_SPILL_LIMITS = {"none": 0, "rms_norm": 16, "silu_mul": 4}
-QUANTIZER_ROWS = (1, 16, gpu.FEW_ROWS // 2, gpu.FEW_ROWS, gpu.FEW_ROWS + 1)
+MANY = gpu.FEW_ROWS + 1
+QUANTIZER_ROWS = (1, 16, gpu.FEW_ROWS // 2, gpu.FEW_ROWS, MANY)
+ROUNDINGS = [(rows, "fit") for rows in QUANTIZER_ROWS] + [(MANY, "rceil")]
 CAPABILITIES = (80, 89, 90, 100, 103, 120, 121)
 
 # Extents of one matrix instruction along K, by kind.
@@ -98,10 +97,12 @@ class QuantizeCase:
     channels: int
     producer: str
     rows: int
+    scale_rounding: str
 
     def __str__(self) -> str:
         """A test's name."""
-        return f"{offline.target_name(self.capability)}-{self.channels}-{self.producer}-{self.rows}"
+        kind = f"{self.producer}-{self.channels}-{self.rows}-{self.scale_rounding}"
+        return f"{offline.target_name(self.capability)}-{kind}"
 
     @property
     def kernel(self) -> Kernel:
@@ -113,7 +114,14 @@ class QuantizeCase:
         other = {"none": None, "rms_norm": x[0], "silu_mul": x}[self.producer]
         permutation = torch.empty(self.channels, dtype=torch.int16, device="meta")
         call = gpu.reorder_quantize_call(
-            self.producer, x, other, 1e-5, permutation, outputs, fp6="e2m3", scale_rounding="rceil"
+            self.producer,
+            x,
+            other,
+            1e-5,
+            permutation,
+            outputs,
+            fp6="e2m3",
+            scale_rounding=self.scale_rounding,
         )
         return kernel_of(call, self.capability)
 
@@ -164,14 +172,21 @@ BAD = {
 }
 TABLE = table()
 QUANTIZE = [
-    QuantizeCase(capability, channels, producer, rows)
+    QuantizeCase(capability, channels, producer, rows, rounding)
     for capability in (90, 100, 120)
     for channels, producer in (
         *((4096, "none"), (4096, "rms_norm"), (14336, "none"), (14336, "rms_norm"), (14336, "silu_mul")),
         *((28672, "none"), (28672, "rms_norm"), (28672, "silu_mul")),
     )
-    for rows in QUANTIZER_ROWS
+    for rows, rounding in ROUNDINGS
 ]
+# With Triton 3.6. Parts of half the size spill nothing, but take a seventh to a quarter longer on an H100: 64 rows of
+# 14336 behind an RMSNorm 7.1 us instead of 6.3, behind SiLU times up 8.0 instead of 6.3.
+QUANTIZER_SPILLS = {
+    "sm_90a-rms_norm-14336-64-fit": 8,
+    "sm_120a-rms_norm-14336-64-fit": 8,
+    "sm_90a-silu_mul-14336-64-fit": 4,
+}
 UNWIDENED = replace(FAMILIES["sm_120"], widen_fp4=False)
 UNWIDENED_KERNEL = offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True)
 
@@ -281,7 +296,7 @@ def test_the_code_is_for_the_target_and_neither_traps_nor_flushes_subnormals(cas
 def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: QuantizeCase, result: Compiled) -> None:
     """Only the norm's reciprocal square root may flush: its argument is at least eps."""
     assert result.target == offline.target_name(case.capability)
-    assert result.spilled_bytes <= QUANTIZER_SPILL_LIMITS[case.producer]
+    assert result.spilled_bytes <= QUANTIZER_SPILLS.get(str(case), SPILL_LIMIT)
     assert not result.trap
     assert not result.mma_blocks
     assert result.shared_bytes <= min(family.shared_memory for family in FAMILIES.values())

@@ -289,6 +289,22 @@ def test_products_of_one_activation_become_one_folded_product(bias: bool) -> Non
     assert [node.meta["example_value"].dtype for node in appended] == [torch.uint8, torch.float32] * 3
 
 
+def test_a_packed_model_is_quantized_by_short_orders_once_for_each_activation() -> None:
+    net = make_net(torch.bfloat16, layers=1)
+    packed = micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()]))
+
+    def fold(gm: fx.GraphModule, context: PassContext) -> int:
+        context.folds = True
+        return fold_products(gm, context)
+
+    session = session_with(share_activations, fold, model=packed)
+    gm, context, counts = trace(packed, torch.randn(2, 7, 64).bfloat16(), session=session)
+    orders = [node.args[1] for node in gm.graph.nodes if node.target is folded_ops.reorder_fold]
+    assert [order.meta["example_value"].dtype for order in orders] == [torch.int16] * 2
+    made = [make for _, make in context.folded]
+    assert made.count(folded_ops.short_order) == counts["micromix.reorder_fold.default"] == 2
+
+
 def test_products_with_and_without_a_bias_stay_apart() -> None:
     model = Gated(torch.bfloat16, (True, False)).eval()
     _, _, counts = folded_graph(model, torch.randn(2, 3, 64, dtype=torch.bfloat16))
@@ -364,6 +380,7 @@ def test_joint_products_are_contiguous_as_single_ones_are(monkeypatch: pytest.Mo
 def test_what_products_do_not_share_keeps_them_apart(change: str) -> None:
     graph = fx.Graph()
     x, perm = graph.placeholder("x"), graph.placeholder("perm")
+    perm.meta["example_value"] = torch.empty(64, dtype=torch.int16)
     quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
     examples = {
         "w4": torch.empty(8, 16),

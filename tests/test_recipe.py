@@ -20,6 +20,7 @@ from micromix_compile.recipe import (
     LinearRecipe,
     PackedWeight,
     Recipe,
+    order_dtype,
     same_sample,
     weight_sample,
 )
@@ -67,6 +68,15 @@ def test_a_recipe_survives_its_file(tmp_path: Path) -> None:
     loaded = Recipe.load(tmp_path / "r.safetensors")
     assert_same(recipe, loaded)
     assert loaded.linears["layers.0.q"].group is loaded.linears["layers.0.k"].group
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(32, torch.int16), (32768, torch.int16), (32800, torch.int32)])
+def test_an_order_is_used_in_the_smallest_dtype_that_holds_it(channels: int, dtype: torch.dtype) -> None:
+    group = make_recipe().linears["layers.0.q"].group
+    group = dataclasses.replace(group, channel_perm=torch.arange(channels, dtype=torch.int32))
+    order = group.order_on(torch.device("cpu"))
+    assert order.dtype == order_dtype(channels) == dtype
+    assert torch.equal(order.int(), group.channel_perm)
 
 
 def test_its_bits_count_elements_scales_padding_and_orders() -> None:

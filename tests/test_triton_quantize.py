@@ -152,29 +152,38 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, i
 
 
 @pytest.mark.parametrize(
-    ("rows", "channels", "block_k", "num_warps"),
+    ("rows", "channels", "folds", "block_k", "num_warps"),
     [
-        (1, 4096, 1024, 8),
-        (32, 4096, 1024, 8),
-        (33, 4096, 2048, 8),
-        (64, 4096, 2048, 8),
-        (65, 4096, 4096, 8),
-        (gpu.FEW_ROWS, 4096, 4096, 8),
-        (gpu.FEW_ROWS + 1, 4096, 4096, 4),
-        (0, 4096, 4096, 4),
-        ("M", 4096, 4096, 4),
-        (16, 14336, 2048, 16),
-        (1, 28672, 1024, 16),
-        ("M", 28672, gpu.MAX_BLOCK_K, 16),
-        (1, 96, 128, 4),
+        (1, 4096, False, 1024, 8),
+        (32, 4096, False, 1024, 8),
+        (33, 4096, False, 2048, 8),
+        (64, 4096, False, 2048, 8),
+        (65, 4096, False, 4096, 8),
+        (gpu.FEW_ROWS, 4096, False, 4096, 8),
+        (gpu.FEW_ROWS + 1, 4096, False, 4096, 4),
+        (0, 4096, False, 4096, 4),
+        ("M", 4096, False, 4096, 4),
+        ("M", 8192, True, 8192, 8),
+        (16, 14336, False, 2048, 16),
+        (16, 14336, True, 2048, 16),
+        ("M", 14336, False, 16384, 16),
+        ("M", 14336, True, 16384, 8),
+        (1, 28672, False, 1024, 16),
+        ("M", 28672, False, 16384, 16),
+        ("M", 28672, True, 32768, 16),
+        ("M", 40000, True, 8192, 8),
+        (1, 96, False, 128, 4),
     ],
 )
-def test_few_rows_are_shared_among_programs(rows: object, channels: int, block_k: int, num_warps: int) -> None:
-    """And all of a row's channels are some program's. Rows of a number unknown while compiling count as many."""
+def test_tiles_of_few_and_many_rows(rows: object, channels: int, folds: bool, block_k: int, num_warps: int) -> None:
+    """Few rows are shared among programs. Rows of a number unknown while compiling count as many."""
     x = SimpleNamespace(shape=(rows, channels), element_size=lambda: 2)
-    tile = gpu.quantizer_tile(x, None, channels)  # type: ignore[arg-type]
+    tile = gpu.quantizer_tile("none", x, None, channels, folds=folds)  # type: ignore[arg-type]
     assert channels <= tile.BLOCK_C * tile.ROW_CHUNKS
+    assert (tile.HAS_ROOM, tile.ROW_CHUNKS > 1) == (channels in (14336, 28672, 96), channels > 32768)
     assert (tile.BLOCK_K, tile.num_warps) == (block_k, num_warps)
+    behind_norm = gpu.quantizer_tile("rms_norm", x, None, channels, folds=folds)  # type: ignore[arg-type]
+    assert behind_norm == tile._replace(HAS_ROOM=False)
 
 
 @pytest.mark.parametrize(
@@ -316,11 +325,11 @@ def test_norm_of_a_row_wider_than_one_tile(device: str) -> None:
 
 
 def test_norm_and_quantize_of_a_nan_row_is_nan_and_of_others_is_not(device: str) -> None:
-    x = torch.randn(3, 64, dtype=torch.bfloat16, device=device)
+    x = torch.randn(3, 48, dtype=torch.bfloat16, device=device)
     x[1, 3] = torch.nan
-    perm = torch.arange(64, device=device)
-    got = gpu.rms_norm_reorder_quantize(x, torch.ones_like(x[0]), 1e-6, perm, 32, 0, 32, "e2m3", "rceil")
-    assert (got.scale == 255).tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    perm = torch.cat((torch.full((32,), -1), torch.arange(48), torch.full((16,), -1))).to(device)
+    got = gpu.rms_norm_reorder_quantize(x, torch.ones_like(x[0]), 1e-6, perm, 32, 32, 32, "e2m3", "rceil")
+    assert (got.scale == 255).tolist() == [[False] * 3, [False, True, True], [False] * 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -142,18 +142,25 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: Split) -> No
 
 
 @pytest.mark.parametrize(
-    ("dtype", "few", "w_fp4"),
-    [(torch.bfloat16, 64, False), (torch.bfloat16, 0, True), (torch.float32, 0, False)],
-    ids=["in parts", "as wholes", "in parts and chunks"],
+    ("dtype", "channels", "few", "w_fp4"),
+    [
+        (torch.bfloat16, 28679, 64, False),
+        (torch.bfloat16, 28679, 0, True),
+        (torch.bfloat16, 33007, 0, False),
+        (torch.float32, 28679, 0, False),
+    ],
+    ids=["in parts", "as wholes", "in parts and chunks", "float32 in parts and chunks"],
 )
-def test_wide_rows(device: str, dtype: torch.dtype, few: int, w_fp4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_rows(
+    device: str, dtype: torch.dtype, channels: int, few: int, w_fp4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All programs of a row have its scale, wherever its largest value is."""
     monkeypatch.setattr(gpu, "FEW_ROWS", few)
-    channels = 28672 + 7
     x = torch.randn(3, channels).to(dtype)
     x[0, 3], x[1, -1], x[2, 20000] = 1000.0, -777.0, 50.0
-    perm = torch.cat((torch.randperm(channels), torch.full((25,), -1)))[torch.randperm(28704)]
-    check_fold(device, x, perm, (16416, 8160, 4128), "e2m3", "rceil", w_fp4=w_fp4)
+    padding = torch.full((-channels % BLOCK_SIZE,), -1)
+    perm = torch.cat((torch.randperm(channels), padding))[torch.randperm(channels + len(padding))]
+    check_fold(device, x, perm, (len(perm) - 12288, 8160, 4128), "e2m3", "rceil", w_fp4=w_fp4)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +211,9 @@ def test_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     perm = torch.randperm(channels).to(torch.int32)
     k4, k6 = channels // 64 * 32, channels // 128 * 32
     split = (k4, k6, channels - k4 - k6)
-    x, weight = x.to(device), weight.to(device)
-    got = gpu_folded.reorder_fold("rms_norm", x, weight, 1e-5, perm.to(device), split, "e2m3", "rceil", w_fp4=w_fp4)
-    assert_folds(got, ops.rms_norm(x, weight, 1e-5).cpu(), perm, split, "e2m3", "rceil", w_fp4=w_fp4)
+    x, weight, rounding = x.to(device), weight.to(device), "rceil" if w_fp4 else "fit"
+    got = gpu_folded.reorder_fold("rms_norm", x, weight, 1e-5, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4)
+    assert_folds(got, ops.rms_norm(x, weight, 1e-5).cpu(), perm, split, "e2m3", rounding, w_fp4=w_fp4)
 
 
 def test_norm_and_fold_of_a_row_wider_than_one_tile(device: str) -> None:
@@ -232,8 +239,8 @@ def test_silu_mul_and_fold_equals_its_steps_for_every_gate(device: str, dtype: t
     gate = gate[: len(gate) // 2048 * 2048].reshape(-1, 2048)
     assert gate.numel() > 40000
     up = torch.randn(gate.shape).to(dtype)
-    perm, split = torch.randperm(2048), (1024, 512, 512)
+    perm, split, rounding = torch.randperm(2048), (1024, 512, 512), "rceil" if w_fp4 else "fit"
     got = gpu_folded.reorder_fold(
-        "silu_mul", gate.to(device), up.to(device), 0.0, perm.to(device), split, "e2m3", "rceil", w_fp4=w_fp4
+        "silu_mul", gate.to(device), up.to(device), 0.0, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4
     )
-    assert_folds(got, silu(gate) * up, perm, split, "e2m3", "rceil", w_fp4=w_fp4)
+    assert_folds(got, silu(gate) * up, perm, split, "e2m3", rounding, w_fp4=w_fp4)
