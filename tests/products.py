@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
 from micromix_compile import folding, packing, reference
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from micromix_compile.reference import QuantizedActivation
 
     Split = tuple[int, int, int]
+
+INTERPRETED = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+"""Marks of tests in Triton's interpreter, which is NumPy: it warns where float32 overflows or meets a NaN, and of its
+own use of NumPy."""
 
 SEGMENTS = {"e2m1": (1, 0, 0), "e2m3": (0, 1, 0), "e3m2": (0, 1, 0), "e4m3": (0, 0, 1)}
 """Which segment a format's channels are: shares of a split."""

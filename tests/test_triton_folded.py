@@ -12,6 +12,7 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from products import (
+    INTERPRETED,
     SEGMENTS,
     assert_folded_product_is_exact,
     folded_product,
@@ -32,12 +33,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.folding import FoldedActivation
 
-pytestmark = [
-    pytest.mark.usefixtures("nan_filled_memory"),
-    # The interpreter is NumPy: it warns where float32 overflows or meets a NaN, and of its own use of NumPy.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *INTERPRETED]
 
 Split = tuple[int, int, int]
 

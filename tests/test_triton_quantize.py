@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hypothesis import example, given, settings
-from products import SEGMENTS, one_format
+from products import INTERPRETED, SEGMENTS, one_format
 from strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, reorder_cases
 from torch import Tensor
 from torch.nn.functional import silu
@@ -20,11 +20,7 @@ from micromix_compile.reference import FLOAT_DTYPES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# The interpreter is NumPy: it warns where float32 overflows or meets a NaN, and of its own use of NumPy.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+pytestmark = INTERPRETED
 
 LARGEST = ReorderCase(torch.full((1, 32), 3.0e38), torch.arange(32), (0, 32, 0), "e2m3", ScaleRounding.RCEIL)
 

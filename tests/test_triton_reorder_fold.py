@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from products import SEGMENTS, one_format
+from products import INTERPRETED, SEGMENTS, one_format
 from strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, reorder_cases
 from torch import Tensor
 from torch.nn.functional import silu
@@ -21,12 +21,7 @@ from micromix_compile.reference import FLOAT_DTYPES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [
-    pytest.mark.usefixtures("nan_filled_memory"),
-    # The interpreter is NumPy: it warns where float32 overflows or meets a NaN, and of its own use of NumPy.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *INTERPRETED]
 
 Split = tuple[int, int, int]
 
