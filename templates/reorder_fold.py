@@ -136,7 +136,8 @@ def reorder_fold_kernel(
     is_plane = (block < b4 + b6) & (block >= halves)
     place = block * 8 + tl.where(is_plane, -6 * ((block - b4) & 1), tl.where(is_half, 0, (data - blocks) * 8))
     place += (eight & 3) * tl.where(is_plane, 4, tl.where(is_half, 1, 2))
-    first_ptrs = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (width * 8) + place
+    row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (width * 8)
+    first_ptrs = row_ptr + place
     second_ptrs = first_ptrs + tl.where(is_half, 4, 1)
     tl.store(first_ptrs, tl.reshape(first, (BLOCKS * 4,)), mask=block < blocks)
     tl.store(second_ptrs, tl.reshape(second, (BLOCKS * 4,)), mask=block < blocks)
@@ -146,7 +147,6 @@ def reorder_fold_kernel(
         tl.store(second_ptrs + 2, tl.zeros_like(place), mask=is_last)
         if tl.program_id(1) == tl.num_programs(1) - 1:
             behind = data * 8 + tl.arange(0, 32)
-            row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (width * 8)
             tl.store(row_ptr + behind, tl.zeros_like(behind), mask=behind < width * 8)
 
 

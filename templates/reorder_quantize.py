@@ -17,7 +17,8 @@ import triton.language as tl
 # The interpreter's cast to bfloat16 truncates; a GPU's rounds to nearest even.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Two float32 to bfloat16, times two bfloat16: conversions in pairs are four times as fast as one by one.
+# Two float32 to bfloat16, times two bfloat16: 3.5 instructions a channel less behind an RMSNorm than one by one, and
+# F2FP for F2F (sm_90a).
 _ROUND_AND_MULTIPLY_PTX = tl.constexpr(
     "{ .reg .b32 pair, zeros; mov.b32 zeros, 0x80008000; cvt.rn.bf16x2.f32 pair, $2, $1; "
     "fma.rn.bf16x2 $0, pair, $3, zeros; }"
@@ -134,7 +135,8 @@ def magnitude_bits(y):
 def produce(x_ptr, other_ptr, c, C, rstd, PRODUCER: tl.constexpr, PTX: tl.constexpr):
     """Channels `c` of the quantizer's input, zero from C on. Every step rounds as eager PyTorch does.
 
-    In x's dtype; in float32 if that of the weight differs, as PyTorch promotes the product.
+    In x's dtype; in float32 if that of the weight differs, as PyTorch promotes the product. From C on NaN instead of
+    zero behind an RMSNorm whose rstd is NaN or infinite.
     """
     x = tl.load(x_ptr + c, mask=c < C, other=0.0)
     if PRODUCER == "none":
