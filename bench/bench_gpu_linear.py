@@ -30,7 +30,7 @@ from micromix_compile import folding, gpu, gpu_folded, packing, reference
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import hardware, versions
 from micromix_compile.formats import BLOCK_SIZE, ScaleRounding
-from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight
 from micromix_compile.templates.tiles import WIDE_FOLDED_TILES
 
 if TYPE_CHECKING:
@@ -118,6 +118,15 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 compiled_fp8_quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(fp8_quantize)
 compiled_rms_norm: Callable[[Tensor, Tensor], Tensor] = torch.compile(rms_norm)
+
+
+def folded_product(x: folding.FoldedActivation, weights: Sequence[FoldedWeight]) -> list[Tensor]:
+    """Ours as compiled code has it, where the library multiplies all weights at once: columns side by side then."""
+    if not gpu_folded.uses_library(x.q.shape[0], weights, BF16):
+        return gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16)
+    expanded = ExpandedWeights.empty(weights, x.q)
+    gpu_folded.expand_weights(weights, expanded, fp6=FP6)
+    return [gpu_folded.library_mm(x, expanded, BF16)]
 
 
 def fp8_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -258,17 +267,11 @@ class Linears:
         words = [torch.randint(-9, 9, (packed // 4,), dtype=torch.int32, device=CUDA) for _ in groups]
         sums = read_sums(words[0])
         found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
-        del words
         if max(every_m) >= gpu_folded.EXPAND_FROM:
-            room = torch.empty(case.N, folding.fold_width(split, w_fp4=False), dtype=torch.uint8, device=CUDA)
-            rows_of = room.split(list(case.columns))
-
-            def expand(group: list[FoldedWeight]) -> None:
-                for weight, out in zip(group, rows_of, strict=True):
-                    gpu_folded.expand_weight(weight, out, fp6=FP6)
-
-            times = measure([lambda g=g: expand(g) for g in groups])
-            found.append(case.row("expand", 0, times, packed + size(room), split_name))
+            room = ExpandedWeights.empty(first, words[0])
+            times = measure([lambda g=g: gpu_folded.expand_weights(g, room, fp6=FP6) for g in groups])
+            found.append(case.row("expand", 0, times, packed + size(*room), split_name))
+        del words
         for rows in every_m:
             x = self._activation(rows)
 
@@ -277,13 +280,10 @@ class Linears:
                     "none", x, None, 0.0, perm, split, FP6, self._scale_rounding, w_fp4=False
                 )
 
-            def multiply(folded: folding.FoldedActivation, group: list[FoldedWeight]) -> list[Tensor]:
-                return gpu_folded.folded_mm(folded, group, fp6=FP6, out_dtype=BF16)
-
             ready = fold()
             quantize = measure([fold] * 8)
-            product = measure([lambda g=g, a=ready: multiply(a, g) for g in groups])
-            whole = measure([lambda g=g: multiply(fold(), g) for g in groups])
+            product = measure([lambda g=g, a=ready: folded_product(a, g) for g in groups])
+            whole = measure([lambda g=g: folded_product(fold(), g) for g in groups])
             found.append(case.row("quantize", rows, quantize, 3 * rows * case.K, split_name))
             found.append(case.row("product", rows, product, packed + size(ready.q) + 2 * rows * case.N, split_name))
             found.append(case.row("linear", rows, whole, self._floor(rows, packed), split_name))
@@ -358,7 +358,10 @@ def check(scale_rounding: str) -> None:
     wide = [(256, tile) for _, tile in WIDE_FOLDED_TILES]
     for rows, tile in ((1, None), (16, None), (64, None), (128, None), *wide, (most, None)):
         x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
-        got = torch.cat(gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile), 1)
+        outs = folded_product(x, weights)
+        if tile is not None:
+            outs = gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile)
+        got = torch.cat(outs, 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
     w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
     (xq, x_scale), (wq, w_scale) = compiled_fp8_quantize(values), fp8_quantize(w)

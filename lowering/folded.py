@@ -1,7 +1,7 @@
-"""Inductor's lowerings of the folded ops: launches of Triton kernels, or the op itself.
+"""Inductor's lowerings of the folded ops: launches of Triton kernels, calls of the library, or the op itself.
 
-The product of many rows, or of a number that is not known while compiling, stays a call of the op, which decides when
-it runs between the kernel that reads packed weights and the library.
+A product of rows whose number is not known while compiling stays a call of the op, which decides when it runs between
+the kernel that reads packed weights and the library.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 
 from micromix_compile import folded_ops, gpu_folded, target
 from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
-from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
 
@@ -74,13 +74,15 @@ def _lower_folded_mm(
     rows = Operand(q).shape[0]
     columns = [Operand(node).shape[0] for node in w_row_scale]
     is_known = isinstance(rows, int) and rows > 0 and _folds(q)
-    if not is_known or gpu_folded.uses_library(rows, columns, out_dtype):
+    if not is_known:
         return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     tensors = zip(w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4), strict=True)
     weights: Any = [
         FoldedWeight(*(None if node is None else Operand(_operand(node)) for node in one))  # type: ignore[arg-type]
         for one in tensors
     ]
+    if gpu_folded.uses_library(rows, weights, out_dtype):
+        return _library_mm(q, row_scale, weights, fp6, out_dtype)
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
     tile = gpu_folded.tile_for(rows, columns, x.q.shape[1])
@@ -90,6 +92,36 @@ def _lower_folded_mm(
     results: Any = [Operand(out) for out in outs]
     launch(gpu_folded.folded_mm_call(x, weights, results, partial, fp6=fp6, tile=tile, parts=parts))
     return outs
+
+
+_scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)
+
+
+def _library_mm(q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch.dtype) -> Any:
+    """A launch that expands the weights, one product of the library's, and of its columns each weight's."""
+    columns, device = gpu_folded.columns_of(weights), q.get_device()
+    n, width = sum(columns), Operand(q).shape[1]
+    expanded: Any = ExpandedWeights(
+        Operand(empty([n, width], torch.uint8, device)),  # type: ignore[arg-type]
+        Operand(empty([n], torch.float32, device)),  # type: ignore[arg-type]
+        None if weights[0].bias is None else Operand(empty([n], out_dtype, device)),  # type: ignore[arg-type]
+    )
+    launch(gpu_folded.expand_call(weights, expanded, fp6=fp6))
+    out = _scaled_mm(
+        _as_e4m3(contiguous(q)),
+        lowerings[torch.ops.aten.permute.default](_as_e4m3(expanded.w.node), [1, 0]),
+        lowerings[torch.ops.aten.unsqueeze.default](row_scale, 1),
+        lowerings[torch.ops.aten.unsqueeze.default](expanded.row_scale.node, 0),
+        None if expanded.bias is None else expanded.bias.node,
+        None,
+        out_dtype,
+        True,
+    )
+    return lowerings[torch.ops.aten.split_with_sizes.default](out, columns, 1)
+
+
+def _as_e4m3(node: Any) -> Any:
+    return lowerings[torch.ops.aten.view.dtype](node, torch.float8_e4m3fn)
 
 
 def _operand(node: Any) -> Any:

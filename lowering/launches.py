@@ -33,6 +33,12 @@ class Operand:
         """Extents; a symbolic one stays an expression."""
         return [_plain(size) for size in self.node.get_size()]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an element."""
+        dtype: torch.dtype = self.node.get_dtype()
+        return dtype
+
     def stride(self, dim: int) -> Any:
         """Elements from one to the next along `dim`."""
         return _plain(self.node.get_stride()[dim])

@@ -5,7 +5,7 @@ Like `gpu`: a launch is a `gpu.KernelCall`, which needs only shapes; functions n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from micromix_compile.recipe import Split
+
+_T = TypeVar("_T")
 
 MAX_GROUP: Final = 3
 """Weights that one product takes."""
@@ -71,6 +73,30 @@ class FoldedWeight(NamedTuple):
     def split(self) -> Split:
         """(k4, k6, k8) of the weight."""
         return 2 * self.w4.shape[1], 4 * self.w6.shape[2], self.w8.shape[1]
+
+
+class ExpandedWeights(NamedTuple):
+    """Weights below each other. w: (N, `folding.fold_width`) uint8. row_scale: (N,) float32. bias: (N,) or None."""
+
+    w: Tensor
+    row_scale: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def empty(cls, weights: Sequence[FoldedWeight], like: Tensor) -> ExpandedWeights:
+        """Room for `weights`. like: a tensor of the device."""
+        n, bias = sum(columns_of(weights)), weights[0].bias
+        return cls(
+            like.new_empty((n, fold_width(weights[0].split, w_fp4=False)), dtype=torch.uint8),
+            like.new_empty(n, dtype=torch.float32),
+            None if bias is None else like.new_empty(n, dtype=bias.dtype),
+        )
+
+    def split(self, columns: Sequence[int]) -> list[ExpandedWeights]:
+        """Each for itself, in the same memory."""
+        biases = [None] * len(columns) if self.bias is None else self.bias.split(list(columns))
+        parts = zip(self.w.split(list(columns)), self.row_scale.split(list(columns)), biases, strict=True)
+        return [ExpandedWeights(*part) for part in parts]
 
 
 def reorder_fold(
@@ -142,14 +168,15 @@ def folded_mm(
 ) -> list[Tensor]:  # fmt: skip
     """`folding.folded_mm` for up to `MAX_GROUP` weights with one activation: (M, N) of each.
 
-    With many rows by way of `expand_weight` and the library, with few in one launch that reads the weights packed.
+    With many rows by way of `expand_weights` and the library, with few in one launch that reads the weights packed.
     tile, parts: of that launch, which then takes any number of rows. Raises ValueError for more shared tiles than
     locks.
     """
-    rows, columns = x.q.shape[0], [weight.row_scale.shape[0] for weight in weights]
-    rounds_once = all(weight.bias is None or weight.bias.dtype == out_dtype for weight in weights)
-    if tile is None and rounds_once and uses_library(rows, columns, out_dtype):
-        return [_library_mm(x, weight, fp6=fp6, out_dtype=out_dtype) for weight in weights]
+    rows, columns = x.q.shape[0], columns_of(weights)
+    if tile is None and uses_library(rows, weights, out_dtype):
+        expanded = ExpandedWeights.empty(weights, x.q)
+        expand_weights(weights, expanded, fp6=fp6)
+        return [library_mm(x, one, out_dtype) for one in expanded.split(columns)]
     outs = [x.q.new_empty((rows, n), dtype=out_dtype) for n in columns]
     tile = tile or tile_for(rows, columns, x.q.shape[1])
     parts = parts or parts_for(rows, columns, x.q.shape[1], tile)
@@ -171,23 +198,23 @@ def folded_mm_call(
     """The launch that fills `outs`. partial: float32 of `partial_size`, any if that is 0. Values are not read here."""
     from micromix_compile.templates.folded_mm import folded_mm_kernel
 
-    columns = [weight.row_scale.shape[0] for weight in weights]
-    column_tiles = [-(-n // tile.BLOCK_N) for n in columns]
-    tiles = tiles_of(x.q.shape[0], columns, tile)
-    args: dict[str, Any] = {"x": x.q, "x_row_scale": x.row_scale}
-    for i in range(MAX_GROUP):
-        used = i if i < len(weights) else 0  # what is beyond the group is never touched
-        fields = ("w4", "w6", "w8", "w_factor", "w_row_scale", "bias")
-        args |= {f"{name}_{i}": tensor for name, tensor in zip(fields, weights[used], strict=True)}
-        args[f"out_{i}"] = outs[used]
-    args |= {"partial": partial, "locks": x.locks, "M": x.q.shape[0]}
-    args |= {f"N{i}": columns[i] if i < len(columns) else 0 for i in range(MAX_GROUP)}
-    args |= {**_odd_blocks(weights[0].split), "tiles0": column_tiles[0], "tiles1": sum(column_tiles[:2])}
-    args |= {"column_tiles": sum(column_tiles), "whole": parts.whole, "shared": max(tiles - parts.whole, 1)}
+    tiles = tiles_of(x.q.shape[0], columns_of(weights), tile)
+    column_tiles = tiles_of(1, columns_of(weights), tile)
     return gpu.KernelCall(
         kernel=folded_mm_kernel,
         grid=(parts.whole + (tiles - parts.whole) * parts.split,),
-        args=args,
+        args={
+            "x": x.q,
+            "x_row_scale": x.row_scale,
+            **_group_args(weights, tile.BLOCK_N),
+            **{f"out_{i}": out for i, out in enumerate(_padded(outs))},
+            "partial": partial,
+            "locks": x.locks,
+            "M": x.q.shape[0],
+            "column_tiles": column_tiles,
+            "whole": parts.whole,
+            "shared": max(tiles - parts.whole, 1),
+        },
         constexprs={
             "FP6": fp6,
             "GROUPS": len(weights),
@@ -246,50 +273,77 @@ def partial_size(rows: int, columns: Sequence[int], tile: FoldedTile, parts: Par
     return (tiles_of(rows, columns, tile) - parts.whole) * parts.split * tile.BLOCK_M * tile.BLOCK_N
 
 
-def uses_library(rows: int, columns: Sequence[int], out_dtype: torch.dtype) -> bool:
+def uses_library(rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> bool:
     """Whether a product goes through expanded weights; the library wants bfloat16 and whole groups of 16 columns."""
-    return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and all(n % 16 == 0 for n in columns)
+    is_narrow = all(weight.bias is None or weight.bias.dtype == torch.bfloat16 for weight in weights)
+    fits = all(n % 16 == 0 for n in columns_of(weights))
+    return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and is_narrow and fits
 
 
-def _library_mm(x: FoldedActivation, weight: FoldedWeight, *, fp6: str, out_dtype: torch.dtype) -> Tensor:
-    """An FP8 product with the weight expanded into a buffer that lives as long as the call."""
-    expanded = x.q.new_empty((weight.row_scale.shape[0], x.q.shape[1]))
-    expand_weight(weight, expanded, fp6=fp6)
+def expand_weights(weights: Sequence[FoldedWeight], out: ExpandedWeights, *, fp6: str) -> None:
+    """Fill `out` with `folding.fold_weight` of each weight, with its scales and biases, in one launch."""
+    if out.w.numel():
+        with gpu.current_device(out.w):
+            expand_call(weights, out, fp6=fp6).launch()
+
+
+def expand_call(
+    weights: Sequence[FoldedWeight], out: ExpandedWeights, *, fp6: str, block_n: int = 4, step: int = 32,
+    num_warps: int = 4,
+) -> gpu.KernelCall:  # fmt: skip
+    """The launch of `expand_weights`: `step` blocks of `block_n` rows a program."""
+    from micromix_compile.templates.expand_weights import expand_weights_kernel
+
+    tiles = sum(-(-n // block_n) for n in columns_of(weights))
+    steps = sum(-(-k // (BLOCK_SIZE * step)) for k in weights[0].split)
+    return gpu.KernelCall(
+        kernel=expand_weights_kernel,
+        grid=(tiles, steps),
+        args={**_group_args(weights, block_n), "out": out.w, "row_scale": out.row_scale, "bias": out.bias},
+        constexprs={
+            "FP6": fp6,
+            "GROUPS": len(weights),
+            "HAS_BIAS": weights[0].bias is not None,
+            "BLOCK_N": block_n,
+            "STEP": step,
+        },
+        num_warps=num_warps,
+    )
+
+
+def library_mm(x: FoldedActivation, w: ExpandedWeights, out_dtype: torch.dtype) -> Tensor:
+    """The library's FP8 product with expanded weights: (M, N)."""
     e4m3 = torch.float8_e4m3fn
     out = torch._scaled_mm(
-        x.q.view(e4m3), expanded.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=weight.row_scale[None],
-        bias=weight.bias, out_dtype=out_dtype, use_fast_accum=True,
+        x.q.view(e4m3), w.w.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=w.row_scale[None], bias=w.bias,
+        out_dtype=out_dtype, use_fast_accum=True,
     )  # fmt: skip
     assert isinstance(out, Tensor), "one product has one result"
     return out
 
 
-def expand_weight(weight: FoldedWeight, out: Tensor, *, fp6: str) -> None:
-    """Fill `out`, (N, `folding.fold_width`) uint8, with `folding.fold_weight`."""
-    if out.numel():
-        with gpu.current_device(out):
-            expand_call(weight, out, fp6=fp6).launch()
+def columns_of(weights: Sequence[FoldedWeight]) -> list[int]:
+    """N of each."""
+    return [weight.row_scale.shape[0] for weight in weights]
 
 
-def expand_call(
-    weight: FoldedWeight, out: Tensor, *, fp6: str, block_n: int = 4, step: int = 32, num_warps: int = 4
-) -> gpu.KernelCall:
-    """The launch of `expand_weight`: `step` blocks of `block_n` rows a program."""
-    from micromix_compile.templates.expand_weight import expand_weight_kernel
+def _group_args(weights: Sequence[FoldedWeight], block_n: int) -> dict[str, Any]:
+    """A kernel's arguments that say which weights there are, in tiles of block_n rows."""
+    fields = ("w4", "w6", "w8", "w_factor", "w_row_scale", "bias")
+    args: dict[str, Any] = {
+        f"{name}_{i}": tensor
+        for i, weight in enumerate(_padded(weights))
+        for name, tensor in zip(fields, weight, strict=True)
+    }
+    columns = columns_of(weights)
+    args |= {f"N{i}": columns[i] if i < len(columns) else 0 for i in range(MAX_GROUP)}
+    tiles = [-(-n // block_n) for n in columns]
+    return args | {**_odd_blocks(weights[0].split), "tiles0": tiles[0], "tiles1": sum(tiles[:2])}
 
-    steps = sum(-(-k // (BLOCK_SIZE * step)) for k in weight.split)
-    return gpu.KernelCall(
-        kernel=expand_weight_kernel,
-        grid=(-(-out.shape[0] // block_n), steps),
-        args={
-            **dict(zip(("w4", "w6", "w8", "w_factor"), weight, strict=False)),
-            "out": out,
-            "N": out.shape[0],
-            **_odd_blocks(weight.split),
-        },
-        constexprs={"FP6": fp6, "BLOCK_N": block_n, "STEP": step},
-        num_warps=num_warps,
-    )
+
+def _padded(group: Sequence[_T]) -> list[_T]:
+    """As many as kernels take; what is beyond the group is never touched."""
+    return [*group, *[group[0]] * (MAX_GROUP - len(group))]
 
 
 def _odd_blocks(split: Split) -> dict[str, int]:

@@ -186,6 +186,17 @@ def factor_at(rows, word_stride, block):
 
 
 @triton.jit
+def of_group(tile, tiles0, tiles1, first, second, third, GROUPS: tl.constexpr):
+    """Which of three is the weight's that a tile of weights is of. tiles0, tiles1: where the second and third begin."""
+    mine = first
+    if GROUPS > 1:
+        mine = tl.where(tile >= tiles0, second, mine)
+    if GROUPS > 2:
+        mine = tl.where(tile >= tiles1, third, mine)
+    return mine
+
+
+@triton.jit
 def e4m3_to_float32(byte):
     """Finite E4M3 bytes as float32, by integer operations."""
     byte = byte.to(tl.uint32)

@@ -18,6 +18,7 @@ from micromix_compile.templates.fold import (
     fold_fp6,
     in_halves,
     in_planes,
+    of_group,
     row_blocks,
     spread,
     words_of,
@@ -152,17 +153,6 @@ def folded_mm_tile(
 
 
 @triton.jit
-def _of_group(column_tile, tiles0, tiles1, first, second, third, GROUPS: tl.constexpr):
-    """Which of three is the weight's that a column of tiles is of. tiles0, tiles1: where the second and third begin."""
-    mine = first
-    if GROUPS > 1:
-        mine = tl.where(column_tile >= tiles0, second, mine)
-    if GROUPS > 2:
-        mine = tl.where(column_tile >= tiles1, third, mine)
-    return mine
-
-
-@triton.jit
 def _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS: tl.constexpr):
     """out[m, n] = acc * scales + bias, rounded once. acc: (BLOCK_N, BLOCK_M)."""
     result = acc * tl.load(w_row_scale + n, mask=n < N, other=0.0)[:, None]
@@ -205,17 +195,17 @@ def folded_mm_kernel(
         parts = tl.where(tile < whole, 1, SPLIT_K)
         tile = tl.minimum(tile, whole + beyond % shared)
     column_tile = tile % column_tiles
-    w4 = _of_group(column_tile, tiles0, tiles1, w4_0, w4_1, w4_2, GROUPS)
-    w6 = _of_group(column_tile, tiles0, tiles1, w6_0, w6_1, w6_2, GROUPS)
-    w8 = _of_group(column_tile, tiles0, tiles1, w8_0, w8_1, w8_2, GROUPS)
-    w_factor = _of_group(column_tile, tiles0, tiles1, w_factor_0, w_factor_1, w_factor_2, GROUPS)
-    w_row_scale = _of_group(column_tile, tiles0, tiles1, w_row_scale_0, w_row_scale_1, w_row_scale_2, GROUPS)
+    w4 = of_group(column_tile, tiles0, tiles1, w4_0, w4_1, w4_2, GROUPS)
+    w6 = of_group(column_tile, tiles0, tiles1, w6_0, w6_1, w6_2, GROUPS)
+    w8 = of_group(column_tile, tiles0, tiles1, w8_0, w8_1, w8_2, GROUPS)
+    w_factor = of_group(column_tile, tiles0, tiles1, w_factor_0, w_factor_1, w_factor_2, GROUPS)
+    w_row_scale = of_group(column_tile, tiles0, tiles1, w_row_scale_0, w_row_scale_1, w_row_scale_2, GROUPS)
     bias = bias_0
     if HAS_BIAS:
-        bias = _of_group(column_tile, tiles0, tiles1, bias_0, bias_1, bias_2, GROUPS)
-    out = _of_group(column_tile, tiles0, tiles1, out_0, out_1, out_2, GROUPS)
-    N = _of_group(column_tile, tiles0, tiles1, N0, N1, N2, GROUPS)
-    pid_n = column_tile - _of_group(column_tile, tiles0, tiles1, 0, tiles0, tiles1, GROUPS)
+        bias = of_group(column_tile, tiles0, tiles1, bias_0, bias_1, bias_2, GROUPS)
+    out = of_group(column_tile, tiles0, tiles1, out_0, out_1, out_2, GROUPS)
+    N = of_group(column_tile, tiles0, tiles1, N0, N1, N2, GROUPS)
+    pid_n = column_tile - of_group(column_tile, tiles0, tiles1, 0, tiles0, tiles1, GROUPS)
 
     # Rows of x outside are not read: all programs read x, from L2. Rows of w outside are read as the last one. Inside a
     # tile offsets are short, which saves registers.

@@ -179,7 +179,7 @@ def main() -> None:
             if request["compile"]:
                 instructions = [i for ptx in compiled_ptx(name, source) for i in re.findall(r"\S*mma\S*", ptx)]
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
-    launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
+    launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma}
     json.dump({**found, "analyses": len(torch_compat._analyses)}, sys.stdout)
 

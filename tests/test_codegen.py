@@ -140,9 +140,16 @@ def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products(rows: int, widen: i
             assert ("'SPLIT_K': 1" not in code["kernels"][name]) == (widen > 1)
 
 
-@pytest.mark.parametrize("changes", [{"rows": 300}, {"rows": 16, "dynamic": True}], ids=["many rows", "any rows"])
-def test_a_folded_product_of_many_or_any_rows_is_decided_when_it_runs(changes: dict[str, Any]) -> None:
-    launches = generated("folded", (9, 0), **changes)["launches"]
+def test_a_folded_product_of_many_rows_expands_its_weights_for_one_product_of_the_library() -> None:
+    launches = generated("folded", (9, 0), rows=300)["launches"]
+    kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
+    product = ["expand_weights", "torch.ops.aten._scaled_mm"]
+    layer = ["reorder_fold", *product, "reorder_fold", *product]
+    assert kinds == [*layer, "triton_poi_fused_add_0", *layer, "triton_poi_fused_add_1"]
+
+
+def test_a_folded_product_of_any_rows_is_decided_when_it_runs() -> None:
+    launches = generated("folded", (9, 0), rows=16, dynamic=True)["launches"]
     assert "torch.ops.micromix.folded_mm" in launches
     assert not any(name.startswith("folded_mm_kernel") for name in launches)
 

@@ -12,7 +12,7 @@ from test_offline_compile import ROUNDINGS, SPILL_LIMIT, compile_once, kernel_of
 from micromix_compile import folding, gpu_folded
 from micromix_compile.folding import FoldedActivation
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
-from micromix_compile.gpu_folded import FoldedWeight
+from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight
 from micromix_compile.lowering import offline
 from micromix_compile.lowering.offline import Compiled, Kernel
 from micromix_compile.templates.tiles import FAMILIES, FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
@@ -67,12 +67,14 @@ def reorder_fold(producer: str, channels: int, *, rows: int, scale_rounding: str
     return kernel_of(call, CAPABILITY)
 
 
-def expand_weight(fp6: str) -> Kernel:
-    k4, k6, k8 = split_of(4096)
-    parts = (64, k4 // 2), (3, 64, k6 // 4), (64, k8), folding.factor_shape(64, (k4, k6, k8))
-    weight = FoldedWeight(*(meta(*shape) for shape in parts), meta(64, dtype=torch.float32))
-    out = meta(64, folding.fold_width((k4, k6, k8), w_fp4=False))
-    return kernel_of(gpu_folded.expand_call(weight, out, fp6=fp6), CAPABILITY)
+def expand_weights(fp6: str, group: int) -> Kernel:
+    split = split_of(4096)
+    k4, k6, k8 = split
+    parts = (64, k4 // 2), (3, 64, k6 // 4), (64, k8), folding.factor_shape(64, split)
+    bias = meta(64, dtype=torch.bfloat16) if group > 1 else None
+    weight = FoldedWeight(*(meta(*shape) for shape in parts), meta(64, dtype=torch.float32), bias)
+    out = ExpandedWeights.empty([weight] * group, meta(0))
+    return kernel_of(gpu_folded.expand_call([weight] * group, out, fp6=fp6), CAPABILITY)
 
 
 TILES = tuple(tile for _, tile in (*FOLDED_TILES, *WIDE_FOLDED_TILES))
@@ -89,7 +91,9 @@ FOLDS = {
     )
     for rows, rounding in ROUNDINGS
 }
-EXPANSIONS = {fp6: expand_weight(fp6) for fp6 in FP6_FORMATS}
+EXPANSIONS = {
+    f"{fp6}-{group}": expand_weights(fp6, group) for fp6 in FP6_FORMATS for group in (1, gpu_folded.MAX_GROUP)
+}
 
 
 @pytest.fixture(scope="module")

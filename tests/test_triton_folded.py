@@ -24,7 +24,7 @@ from torch import Tensor
 
 from micromix_compile import folding, gpu_folded, packing, reference
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
-from micromix_compile.gpu_folded import FoldedWeight, Parts
+from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Parts
 from micromix_compile.templates.folded_mm import _bound
 from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
@@ -57,23 +57,33 @@ def random_weight(columns: int, split: Split, fp6: str, *, bias: bool = False, d
     return folded_weight(quantized, fp6, torch.randn(columns, device=device).bfloat16() if bias else None)
 
 
-def check_expanded(device: str, weight: FoldedWeight, fp6: str) -> None:
-    """Equal bytes, and nothing before or behind them."""
-    want = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6)
-    room = torch.full((want.shape[0] + 2, want.shape[1]), 0xA5, dtype=torch.uint8, device=device)
-    gpu_folded.expand_weight(on(device, weight), room[1:-1], fp6=fp6)
-    wrong = (room[1:-1].cpu() != want).nonzero()
+def check_expanded(device: str, weights: Sequence[FoldedWeight], fp6: str) -> None:
+    """Equal bytes, scales and biases, below each other, and nothing before or behind them."""
+    weights = [on(device, one) for one in weights]
+    want = torch.cat([folding.fold_weight(one.w4, one.w6, one.w8, one.factor, fp6) for one in weights])
+    rows = want.shape[0] + 2
+    room = torch.full((rows, want.shape[1]), 0xA5, dtype=torch.uint8, device=device)
+    scales, biases = torch.full((rows,), 7.0, device=device), torch.full((rows,), 7.0, device=device).bfloat16()
+    has_bias = weights[0].bias is not None
+    out = ExpandedWeights(room[1:-1], scales[1:-1], biases[1:-1] if has_bias else None)
+    gpu_folded.expand_weights(weights, out, fp6=fp6)
+    wrong = (room[1:-1] != want).nonzero()
     assert not len(wrong), f"{len(wrong)} bytes differ, first at {wrong[0].tolist()}"
+    assert torch.equal(out.row_scale, torch.cat([one.row_scale for one in weights]))
+    if out.bias is not None:
+        assert torch.equal(out.bias, torch.cat([one.bias for one in weights if one.bias is not None]))
     assert bool((room[[0, -1]] == 0xA5).all())
+    assert bool((scales[[0, -1]] == 7.0).all())
+    assert bool((biases[[0, -1]] == 7.0).all())
 
 
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
-@pytest.mark.parametrize("columns", [0, 1, 7])
+@pytest.mark.parametrize("columns", [(0,), (1,), (7,), (5, 3), (3, 9, 6), (4, 0, 1)])
 @pytest.mark.parametrize(
     "split", [(32, 0, 0), (0, 32, 0), (0, 0, 32), (64, 0, 96), (0, 160, 32), (1056, 544, 32), (992, 1024, 1056)]
 )
-def test_expanded_weights_equal_the_definition(device: str, fp6: str, columns: int, split: Split) -> None:
-    check_expanded(device, random_weight(columns, split, fp6), fp6)
+def test_expanded_weights_equal_the_definition(device: str, fp6: str, columns: tuple[int, ...], split: Split) -> None:
+    check_expanded(device, [random_weight(n, split, fp6, bias=len(columns) > 1) for n in columns], fp6)
 
 
 POWERS = [2.0**e for e in range(-16, 12)]
@@ -103,7 +113,7 @@ def every_code_under_every_factor(fmt: str) -> FoldedWeight:
 
 @pytest.mark.parametrize("fmt", SEGMENTS)
 def test_every_code_is_folded_under_every_factor(device: str, fmt: str) -> None:
-    check_expanded(device, every_code_under_every_factor(fmt), fmt if fmt in FP6_FORMATS else "e2m3")
+    check_expanded(device, [every_code_under_every_factor(fmt)], fmt if fmt in FP6_FORMATS else "e2m3")
 
 
 # ---- products
@@ -351,13 +361,19 @@ def test_shared_tiles_never_outnumber_the_locks_nor_parts_the_steps() -> None:
 
 
 def test_the_library_is_asked_for_what_it_takes() -> None:
-    most = gpu_folded.EXPAND_FROM
-    assert gpu_folded.uses_library(most, [64], torch.bfloat16)
-    assert not gpu_folded.uses_library(most - 1, [64], torch.bfloat16)
-    assert not gpu_folded.uses_library(most, [72], torch.bfloat16)
-    assert not gpu_folded.uses_library(most, [64], torch.float32)
-    assert gpu_folded.uses_library(most, [64, 32], torch.bfloat16)
-    assert not gpu_folded.uses_library(most, [64, 24], torch.bfloat16)
+    def asked(rows: int, columns: list[int], out_dtype: torch.dtype, bias: torch.dtype | None = None) -> bool:
+        weights = [random_weight(n, (32, 0, 0), "e2m3") for n in columns]
+        biased = [w._replace(bias=None if bias is None else torch.zeros(8, dtype=bias)) for w in weights]
+        return gpu_folded.uses_library(rows, biased, out_dtype)
+
+    most, bf16 = gpu_folded.EXPAND_FROM, torch.bfloat16
+    assert asked(most, [64], bf16)
+    assert asked(most, [64, 32], bf16, bf16)
+    assert not asked(most - 1, [64], bf16)
+    assert not asked(most, [72], bf16)
+    assert not asked(most, [64, 24], bf16)
+    assert not asked(most, [64], torch.float32)
+    assert not asked(most, [64], bf16, torch.float32)
 
 
 # ---- real sizes, on a GPU
@@ -451,8 +467,8 @@ def test_products_of_many_rows_by_way_of_the_library(group: tuple[int, ...], row
 
     The library may round to the output type before it adds the bias, and again.
     """
-    assert gpu_folded.uses_library(rows, group, torch.bfloat16)
     x, weights = integers(rows, group, share(2048, 0.5, 0.35), fp6, bias=False, device="cuda")
+    assert gpu_folded.uses_library(rows, weights, torch.bfloat16)
     want = exact_integers(x, weights, fp6)
     assert_equal_but_for_one_rounding(multiply(x, weights, fp6, None, None, torch.bfloat16), want)
     biases = [torch.randint(-50, 51, (n,), device="cuda").bfloat16() for n in group]
@@ -469,10 +485,7 @@ def test_products_of_many_rows_by_way_of_the_library(group: tuple[int, ...], row
 
 @pytest.mark.gpu
 def test_bytes_of_large_weights_equal_the_definition() -> None:
-    for columns, channels in ((6144, 4096), (1001, 14336), (257, 28672)):
+    for columns, channels in (((4096, 1024, 1024), 4096), ((1001,), 14336), ((257, 30), 28672)):
         for fp6 in FP6_FORMATS:
-            weight = random_weight(columns, share(channels, 0.75, 0.2), fp6, device="cuda")
-            width = folding.fold_width(weight.split, w_fp4=False)
-            out = torch.empty((columns, width), dtype=torch.uint8, device="cuda")
-            gpu_folded.expand_weight(weight, out, fp6=fp6)
-            assert torch.equal(out, folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6))
+            split = share(channels, 0.75, 0.2)
+            check_expanded("cuda", [random_weight(n, split, fp6, bias=True, device="cuda") for n in columns], fp6)

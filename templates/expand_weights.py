@@ -1,4 +1,7 @@
-"""Packed weights to folded E4M3 in memory, once per call, for products with many rows: one launch."""
+"""Packed weights to folded E4M3 in memory, once per call, for products with many rows: one launch.
+
+Up to three weights that read one activation (q, k and v) come to lie below each other, as one weight of one product.
+"""
 
 import triton
 import triton.language as tl
@@ -11,6 +14,7 @@ from micromix_compile.templates.fold import (
     fold_fp6,
     in_halves,
     in_planes,
+    of_group,
     row_blocks,
     spread,
     words_of,
@@ -57,16 +61,40 @@ def _expand_fp8(w8, factors, word_stride, out, inside, blocks8, step, STEP: tl.c
     _store_step(fold_e4m3(packed, spread(factor, 32)), out, inside, step, blocks8 * 32)
 
 
-@triton.jit(do_not_specialize=["odd4", "odd6", "odd8"])
-def expand_weight_kernel(
-    w4, w6, w8,  # packed as in `packing`
-    w_factor,  # as in `folding.weight_factor`
-    out,  # (N, `folding.fold_width`) uint8: E4M3 bytes, in `folding.fold_order`
-    N,
+@triton.jit(do_not_specialize=["odd4", "odd6", "odd8", "tiles0", "tiles1"])
+def expand_weights_kernel(
+    w4_0, w6_0, w8_0, w_factor_0, w_row_scale_0, bias_0,  # `packing` and `folding.weight_factor`
+    w4_1, w6_1, w8_1, w_factor_1, w_row_scale_1, bias_1,
+    w4_2, w6_2, w8_2, w_factor_2, w_row_scale_2, bias_2,
+    out,  # (N0 + N1 + N2, `folding.fold_width`) uint8: E4M3 bytes, in `folding.fold_order`
+    row_scale,  # (N0 + N1 + N2,) float32
+    bias,  # the same, of the biases' type; None without
+    N0, N1, N2,
     odd4, odd6, odd8,  # 2 * blocks + 3, see `reorder_fold`
-    FP6: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
+    tiles0, tiles1,  # tiles of BLOCK_N rows of the first weight, and of the first two
+    FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) folds rows i * BLOCK_N on in the j-th stretch of STEP blocks; stretches end with a segment."""
+    """Program (i, j) folds the i-th tile of rows in the j-th stretch of STEP blocks; stretches end with a segment."""
+    tile = tl.program_id(0)
+    w4 = of_group(tile, tiles0, tiles1, w4_0, w4_1, w4_2, GROUPS)
+    w6 = of_group(tile, tiles0, tiles1, w6_0, w6_1, w6_2, GROUPS)
+    w8 = of_group(tile, tiles0, tiles1, w8_0, w8_1, w8_2, GROUPS)
+    factors = of_group(tile, tiles0, tiles1, w_factor_0, w_factor_1, w_factor_2, GROUPS)
+    N = of_group(tile, tiles0, tiles1, N0, N1, N2, GROUPS)
+    n = (tile - of_group(tile, tiles0, tiles1, 0, tiles0, tiles1, GROUPS)) * BLOCK_N
+    n += tl.arange(0, BLOCK_N)[:, None]
+    inside = n < N
+    n = n.to(tl.int64)
+    row = of_group(tile, tiles0, tiles1, 0, N0, N0 + N1, GROUPS) + n
+
+    step = tl.program_id(1)
+    if step == 0:
+        scales = of_group(tile, tiles0, tiles1, w_row_scale_0, w_row_scale_1, w_row_scale_2, GROUPS)
+        tl.store(row_scale + row, tl.load(scales + n, mask=inside), mask=inside)
+        if HAS_BIAS:
+            biases = of_group(tile, tiles0, tiles1, bias_0, bias_1, bias_2, GROUPS)
+            tl.store(bias + row, tl.load(biases + n, mask=inside), mask=inside)
+
     blocks4 = (odd4 >> 1) - 1
     blocks6 = (odd6 >> 1) - 1
     blocks8 = (odd8 >> 1) - 1
@@ -75,13 +103,9 @@ def expand_weight_kernel(
     word_stride = N * 4
     words4 = words_of(blocks4)
     words6 = words_of(blocks6)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    inside = n < N
-    n = n.to(tl.int64)
-    factors = w_factor + n * 4
+    factors += n * 4
     width = row_blocks(blocks4, blocks6, blocks8) * 32
-    out += n * width
-    step = tl.program_id(1)
+    out += row * width
     if step < steps4:
         _expand_fp4(w4 + n * (blocks4 * 16), factors, word_stride, out, inside, blocks4, step, STEP)
     elif step < steps4 + steps6:
