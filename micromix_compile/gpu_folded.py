@@ -289,7 +289,7 @@ def expand_weights(weights: Sequence[FoldedWeight], out: ExpandedWeights, *, fp6
 
 def expand_call(
     weights: Sequence[FoldedWeight], out: ExpandedWeights, *, fp6: str, block_n: int = 4, step: int = 32,
-    num_warps: int = 4,
+    num_warps: int = 2,
 ) -> gpu.KernelCall:  # fmt: skip
     """The launch of `expand_weights`: `step` blocks of `block_n` rows a program."""
     from micromix_compile.templates.expand_weights import expand_weights_kernel
