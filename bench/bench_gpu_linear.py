@@ -121,7 +121,7 @@ compiled_rms_norm: Callable[[Tensor, Tensor], Tensor] = torch.compile(rms_norm)
 
 
 def folded_product(x: folding.FoldedActivation, weights: Sequence[FoldedWeight]) -> list[Tensor]:
-    """Ours as compiled code has it, where the library multiplies all weights at once: columns side by side then."""
+    """Ours as compiled for this number of rows: the library multiplies all weights at once, then side by side."""
     if not gpu_folded.uses_library(x.q.shape[0], weights, BF16):
         return gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16)
     expanded = ExpandedWeights.empty(weights, x.q)
@@ -358,10 +358,8 @@ def check(scale_rounding: str) -> None:
     wide = [(256, tile) for _, tile in WIDE_FOLDED_TILES]
     for rows, tile in ((1, None), (16, None), (64, None), (128, None), *wide, (most, None)):
         x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
-        outs = folded_product(x, weights)
-        if tile is not None:
-            outs = gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile)
-        got = torch.cat(outs, 1)
+        outs = gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile) if tile else None
+        got = torch.cat(outs or folded_product(x, weights), 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
     w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
     (xq, x_scale), (wq, w_scale) = compiled_fp8_quantize(values), fp8_quantize(w)

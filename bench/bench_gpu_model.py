@@ -86,6 +86,7 @@ def kind(name: str) -> str:
         ("triton_poi_", "other Triton"),
         ("triton_red_", "other Triton"),
         ("triton_per_", "other Triton"),
+        ("triton_for_", "other Triton"),
         ("reorder_quantize", "quantize"),
         ("reorder_fold", "quantize"),
         ("mixed_mx_mm", "mixed matmul"),
@@ -121,7 +122,7 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
 
 
 def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, cache_length: int) -> dict[str, Any]:
-    """Milliseconds of one decoding step behind 128 tokens, replayed as a CUDA graph.
+    """Milliseconds of one decoding step behind 128 tokens, replayed as a CUDA graph, and what the GPU is at in it.
 
     cache_length: of a static cache, all of which attention reads, whatever is in it. waiting: each step is waited for
     before the next is launched, as sampling on the host does. queued: none is.

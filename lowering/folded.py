@@ -6,10 +6,12 @@ the kernel that reads packed weights and the library.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.virtualized import V
 
 from micromix_compile import folded_ops, gpu_folded, target
 from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
@@ -19,6 +21,8 @@ from micromix_compile.lowering.launches import Operand, contiguous, empty, in_me
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import fx
 
 
 def _folds(node: Any) -> bool:
@@ -98,7 +102,10 @@ _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback
 
 
 def _library_mm(q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch.dtype) -> Any:
-    """A launch that expands the weights, one product of the library's, and of its columns each weight's."""
+    """A launch that expands the weights, one product of the library's, and of its columns each weight's as a view.
+
+    If one of them must lie in memory as eager has it, there is a product for each weight instead.
+    """
     columns, device = gpu_folded.columns_of(weights), q.get_device()
     n, width = sum(columns), Operand(q).shape[1]
     expanded: Any = ExpandedWeights(
@@ -107,21 +114,46 @@ def _library_mm(q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch
         None if weights[0].bias is None else Operand(empty([n], out_dtype, device)),  # type: ignore[arg-type]
     )
     launch(gpu_folded.expand_call(weights, expanded, fp6=fp6))
-    out = _scaled_mm(
-        _as_e4m3(contiguous(q)),
-        lowerings[torch.ops.aten.permute.default](_as_e4m3(expanded.w.node), [1, 0]),
-        lowerings[torch.ops.aten.unsqueeze.default](row_scale, 1),
-        lowerings[torch.ops.aten.unsqueeze.default](expanded.row_scale.node, 0),
-        None if expanded.bias is None else expanded.bias.node,
-        None,
-        out_dtype,
-        True,
+    separate = any(_needs_own_memory(output) for output in V.graph.current_node.users)
+    parts = columns if separate else [n]
+    x, x_scale = _as_e4m3(contiguous(q)), _call(torch.ops.aten.unsqueeze.default, contiguous(row_scale), 1)
+    ws, w_scales, biases = (
+        [None] * len(parts) if one is None else _call(torch.ops.aten.split_with_sizes.default, one.node, parts)
+        for one in expanded
     )
-    return lowerings[torch.ops.aten.split_with_sizes.default](out, columns, 1)
+    outs = []
+    for w, w_scale, bias in zip(ws, w_scales, biases, strict=True):
+        right = _call(torch.ops.aten.permute.default, _as_e4m3(w), [1, 0])
+        scale = _call(torch.ops.aten.unsqueeze.default, w_scale, 0)
+        outs.append(_scaled_mm(x, right, x_scale, scale, bias, None, out_dtype, True))
+    return outs if separate else _call(torch.ops.aten.split_with_sizes.default, outs[0], columns, 1)
+
+
+def _needs_own_memory(node: fx.Node) -> bool:
+    """Whether what reads `node`, or a view of it, may count on the strides that eager gives it.
+
+    So do the graph's results, operators of others, and `as_strided`, which Inductor applies to all of the memory.
+    """
+    for user in node.users:
+        target = user.target
+        if target is not operator.getitem and not _reads_by_index(target):
+            return True
+        if (target is operator.getitem or target.is_view) and _needs_own_memory(user):  # type: ignore[union-attr]
+            return True
+    return False
+
+
+def _reads_by_index(target: Any) -> bool:
+    is_known = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims", "micromix")
+    return is_known and not any(name in target.name() for name in ("as_strided", "resize", "set_"))
+
+
+def _call(op: Any, *args: Any) -> Any:
+    return lowerings[op](*args)
 
 
 def _as_e4m3(node: Any) -> Any:
-    return lowerings[torch.ops.aten.view.dtype](node, torch.float8_e4m3fn)
+    return _call(torch.ops.aten.view.dtype, node, torch.float8_e4m3fn)
 
 
 def _operand(node: Any) -> Any:

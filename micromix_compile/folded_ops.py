@@ -173,8 +173,11 @@ def _check_folded_mm(
     if not 1 <= len(w4) <= MAX_GROUP or len(bias) not in (0, len(w4)):
         raise ValueError(f"w4 must list 1 to {MAX_GROUP} weights, bias as many or none, got {len(w4)} and {len(bias)}")
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"row_scale": (row_scale, (q.shape[0],))}
+    first = (2 * w4[0].shape[1], 4 * w6[0].shape[2], w8[0].shape[1])
     for i, parts in enumerate(zip(w4, w6, w8, w_factor, w_row_scale, strict=True)):
         columns, split = parts[0].shape[0], (2 * parts[0].shape[1], 4 * parts[1].shape[2], parts[2].shape[1])
+        if split != first:
+            raise ValueError(f"all weights must be split like the first, {first}, weight {i} is split {split}")
         width = fold_width(split, w_fp4=False)
         if width != q.shape[1]:
             raise ValueError(f"weight {i} takes rows of {width} bytes, q has {q.shape[1]}")

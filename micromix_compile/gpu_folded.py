@@ -282,7 +282,7 @@ def uses_library(rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dt
 
 def expand_weights(weights: Sequence[FoldedWeight], out: ExpandedWeights, *, fp6: str) -> None:
     """Fill `out` with `folding.fold_weight` of each weight, with its scales and biases, in one launch."""
-    if out.w.numel():
+    if len(out.w):
         with gpu.current_device(out.w):
             expand_call(weights, out, fp6=fp6).launch()
 
@@ -298,7 +298,7 @@ def expand_call(
     steps = sum(-(-k // (BLOCK_SIZE * step)) for k in weights[0].split)
     return gpu.KernelCall(
         kernel=expand_weights_kernel,
-        grid=(tiles, steps),
+        grid=(tiles, max(steps, 1)),
         args={**_group_args(weights, block_n), "out": out.w, "row_scale": out.row_scale, "bias": out.bias},
         constexprs={
             "FP6": fp6,

@@ -81,6 +81,37 @@ def folded_mlp(x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, *weig
     return (x,)
 
 
+def folded_fork(x: Tensor, perm: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Three products of one activation."""
+    q = folded_ops.reorder_fold(x, perm, *SPLITS[0], *LAYOUT, False)
+    lists = [list(column) for column in zip(weights[:5], weights[5:10], weights[10:], strict=True)]
+    return folded_ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
+
+
+def folded_fork_in_use(*args: Tensor) -> tuple[Tensor, ...]:
+    """None of them is a result, nor a view of one."""
+    first, second, third = folded_fork(*args)
+    return first + 1, second.reshape(len(second), 2, -1).transpose(0, 1) * 2, third.mul_(3)
+
+
+def folded_fork_of_views(*args: Tensor) -> tuple[Tensor, ...]:
+    """A view of one of them is a result."""
+    first, second, third = folded_fork(*args)
+    return first + 1, second.reshape(len(second), 2, -1).transpose(0, 1), third + 1
+
+
+def folded_fork_of_pieces(*args: Tensor) -> tuple[Tensor, ...]:
+    """One of several views of one of them is a result."""
+    first, second, third = folded_fork(*args)
+    return first + 1, second + 1, third.split(32, 1)[1]
+
+
+def folded_fork_of_strides(*args: Tensor) -> tuple[Tensor, ...]:
+    """One of them is read by strides, which are those of its own memory."""
+    first, second, third = folded_fork(*args)
+    return first + 1, second.as_strided((len(second) // 2, 32), (128, 1)) + 1, third + 1
+
+
 def folded_specs(rows: int, split: Sequence[int]) -> list[Spec]:
     factors = folding.factor_shape(rows, split)
     return [*weight_specs(rows, split, fp4=False)[:3], (factors, torch.uint8), ((rows,), torch.float32)]
@@ -121,6 +152,15 @@ PRODUCERS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
 }
 
 
+FORKS = {
+    "fork": folded_fork,
+    "fork in use": folded_fork_in_use,
+    "fork of views": folded_fork_of_views,
+    "fork of pieces": folded_fork_of_pieces,
+    "fork of strides": folded_fork_of_strides,
+}
+
+
 def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callable[..., Any], list[Spec]]:
     if name in PRODUCERS:
         function, shapes = PRODUCERS[name]
@@ -128,6 +168,9 @@ def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callab
     if name == "gelu":
         specs: list[Spec] = [((rows, C), dtype), ((C,), torch.int16), ((HIDDEN,), dtype)]
         return gelu, specs + weight_specs(HIDDEN, SPLITS[0], fp4=fp4)
+    if name in FORKS:
+        specs = [((rows, C), dtype), ((C,), torch.int16)]
+        return FORKS[name], specs + [spec for n in (HIDDEN, 64, 64) for spec in folded_specs(n, SPLITS[0])]
     if name == "folded":
         specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int16), ((HIDDEN,), torch.int16)]
         for split in SPLITS[:2]:

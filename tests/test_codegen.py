@@ -148,6 +148,26 @@ def test_a_folded_product_of_many_rows_expands_its_weights_for_one_product_of_th
     assert kinds == [*layer, "triton_poi_fused_add_0", *layer, "triton_poi_fused_add_1"]
 
 
+@pytest.mark.parametrize(
+    ("case", "products", "pointwise"),
+    [
+        ("fork", 3, 0),
+        ("fork in use", 1, 3),
+        ("fork of views", 3, 2),
+        ("fork of pieces", 3, 2),
+        ("fork of strides", 3, 3),
+    ],
+)
+def test_products_of_many_rows_are_one_unless_one_must_lie_in_memory_as_in_eager(
+    case: str, products: int, pointwise: int
+) -> None:
+    launches = generated(case, (9, 0), rows=300)["launches"]
+    others = [name for name in launches if "_scaled_mm" not in name]
+    assert len(launches) - len(others) == products
+    assert [name.rpartition("_kernel_")[0] for name in others[:2]] == ["reorder_fold", "expand_weights"]
+    assert len(others) == 2 + pointwise  # and no copies
+
+
 def test_a_folded_product_of_any_rows_is_decided_when_it_runs() -> None:
     launches = generated("folded", (9, 0), rows=16, dynamic=True)["launches"]
     assert "torch.ops.micromix.folded_mm" in launches

@@ -364,6 +364,14 @@ def test_operands_of_a_folded_product_must_fit(place: int, wrong: Any, message: 
         folded_ops.folded_mm(*operands)
 
 
+def test_weights_of_one_product_must_be_split_alike() -> None:
+    *x, w4, w6, w8, factor, row_scale, _, fp6, out_dtype = folded_operands()
+    other = [torch.zeros(40, 32), torch.zeros(3, 40, 0), torch.zeros(40, 64), torch.zeros(2, 40, 4)]
+    lists = [[*first, part.to(torch.uint8)] for first, part in zip((w4, w6, w8, factor), other, strict=True)]
+    with pytest.raises(ValueError, match=r"split like the first, \(\d+, \d+, \d+\), weight 1 is split \(64, 0, 64\)"):
+        folded_ops.folded_mm(*x, *lists, row_scale * 2, [], fp6, out_dtype)
+
+
 @pytest.mark.parametrize(
     "of",
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from transformers import StaticCache
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
 from micromix_compile import folded_ops, ops, reference, target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -315,6 +319,68 @@ def test_a_folded_decoder_layer_is_4_quantizers_and_4_products() -> None:
     assert sum("reorder_fold" in name for name in names) == 4 * LAYERS
     assert sum("folded_mm" in name for name in names) == 4 * LAYERS
     assert not any("mixed_mx_mm" in name or "reorder_quantize" in name for name in names)
+
+
+@needs_folding
+def test_a_decoder_layer_of_many_rows_expands_its_weights_4_times() -> None:
+    model = llama(torch.bfloat16).cuda()
+    recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
+    fast = compiled(model, recipe, exact=False, strict=True)
+    ids = torch.randint(0, 256, (3, 100), device="cuda")
+    with torch.no_grad():
+        fast(ids)
+        names = launches(fast, ids)
+    assert sum("reorder_fold_kernel" in name for name in names) == 4 * LAYERS
+    assert sum("expand_weights_kernel" in name for name in names) == 4 * LAYERS
+    assert not any("folded_mm_kernel" in name or "mixed_mx_mm" in name for name in names)
+
+
+@torch.library.custom_op("micromix_test::negate_", mutates_args=("x",))
+def negate_(x: Tensor) -> None:
+    """Changes its argument where it lies."""
+    x.neg_()
+
+
+def negate_elsewhere(x: Tensor) -> Tensor:
+    negate_(x.unflatten(-1, (2, -1)))
+    return x + 0
+
+
+class Fork(nn.Module):
+    """Three linears of one activation; what happens to their results is `then`."""
+
+    def __init__(self, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(1056, n, dtype=torch.bfloat16) for n in (208, 64, 64))
+        self.then = then
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        first, second, third = (linear(x) for linear in self.linears)
+        return self.then(first), second.unflatten(-1, (2, 32)).transpose(-2, -3) + 1, self.then(third)
+
+
+@needs_folding
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize(
+    "then",
+    [torch.neg, torch.Tensor.neg_, negate_elsewhere, lambda out: out],
+    ids=["out of place", "in place", "in place by another's operator", "nothing"],
+)
+def test_products_of_many_rows_lie_in_memory_as_eager_s_and_are_near_them(
+    then: Callable[[Tensor], Tensor], mode: str
+) -> None:
+    """Within 1 % of the norm, as in `test_triton_folded`: another product's columns err by as much as the product."""
+    net = Fork(then).cuda().eval()
+    x = torch.randn(3, 100, 1056, dtype=torch.bfloat16, device="cuda")
+    config = micromix.MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", skip=())
+    recipe = micromix.calibrate(net, [x], config)
+    packed, fast = micromix.quantize_(copy.deepcopy(net), recipe), compiled(net, recipe, exact=False, mode=mode)
+    with torch.no_grad():
+        for _ in range(3):
+            outs = [out.clone() for out in fast(x)]
+            for got, want in zip(outs, packed(x), strict=True):
+                assert got.stride() == want.stride()
+                assert float((got.double() - want.double()).norm()) <= 0.01 * float(want.double().norm())
 
 
 @needs_folding

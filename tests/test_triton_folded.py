@@ -86,6 +86,13 @@ def test_expanded_weights_equal_the_definition(device: str, fp6: str, columns: t
     check_expanded(device, [random_weight(n, split, fp6, bias=len(columns) > 1) for n in columns], fp6)
 
 
+def test_weights_without_channels_still_have_scales_and_biases(device: str) -> None:
+    none = torch.zeros(5, 0, dtype=torch.uint8)
+    factor = torch.zeros(folding.factor_shape(5, (0, 0, 0)), dtype=torch.uint8)
+    weight = FoldedWeight(none, none.expand(3, 5, 0), none, factor, torch.ones(5), torch.randn(5).bfloat16())
+    check_expanded(device, [weight] * 2, "e2m3")
+
+
 POWERS = [2.0**e for e in range(-16, 12)]
 
 
