@@ -93,7 +93,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(row.case for row in rows if row.to_bf16 is not None))
-    figure, panels = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.5), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(cases), figsize=(4 * len(cases), 3.5), sharey=True, squeeze=False, layout="constrained"
+    )
     for panel, case in zip(panels[0], cases, strict=True):
         lines: dict[str, list[Row]] = {}
         for row in rows:
@@ -107,6 +109,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlabel("M")
         panel.set_title(case)
     panels[0][0].set_ylabel("times as fast as BF16")
-    panels[0][0].legend()
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(path)
