@@ -358,8 +358,12 @@ def check(scale_rounding: str) -> None:
     wide = [(256, tile) for _, tile in WIDE_FOLDED_TILES]
     for rows, tile in ((1, None), (16, None), (64, None), (128, None), *wide, (most, None)):
         x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
-        outs = gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile) if tile else None
-        got = torch.cat(outs or folded_product(x, weights), 1)
+        outs = (
+            folded_product(x, weights)
+            if tile is None
+            else gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile)
+        )
+        got = torch.cat(outs, 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
     w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
     (xq, x_scale), (wq, w_scale) = compiled_fp8_quantize(values), fp8_quantize(w)

@@ -72,12 +72,13 @@ def launches(run: Callable[[], object]) -> tuple[Counter[str], dict[str, float]]
         run()
         torch.cuda.synchronize()
     counts: Counter[str] = Counter()
-    busy: Counter[str] = Counter()
+    busy: dict[str, float] = {}
     for event in profile.events():
         if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset")):
-            counts[kind(event.name)] += 1
-            busy[kind(event.name)] += round(event.time_range.elapsed_us())
-    return counts, {what: us / 1e3 for what, us in busy.items()}
+            what = kind(event.name)
+            counts[what] += 1
+            busy[what] = busy.get(what, 0.0) + event.time_range.elapsed_us() / 1e3
+    return counts, busy
 
 
 def kind(name: str) -> str:
