@@ -24,14 +24,17 @@ from triton.runtime.errors import OutOfResources
 from micromix_compile import gpu_folded
 from micromix_compile.evaluation import hardware, versions
 from micromix_compile.gpu_folded import FoldedWeight, Parts
-from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 CANDIDATES = tuple(
     FoldedTile(*sizes, SUM_STEPS=False)
     for sizes in ((64, 64, 256, 4, 3), (64, 128, 128, 8, 3), (128, 128, 128, 8, 3), (256, 128, 128, 8, 3))
 )
 """Not in the tables."""
-TILES = (*(tile for _, tile in (*FOLDED_TILES, *WIDE_FOLDED_TILES)), *CANDIDATES)
+TILES = (
+    *dict.fromkeys(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_TILES, *WIDE_FOLDED_TILES)),
+    *CANDIDATES,
+)
 LINEARS = MODELS["llama-8b"]
 TOLERANCE = 0.02
 

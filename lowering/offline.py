@@ -60,7 +60,8 @@ class Compiled:
     like, see `mma_kind`. registers: per thread. spilled_bytes: stored, per thread. shared_bytes, tensor_columns: of
     one program. serialized: ptxas has each asynchronous matrix instruction end before the next begins. trap: the code
     can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
-    float32 subnormals for zero, such as "rsqrt.approx.ftz.f32".
+    float32 subnormals for zero, such as "rsqrt.approx.ftz.f32". before_wait: those that read or write memory before the
+    kernel waits for its inputs, None if it does not wait.
     """
 
     target: str
@@ -72,6 +73,7 @@ class Compiled:
     serialized: bool
     trap: bool
     flushing: tuple[str, ...]
+    before_wait: tuple[str, ...] | None
 
     @property
     def mma(self) -> dict[str, int]:
@@ -147,6 +149,7 @@ def folded_mm(
         constexprs={
             "FP6": fp6, "GROUPS": groups, "HAS_BIAS": bias, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K, "SPLIT_K": split_k, "COPIED": tile.copied_factors, "SUM_STEPS": tile.SUM_STEPS,
+            "LAUNCH_PDL": True,
             **constants,
         },
         aligned=(*pointers, *(name for name, value in extents.items() if value % 16 == 0)),
@@ -252,7 +255,15 @@ def _inspect(binary: Any, log: str) -> Compiled:
         serialized="instructions are serialized" in log,
         trap=re.search(r"\btrap;", ptx) is not None,
         flushing=tuple(sorted(set(re.findall(r"[a-z][\w.]*\.ftz\b[\w.]*", ptx)))),
+        before_wait=_before_wait(ptx),
     )
+
+
+def _before_wait(ptx: str) -> tuple[str, ...] | None:
+    """Memory instructions in front of the wait, which stands in a kernel's straight beginning; arguments are none."""
+    beginning, wait, _ = ptx.partition("griddepcontrol.wait")
+    found = re.findall(r"\b(?:ld|st|atom|red|cp)\.(?!param)[\w.:]+", beginning)
+    return tuple(sorted(set(found))) if wait else None
 
 
 def _mma_blocks(ptx: str) -> Iterator[tuple[str, int]]:
@@ -284,6 +295,7 @@ def _result(fields: dict[str, Any]) -> Compiled | NotSupported:
         return NotSupported(**fields)
     fields["mma_blocks"] = tuple((kind, count) for kind, count in fields["mma_blocks"])
     fields["flushing"] = tuple(fields["flushing"])
+    fields["before_wait"] = None if fields["before_wait"] is None else tuple(fields["before_wait"])
     return Compiled(**fields)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,9 +182,11 @@ def lower_kernel_launch(
     """Add one launch of a user-defined Triton kernel to the graph that Inductor is lowering.
 
     args: nodes of its IR and integers by name, those that the kernel writes included. grid: up to three extents.
+    With a constant LAUNCH_PDL the kernel is launched with that option of Triton's.
     """
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
     from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
 
     with _analysed_once(kernel, args, constexprs):
         lowerings[triton_kernel_wrapper_mutation](
@@ -193,6 +196,23 @@ def lower_kernel_launch(
             tma_descriptor_metadata={},
             kwargs=dict(args),
         )
+    if constexprs.get("LAUNCH_PDL"):
+        node: Any = V.graph.operations[-1]
+        node.codegen = partial(_generate_with_pdl, node.codegen)
+
+
+def _generate_with_pdl(generate: Callable[[Any], None], wrapper: Any) -> None:
+    """Generate a launch and, the first time, its kernel with the option that Inductor gives only kernels of its own."""
+    define = wrapper.define_kernel
+
+    def define_with_pdl(name: str, body: str, *rest: Any, **options: Any) -> None:
+        define(name, body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1), *rest, **options)
+
+    wrapper.define_kernel = define_with_pdl
+    try:
+        generate(wrapper)
+    finally:
+        wrapper.define_kernel = define
 
 
 _analyses: dict[Hashable, Any] = {}
@@ -211,9 +231,11 @@ def _analysed_once(kernel: Any, args: Mapping[str, Any], constexprs: Mapping[str
     key = (kernel, *sorted(constexprs.items()), *((arg, _kind(value)) for arg, value in args.items()))
     analyse = getattr(triton_kernel_wrap, name)
 
-    def remembered(*arguments: Any) -> Any:
+    def remembered(kernel: Any, kwargs: Mapping[str, Any], *rest: Any) -> Any:
         if key not in _analyses:
-            _analyses[key] = analyse(*arguments)
+            # What it does not know it takes for writing to every argument.
+            unknown = {"LAUNCH_PDL": False} if "LAUNCH_PDL" in kwargs else {}
+            _analyses[key] = analyse(kernel, {**kwargs, **unknown}, *rest)
         return copy.copy(_analyses[key])
 
     setattr(triton_kernel_wrap, name, remembered)

@@ -65,9 +65,18 @@ class KernelCall:
     num_warps: int
     num_stages: int = 0
 
+    @property
+    def launch_pdl(self) -> bool:
+        """Whether the kernel may start while the one before it ends, see `templates.ahead`."""
+        return bool(self.constexprs.get("LAUNCH_PDL", False))
+
     def launch(self) -> None:
         """Run on the current stream of the current device."""
+        import triton
+
         options = {"num_warps": self.num_warps} | ({"num_stages": self.num_stages} if self.num_stages else {})
+        if self.launch_pdl and not triton.knobs.runtime.interpret:  # the interpreter has no such option
+            options["launch_pdl"] = True
         self.kernel[self.grid](**self.args, **self.constexprs, **options)
 
 

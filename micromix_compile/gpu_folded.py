@@ -13,7 +13,7 @@ from torch import Tensor
 from micromix_compile import gpu, reference
 from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +33,11 @@ a second row of tiles would unpack all again. Not a bound of the kernel, which t
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
 
+PROGRAMS: Final = 3
+"""Of the small tiles, that are counted on to run on a processor at a time."""
+
 WIDE_PROGRAMS: Final = 2
-"""Of the wide tiles, that are counted on to run on a processor at a time."""
+"""The same of the wide tiles."""
 
 LONG: Final = 8192
 """Bytes of a folded row from which on there may be `MAX_LONG_SPLIT` parts, and few of the widest tiles pay, in parts,
@@ -157,6 +160,7 @@ def reorder_fold_call(
             "BLOCK_K": tile.BLOCK_K,
             "WHOLE_ROW": channels <= tile.BLOCK_K,
             "LOCKS": LOCKS,
+            "LAUNCH_PDL": True,
         },
         num_warps=tile.num_warps,
     )
@@ -225,6 +229,7 @@ def folded_mm_call(
             "SPLIT_K": parts.split,
             "COPIED": tile.copied_factors,
             "SUM_STEPS": tile.SUM_STEPS,
+            "LAUNCH_PDL": True,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -232,13 +237,19 @@ def folded_mm_call(
 
 
 def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
-    """The tile for M = rows and all columns together: a wide one if that still is work for all processors."""
+    """The tile for M = rows and all columns together: a wide one if that still is work for all processors.
+
+    Few tiles have another form than many of the same size, see `SHARED_FOLDED_TILES`.
+    """
     if rows > FOLDED_TILES[-1][1].BLOCK_M:
         tile = next(tile for most, tile in WIDE_FOLDED_TILES if rows <= most)
         fills = sum(columns) >= tile.BLOCK_N * WIDE_PROGRAMS * PROCESSORS
         if fills or (rows > WIDE_FOLDED_TILES[0][0] and channels >= LONG):
             return tile
-    return next(tile for most, tile in FOLDED_TILES if rows <= most)
+    tile = next(tile for most, tile in FOLDED_TILES if rows <= most)
+    if tiles_of(rows, columns, tile) <= PROGRAMS * PROCESSORS:
+        return next(tile for most, tile in SHARED_FOLDED_TILES if rows <= most)
+    return tile
 
 
 def tiles_of(rows: int, columns: Sequence[int], tile: FoldedTile) -> int:
@@ -256,7 +267,7 @@ def parts_for(rows: int, columns: Sequence[int], channels: int, tile: FoldedTile
     """
     tiles = tiles_of(rows, columns, tile)
     is_wide = any(tile == wide for _, wide in WIDE_FOLDED_TILES)
-    programs = (WIDE_PROGRAMS if is_wide else 3) * PROCESSORS
+    programs = (WIDE_PROGRAMS if is_wide else PROGRAMS) * PROCESSORS
     whole, split = tiles // PROCESSORS * PROCESSORS, 2
     if tiles <= programs:
         most = MAX_LONG_SPLIT if channels >= LONG else MAX_SPLIT

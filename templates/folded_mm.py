@@ -10,6 +10,7 @@ order, so that the result does not depend on who came last.
 import triton
 import triton.language as tl
 
+from micromix_compile.templates.ahead import prefetch, wait_for_inputs
 from micromix_compile.templates.fold import (
     e4m3_to_float32,
     factor_at,
@@ -180,6 +181,7 @@ def folded_mm_kernel(
     whole, shared,  # tiles that are one program's, all if SPLIT_K is 1, and the others
     FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, COPIED: tl.constexpr, SUM_STEPS: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """Each out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once.
 
@@ -223,6 +225,11 @@ def folded_mm_kernel(
     w8 += n_first.to(tl.int64) * (blocks8 * 32)
     w_factor += n_first.to(tl.int64) * 4
     plane = tl.cast(N, tl.int64) * (blocks6 * 8)
+    if LAUNCH_PDL:
+        prefetch(w_row_scale + n, n < N)  # needed last, and in no cache
+        if HAS_BIAS:
+            prefetch(bias + n, n < N)
+        wait_for_inputs()
     acc = folded_mm_tile(
         x, m < M, w4, w6, w8, w_factor, plane, n_local, N * 4, blocks4, blocks6, blocks8, part, parts, FP6, BLOCK_M,
         BLOCK_N, BLOCK_K, COPIED, SUM_STEPS,

@@ -8,6 +8,7 @@ by `micromix_compile.gpu_folded`.
 import triton
 import triton.language as tl
 
+from micromix_compile.templates.ahead import wait_for_inputs
 from micromix_compile.templates.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
 from micromix_compile.templates.reorder_quantize import (
     by_format,
@@ -79,6 +80,7 @@ def reorder_fold_kernel(
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
     WHOLE_ROW: tl.constexpr,  # BLOCK_K covers K
     LOCKS: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):
     """Fold BLOCK_K output channels, from program_id(1) * BLOCK_K on, of row program_id(0)."""
     BLOCKS: tl.constexpr = BLOCK_K // 32
@@ -90,6 +92,8 @@ def reorder_fold_kernel(
     data = blocks if W_FP4 else data_blocks(b4, b6, b8)  # FP6 weights go by pairs
     width = blocks if W_FP4 else row_blocks(b4, b6, b8)
     row = tl.program_id(0).to(tl.int64)
+    if LAUNCH_PDL:
+        wait_for_inputs()
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))
     x_ptr += row * stride_x

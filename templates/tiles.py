@@ -6,7 +6,7 @@ builds one kernel a shape of output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -106,6 +106,13 @@ FOLDED_TILES: Final = (
     (_ANY, FoldedTile(64, 64, 128, 4, 3, SUM_STEPS=False)),
 )
 """Per largest number of rows."""
+
+# On an H100, us with a sum for each step and without, quantizing included, at M = 1, 16 and 32: N x K of 4096 x 4096
+# 11.5 and 9.7, 11.7 and 10.6, 12.1 and 11.7; 6144 x 4096 13.1 and 12.5, 13.6 and 13.2, 14.4 and 13.8; 4096 x 14336 23.1
+# and 22.4, 24.8 and 23.7, 26.2 and 25.7. But 28672 x 4096, which wants the registers for a fourth program, 34.9 and
+# 38.7, 35.9 and 40.0, 38.5 and 39.1.
+SHARED_FOLDED_TILES: Final = tuple((most, replace(tile, SUM_STEPS=False)) for most, tile in FOLDED_TILES)
+"""Per largest number of rows, where tiles are so few that programs share them: each then adds part of the channels."""
 
 # On an H100, the same split, us of an earlier product: N x K of 28672 x 4096 at M = 128 72, with 128 columns and 8
 # warps 74; at M = 256 98 and 99. Fewer tiles want to be smaller: 4096 x 14336 at M = 128, in four parts, 45, with 64

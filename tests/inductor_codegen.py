@@ -2,8 +2,8 @@
 
     python tests/inductor_codegen.py '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}'
 
-Writes {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "analyses": how many
-of the launches Inductor had to look into}.
+Writes {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "pdl": {name: whether
+it may start early}, "analyses": how many of the launches Inductor had to look into}.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callab
     return mlp, specs
 
 
-def compiled_ptx(name: str, source: str) -> list[str]:
-    """PTX of every configuration of a generated kernel."""
+def compiled(name: str, source: str) -> list[Any]:
+    """What Triton makes of every configuration of a generated kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.py"
         path.write_text(source)
@@ -196,7 +196,7 @@ def compiled_ptx(name: str, source: str) -> list[str]:
         function = re.search(r"^def (\w+)\(", source[source.index("@triton_heuristics") :], re.M)
         assert function is not None
         tuner = getattr(module, function[1])
-        return [tuner._precompile_config(configuration).kernel.asm["ptx"] for configuration in tuner.configs]
+        return [tuner._precompile_config(configuration).kernel for configuration in tuner.configs]
 
 
 def widen(factor: int) -> None:
@@ -212,6 +212,7 @@ def main() -> None:
     function, specs = case(request["case"], request["rows"], getattr(torch, request["dtype"]), fp4=request["fp4"])
     kernels: dict[str, str] = {}
     mma: dict[str, list[str]] = {}
+    pdl: dict[str, bool] = {}
     with fake_cuda(tuple(request["capability"])), config.patch(use_static_triton_launcher=False):
         hook = {POST_GRAD_HOOK: PostGradPasses(POST_GRAD_PASSES, {})} if request["ours"] else {}
         code = generate(function, specs, dynamic_rows=request["dynamic"], **hook, **request["options"])
@@ -220,10 +221,12 @@ def main() -> None:
         ):
             kernels[name] = source
             if request["compile"]:
-                instructions = [i for ptx in compiled_ptx(name, source) for i in re.findall(r"\S*mma\S*", ptx)]
+                binaries = compiled(name, source)
+                instructions = [i for binary in binaries for i in re.findall(r"\S*mma\S*", binary.asm["ptx"])]
+                pdl[name] = binaries[0].metadata.launch_pdl
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
-    found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma}
+    found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
     json.dump({**found, "analyses": len(torch_compat._analyses)}, sys.stdout)
 
 

@@ -138,6 +138,7 @@ def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products(rows: int, widen: i
         if name.startswith("folded_mm"):
             assert code["mma"][name] == ["wgmma e4m3"]
             assert ("'SPLIT_K': 1" not in code["kernels"][name]) == (widen > 1)
+        assert code["pdl"][name] == (not name.startswith("triton_"))
 
 
 def test_a_folded_product_of_many_rows_expands_its_weights_for_one_product_of_the_library() -> None:

@@ -15,7 +15,13 @@ from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight
 from micromix_compile.lowering import offline
 from micromix_compile.lowering.offline import Compiled, Kernel
-from micromix_compile.templates.tiles import FAMILIES, FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import (
+    FAMILIES,
+    FOLDED_TILES,
+    SHARED_FOLDED_TILES,
+    WIDE_FOLDED_TILES,
+    FoldedTile,
+)
 
 CAPABILITY = 90
 SMALL_TILE_REGISTERS = 65536 // 3 // 128 // 8 * 8  # three programs of four warps, which `parts_for` counts on
@@ -33,8 +39,8 @@ class Case:
     columns: int = 4096
 
     def __str__(self) -> str:
-        """A test's name, such as `16x64x256-e2m3-1-split6-4096`."""
-        tile = f"{self.tile.BLOCK_M}x{self.tile.BLOCK_N}x{self.tile.BLOCK_K}"
+        """A test's name, such as `16x64x256-sums-e2m3-1-split6-4096`."""
+        tile = f"{self.tile.BLOCK_M}x{self.tile.BLOCK_N}x{self.tile.BLOCK_K}{'-sums' * self.tile.SUM_STEPS}"
         return f"{tile}-{self.fp6}-{self.groups}{'-bias' * self.bias}-split{self.split_k}-{self.columns}"
 
     @property
@@ -77,7 +83,7 @@ def expand_weights(fp6: str, group: int) -> Kernel:
     return kernel_of(gpu_folded.expand_call([weight] * group, out, fp6=fp6), CAPABILITY)
 
 
-TILES = tuple(tile for _, tile in (*FOLDED_TILES, *WIDE_FOLDED_TILES))
+TILES = tuple(dict.fromkeys(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_TILES, *WIDE_FOLDED_TILES)))
 KINDS = ((1, False, 1), (1, False, gpu_folded.MAX_LONG_SPLIT), (gpu_folded.MAX_GROUP, True, gpu_folded.MAX_SPLIT))
 PRODUCTS = [Case(tile, fp6, *kind) for tile, fp6, kind in product(TILES, FP6_FORMATS, KINDS)]
 PRODUCTS += [Case(TILES[0], "e2m3", *KINDS[0], columns) for columns in (1, 999)]
@@ -139,3 +145,10 @@ def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     assert not result.trap
     assert not result.mma_blocks
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if name.startswith("rms_norm") else set())
+
+
+@pytest.mark.parametrize("case", [*PRODUCTS, *FOLDS], ids=str)
+def test_nothing_is_read_or_written_before_the_wait_for_the_kernels_before(
+    compiled: dict[Case | str, Compiled], case: Case | str
+) -> None:
+    assert compiled[case].before_wait == ()

@@ -26,7 +26,7 @@ from micromix_compile import folding, gpu_folded, packing, reference
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Parts
 from micromix_compile.templates.folded_mm import _bound
-from micromix_compile.templates.tiles import FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *INTERPRETED]
 Split = tuple[int, int, int]
 
 WIDE_TILES = [tile for _, tile in WIDE_FOLDED_TILES]
-ALL_TILES = (*(tile for _, tile in FOLDED_TILES), *WIDE_TILES)
+ALL_TILES = tuple(dict.fromkeys([*(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_TILES)), *WIDE_TILES]))
 
 
 # ---- weights: expanded
@@ -332,6 +332,12 @@ def test_tiles_follow_rows_and_columns() -> None:
     assert long == [(16, 16), (64, 64), (64, 128), (256, 129)]
 
 
+def test_steps_of_few_rows_have_sums_of_their_own_unless_tiles_are_shared() -> None:
+    most = 64 * gpu_folded.PROGRAMS * gpu_folded.PROCESSORS
+    found = [gpu_folded.tile_for(rows, [n], 4096).SUM_STEPS for rows in (1, 32, 33) for n in (most, most + 1)]
+    assert found == [False, True, False, True, False, False]
+
+
 @triton.jit(do_not_specialize=["steps4", "steps6", "steps8", "parts"])
 def bounds_kernel(out, steps4, steps6, steps8, parts):  # noqa: ANN001, ANN201 - a Triton kernel
     """The bounds of all parts, one after the other."""
@@ -417,7 +423,7 @@ def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda tile: f"{tile.BLOCK_M} rows")
+@pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
 @pytest.mark.parametrize("w_fp4", [False, True])
 def test_every_tile_stays_within_the_bound_of_fp8_mma(tile: FoldedTile, fp6: str, w_fp4: bool) -> None:
@@ -440,12 +446,12 @@ def assert_near_by_norm(got: Tensor, x: FoldedActivation, weights: Sequence[Fold
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [most for most, tile in FOLDED_TILES if tile.SUM_STEPS])
+@pytest.mark.parametrize(("rows", "tile"), [(most, tile) for most, tile in FOLDED_TILES if tile.SUM_STEPS])
 @pytest.mark.parametrize("fmt", SEGMENTS)
-def test_a_sum_for_each_step_keeps_what_14_bits_would_lose(rows: int, fmt: str) -> None:
+def test_a_sum_for_each_step_keeps_what_14_bits_would_lose(rows: int, tile: FoldedTile, fmt: str) -> None:
     """Ones in weights, ones and zeros in x: a step adds at most 256, all together an odd number above 2**14."""
     channels, ones = 20_480, 17_477
-    tile, (split, fp6) = gpu_folded.tile_for(rows, [64], channels), one_format(fmt, channels)
+    split, fp6 = one_format(fmt, channels)
     values = (torch.arange(channels, device="cuda") < ones).float()[torch.randperm(channels, device="cuda")]
     w = torch.ones(64, channels, device="cuda")
     quantized = reference.reorder_quantize(w, torch.arange(channels, device="cuda"), split, fp6=fp6)
