@@ -182,9 +182,10 @@ def lower_kernel_launch(
     """Add one launch of a user-defined Triton kernel to the graph that Inductor is lowering.
 
     args: nodes of its IR and integers by name, those that the kernel writes included. grid: up to three extents.
-    With a constant LAUNCH_PDL the kernel is launched with that option of Triton's.
+    With a constant LAUNCH_PDL it is launched with that option of Triton's, which Inductor's C++ wrapper lacks.
     """
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+    from torch._inductor.ir import UserDefinedTritonKernel
     from torch._inductor.lowering import lowerings
     from torch._inductor.virtualized import V
 
@@ -197,7 +198,9 @@ def lower_kernel_launch(
             kwargs=dict(args),
         )
     if constexprs.get("LAUNCH_PDL"):
-        node: Any = V.graph.operations[-1]
+        last = V.graph.operations[-1]
+        assert isinstance(last, UserDefinedTritonKernel), "the launch is the last operation of the graph"
+        node: Any = last
         node.codegen = partial(_generate_with_pdl, node.codegen)
 
 

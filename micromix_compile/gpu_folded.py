@@ -239,7 +239,7 @@ def folded_mm_call(
 def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
     """The tile for M = rows and all columns together: a wide one if that still is work for all processors.
 
-    Few tiles have another form than many of the same size, see `SHARED_FOLDED_TILES`.
+    Where all are shared they have another form, see `SHARED_FOLDED_TILES`.
     """
     if rows > FOLDED_TILES[-1][1].BLOCK_M:
         tile = next(tile for most, tile in WIDE_FOLDED_TILES if rows <= most)
@@ -247,7 +247,8 @@ def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
         if fills or (rows > WIDE_FOLDED_TILES[0][0] and channels >= LONG):
             return tile
     tile = next(tile for most, tile in FOLDED_TILES if rows <= most)
-    if tiles_of(rows, columns, tile) <= PROGRAMS * PROCESSORS:
+    parts = parts_for(rows, columns, channels, tile)
+    if parts.split > 1 and not parts.whole:
         return next(tile for most, tile in SHARED_FOLDED_TILES if rows <= most)
     return tile
 

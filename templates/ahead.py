@@ -1,9 +1,10 @@
 """What a kernel may do ahead of its inputs (sm_90 on): start while the kernel before it ends, ask L2 for bytes.
 
 A kernel launched with Triton's option `launch_pdl` (programmatic dependent launch) starts when all programs of the one
-before it have ended, and does not wait for the GPU to make their results visible: it does that itself. Until then it
-may read and write nothing that another kernel writes. Such a kernel has a constant `LAUNCH_PDL`, by which launchers
-know, and without which it does none of this: Inductor's analysis of what a kernel writes gives up at such instructions.
+before it have ended, or allowed it earlier, and does not wait for the GPU to make their results visible: it does that
+itself. Until then it may read and write nothing that another kernel writes. Such a kernel has a constant `LAUNCH_PDL`,
+by which launchers know, and without which it does none of this: Inductor's analysis of what a kernel writes gives up at
+such instructions.
 """
 
 import triton

@@ -112,7 +112,7 @@ FOLDED_TILES: Final = (
 # and 22.4, 24.8 and 23.7, 26.2 and 25.7. But 28672 x 4096, which wants the registers for a fourth program, 34.9 and
 # 38.7, 35.9 and 40.0, 38.5 and 39.1.
 SHARED_FOLDED_TILES: Final = tuple((most, replace(tile, SUM_STEPS=False)) for most, tile in FOLDED_TILES)
-"""Per largest number of rows, where tiles are so few that programs share them: each then adds part of the channels."""
+"""Per largest number of rows, where programs share all tiles: each adds a part of the channels only."""
 
 # On an H100, the same split, us of an earlier product: N x K of 28672 x 4096 at M = 128 72, with 128 columns and 8
 # warps 74; at M = 256 98 and 99. Fewer tiles want to be smaller: 4096 x 14336 at M = 128, in four parts, 45, with 64

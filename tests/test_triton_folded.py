@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -332,10 +334,41 @@ def test_tiles_follow_rows_and_columns() -> None:
     assert long == [(16, 16), (64, 64), (64, 128), (256, 129)]
 
 
-def test_steps_of_few_rows_have_sums_of_their_own_unless_tiles_are_shared() -> None:
-    most = 64 * gpu_folded.PROGRAMS * gpu_folded.PROCESSORS
-    found = [gpu_folded.tile_for(rows, [n], 4096).SUM_STEPS for rows in (1, 32, 33) for n in (most, most + 1)]
-    assert found == [False, True, False, True, False, False]
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize(
+    ("columns", "channels", "shared"),
+    [(4096, 4096, True), (14336, 4096, False), (28672, 4096, False), (4096, 256, False), (4096, 28672, True)],
+)
+def test_steps_of_few_rows_have_sums_of_their_own_unless_all_tiles_are_shared(
+    rows: int, columns: int, channels: int, shared: bool
+) -> None:
+    tile = gpu_folded.tile_for(rows, [columns], channels)
+    parts = gpu_folded.parts_for(rows, [columns], channels, tile)
+    assert (parts.whole == 0) == shared
+    assert tile.SUM_STEPS is not shared
+
+
+def test_only_kernels_that_wait_for_their_inputs_are_launched_to_start_ahead(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interpreted or not: nothing runs here."""
+    x, weights = (
+        folded_rows(3, (64, 0, 0), "e2m3", device=device),
+        [random_weight(5, (64, 0, 0), "e2m3", device=device)],
+    )
+    values, perm = torch.zeros(3, 64, device=device), torch.arange(64, device=device)
+    out, tile = torch.empty(3, 5, device=device), FOLDED_TILES[0][1]
+    fold = gpu_folded.reorder_fold_call(
+        "none", values, None, 0.0, perm, (64, 0, 0), x, fp6="e2m3", scale_rounding="rceil", w_fp4=False
+    )
+    multiplication = gpu_folded.folded_mm_call(x, weights, [out], out, fp6="e2m3", tile=tile, parts=Parts(1, 1))
+    expansion = gpu_folded.expand_call(weights, ExpandedWeights.empty(weights, x.q), fp6="e2m3")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    for call, starts_ahead in ((fold, True), (multiplication, True), (expansion, False)):
+        kernel = MagicMock()
+        replace(call, kernel=kernel).launch()
+        (launched,) = kernel.__getitem__.return_value.call_args_list
+        assert launched.kwargs.get("launch_pdl", False) == starts_ahead
 
 
 @triton.jit(do_not_specialize=["steps4", "steps6", "steps8", "parts"])
