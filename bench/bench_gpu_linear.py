@@ -30,7 +30,7 @@ from micromix_compile import folding, gpu, gpu_folded, packing, reference
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import hardware, versions
 from micromix_compile.formats import BLOCK_SIZE, ScaleRounding
-from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight
+from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Residual
 from micromix_compile.templates.tiles import WIDE_FOLDED_TILES
 
 if TYPE_CHECKING:
@@ -116,8 +116,15 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.rms_norm(x, (x.shape[1],), weight, 1e-5)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream, and what the quantizer behind it reads."""
+    total = x + residual
+    return total, rms_norm(total, weight)
+
+
 compiled_fp8_quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(fp8_quantize)
 compiled_rms_norm: Callable[[Tensor, Tensor], Tensor] = torch.compile(rms_norm)
+compiled_add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = torch.compile(add_rms_norm)
 
 
 def folded_product(x: folding.FoldedActivation, weights: Sequence[FoldedWeight]) -> list[Tensor]:
@@ -314,14 +321,22 @@ def quantizers(scale_rounding: str) -> list[Row]:
     def fold(producer: str, x: Tensor, other: Tensor | None, order: Tensor = perm) -> object:
         return gpu_folded.reorder_fold(producer, x, other, 1e-5, order, split, FP6, scale_rounding, w_fp4=False)
 
+    def add_and_fold(x: Tensor, weight: Tensor) -> object:
+        residual = Residual(up[x.data_ptr()], torch.empty_like(x))
+        return gpu_folded.reorder_fold(
+            "rms_norm", x, weight, 1e-5, perm, split, FP6, scale_rounding, w_fp4=False, residual=residual
+        )
+
     runs: dict[str, tuple[Callable[[Tensor], object], float]] = {
         "fold": (lambda x: fold("none", x, None), 3.0),
         "fold, channels in order": (lambda x: fold("none", x, None, ordered), 3.0),
         "rms_norm + fold": (lambda x: fold("rms_norm", x, weight), 3.0),
+        "sum + rms_norm + fold": (lambda x: add_and_fold(x, weight), 7.0),
         "silu_mul + fold": (lambda x: fold("silu_mul", x, up[x.data_ptr()]), 5.0),
         "silu_mul + fold, channels in order": (lambda x: fold("silu_mul", x, up[x.data_ptr()], ordered), 5.0),
         "reorder_quantize": (lambda x: gpu.reorder_quantize(x, perm, *split, FP6, scale_rounding), 2.7),
         "compiled rms_norm": (lambda x: compiled_rms_norm(x, weight), 4.0),
+        "compiled sum + rms_norm": (lambda x: compiled_add_rms_norm(x, up[x.data_ptr()], weight), 8.0),
         "fp8 quantize": (compiled_fp8_quantize, 3.0),
         "copy": (out.copy_, 4.0),
     }

@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V
 
 from micromix_compile import folded_ops, gpu_folded, target
 from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
-from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight
+from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Residual
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
 
@@ -31,14 +31,14 @@ def _folds(node: Any) -> bool:
 
 
 def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
-    """Lower `op`, whose arguments `arguments` maps to producer, x, other, eps, channel_perm, split and names."""
+    """Lower `op`, whose arguments `arguments` maps to producer, x, other, residual, eps, channel_perm, split, names."""
     call_op = fallback_handler(op, add_to_fallback_set=False)
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(x: Any, *rest: Any) -> Any:
         if not _folds(x) or 0 in x.get_size():
             return call_op(x, *rest)
-        producer, source, other, eps, perm, split, fp6, scale_rounding, w_fp4 = arguments(x, *rest)
+        producer, source, other, residual, eps, perm, split, fp6, scale_rounding, w_fp4 = arguments(x, *rest)
         rows, device = x.get_size()[0], x.get_device()
         outputs = (
             empty([rows, fold_width(split, w_fp4=w_fp4)], torch.uint8, device),
@@ -47,24 +47,34 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
         )
         tensors: list[Any] = [None if node is None else Operand(in_memory(node)) for node in (source, other, perm)]
         filled: Any = FoldedActivation(*map(Operand, outputs))  # type: ignore[arg-type]
+        added: Any = None
+        if residual is not None:
+            added = Residual(Operand(in_memory(residual)), Operand(empty(x.get_size(), x.get_dtype(), device)))  # type: ignore[arg-type]
         call = gpu_folded.reorder_fold_call(
             producer, tensors[0], tensors[1], eps, tensors[2], split, filled, fp6=fp6, scale_rounding=scale_rounding,
-            w_fp4=w_fp4,
+            w_fp4=w_fp4, residual=added,
         )  # fmt: skip
         launch(call)
-        return outputs
+        return outputs if added is None else (added.total.node, *outputs)
 
 
 _register(
-    folded_ops.reorder_fold, lambda x, perm, k4, k6, k8, *names: ("none", x, None, 0.0, perm, (k4, k6, k8), *names)
+    folded_ops.reorder_fold,
+    lambda x, perm, k4, k6, k8, *names: ("none", x, None, None, 0.0, perm, (k4, k6, k8), *names),
 )
 _register(
     folded_ops.rms_norm_reorder_fold,
-    lambda x, weight, eps, perm, k4, k6, k8, *names: ("rms_norm", x, weight, eps, perm, (k4, k6, k8), *names),
+    lambda x, weight, eps, perm, k4, k6, k8, *names: ("rms_norm", x, weight, None, eps, perm, (k4, k6, k8), *names),
 )
 _register(
+    folded_ops.add_rms_norm_reorder_fold,
+    lambda x, residual, weight, eps, perm, k4, k6, k8, *names: (
+        "rms_norm", x, weight, residual, eps, perm, (k4, k6, k8), *names,
+    ),
+)  # fmt: skip
+_register(
     folded_ops.silu_mul_reorder_fold,
-    lambda gate, up, perm, k4, k6, k8, *names: ("silu_mul", gate, up, 0.0, perm, (k4, k6, k8), *names),
+    lambda gate, up, perm, k4, k6, k8, *names: ("silu_mul", gate, up, None, 0.0, perm, (k4, k6, k8), *names),
 )
 
 _call_folded_mm = fallback_handler(folded_ops.folded_mm, add_to_fallback_set=False)

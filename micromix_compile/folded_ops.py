@@ -2,6 +2,8 @@
 
     micromix::reorder_fold(x, channel_perm, k4, k6, k8, fp6, scale_rounding, w_fp4) -> (q, row_scale, locks)
     micromix::rms_norm_reorder_fold(x, weight, eps, channel_perm, ...)              -> (q, row_scale, locks)
+    micromix::add_rms_norm_reorder_fold(x, residual, weight, eps, channel_perm, ...)
+        -> (x + residual, q, row_scale, locks)
     micromix::silu_mul_reorder_fold(gate, up, channel_perm, ...)                    -> (q, row_scale, locks)
     micromix::folded_mm(q, row_scale, locks, w4[], w6[], w8[], w_factor[], w_row_scale[], bias[], fp6, out_dtype)
         -> (M, N)[]
@@ -13,17 +15,17 @@ plain PyTorch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from micromix_compile import folding, gpu_folded, ops, reference, target
+from micromix_compile import folding, gpu, gpu_folded, ops, reference, target
 from micromix_compile.folding import LOCKS, FoldedActivation, factor_shape, fold_width
 from micromix_compile.formats import ScaleRounding
-from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight
+from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight, Residual
 from micromix_compile.recipe import order_dtype
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ _FOLDED = "(Tensor q, Tensor row_scale, Tensor locks)"
 _lib = torch.library.Library("micromix", "FRAGMENT")
 _lib.define(f"reorder_fold(Tensor x, {_LAYOUT_ARGS}) -> {_FOLDED}")
 _lib.define(f"rms_norm_reorder_fold(Tensor x, Tensor weight, float eps, {_LAYOUT_ARGS}) -> {_FOLDED}")
+_lib.define(
+    f"add_rms_norm_reorder_fold(Tensor x, Tensor residual, Tensor weight, float eps, {_LAYOUT_ARGS}) -> "
+    "(Tensor total, Tensor q, Tensor row_scale, Tensor locks)"
+)
 _lib.define(f"silu_mul_reorder_fold(Tensor gate, Tensor up, {_LAYOUT_ARGS}) -> {_FOLDED}")
 _lib.define(
     "folded_mm(Tensor q, Tensor row_scale, Tensor locks, Tensor[] w4, Tensor[] w6, Tensor[] w8, Tensor[] w_factor, "
@@ -46,6 +52,7 @@ _lib.define(
 
 reorder_fold: Callable[..., Folded] = torch.ops.micromix.reorder_fold.default
 rms_norm_reorder_fold: Callable[..., Folded] = torch.ops.micromix.rms_norm_reorder_fold.default
+add_rms_norm_reorder_fold: Callable[..., tuple[Tensor, ...]] = torch.ops.micromix.add_rms_norm_reorder_fold.default
 silu_mul_reorder_fold: Callable[..., Folded] = torch.ops.micromix.silu_mul_reorder_fold.default
 folded_mm: Callable[..., list[Tensor]] = torch.ops.micromix.folded_mm.default
 
@@ -145,6 +152,22 @@ def _rms_norm_reorder_fold(x: Tensor, weight: Tensor, eps: float, *layout: objec
     return _fold("rms_norm", x, weight, eps, *layout)  # type: ignore[arg-type]
 
 
+def _add_rms_norm_reorder_fold(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *layout: Any
+) -> tuple[Tensor, ...]:
+    reference.check_residual(x, residual)
+    reference.check_norm_weight(x, weight)
+    if not runs_folded(x):
+        total = x + residual
+        return total, *_fold("rms_norm", total, weight, eps, *layout)
+    added = Residual(gpu.unit_column_stride(residual), x.new_empty(x.shape))
+    perm, k4, k6, k8, fp6, scale_rounding, w_fp4 = layout
+    folded = gpu_folded.reorder_fold(
+        "rms_norm", x, weight, eps, perm, (k4, k6, k8), fp6, scale_rounding, w_fp4=w_fp4, residual=added
+    )
+    return added.total, *folded
+
+
 def _silu_mul_reorder_fold(gate: Tensor, up: Tensor, *layout: object) -> Folded:
     reference.check_gate_and_up(gate, up)
     return _fold("silu_mul", gate, up, 0.0, *layout)  # type: ignore[arg-type]
@@ -207,6 +230,13 @@ def _fake_rms_norm_fold(x: Tensor, weight: Tensor, eps: float, *layout: object) 
     return _fake_fold(x, *layout)
 
 
+def _fake_add_rms_norm_fold(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *layout: object
+) -> tuple[Tensor, ...]:
+    reference.check_residual(x, residual)
+    return x.new_empty(x.shape), *_fake_rms_norm_fold(x, weight, eps, *layout)
+
+
 def _fake_silu_mul_fold(gate: Tensor, up: Tensor, *layout: object) -> Folded:
     reference.check_gate_and_up(gate, up)
     return _fake_fold(gate, *layout)
@@ -223,6 +253,7 @@ def _fake_folded_mm(
 for _name, _kernel, _fake in (
     ("reorder_fold", _reorder_fold, _fake_fold),
     ("rms_norm_reorder_fold", _rms_norm_reorder_fold, _fake_rms_norm_fold),
+    ("add_rms_norm_reorder_fold", _add_rms_norm_reorder_fold, _fake_add_rms_norm_fold),
     ("silu_mul_reorder_fold", _silu_mul_reorder_fold, _fake_silu_mul_fold),
     ("folded_mm", _folded_mm, _fake_folded_mm),
 ):

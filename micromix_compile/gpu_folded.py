@@ -102,9 +102,19 @@ class ExpandedWeights(NamedTuple):
         return [ExpandedWeights(*part) for part in parts]
 
 
+class Residual(NamedTuple):
+    """What is added to x in front of an RMSNorm, and where the sum goes: both (M, C) of x's dtype.
+
+    addend: columns side by side. total: contiguous.
+    """
+
+    addend: Tensor
+    total: Tensor
+
+
 def reorder_fold(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-    scale_rounding: str, *, w_fp4: bool,
+    scale_rounding: str, *, w_fp4: bool, residual: Residual | None = None,
 ) -> FoldedActivation:  # fmt: skip
     """`folding.fold_activation` of what `gpu` quantizes with the same producer, in one launch. x: (M, C)."""
     reference.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
@@ -115,7 +125,7 @@ def reorder_fold(
     )
     call = reorder_fold_call(
         producer, gpu.unit_column_stride(x), None if other is None else gpu.unit_column_stride(other), eps,
-        channel_perm.contiguous(), split, out, fp6=fp6, scale_rounding=scale_rounding, w_fp4=w_fp4,
+        channel_perm.contiguous(), split, out, fp6=fp6, scale_rounding=scale_rounding, w_fp4=w_fp4, residual=residual,
     )  # fmt: skip
     if x.shape[0]:
         with gpu.current_device(x):
@@ -125,9 +135,9 @@ def reorder_fold(
 
 def reorder_fold_call(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split,
-    out: FoldedActivation, *, fp6: str, scale_rounding: str, w_fp4: bool,
+    out: FoldedActivation, *, fp6: str, scale_rounding: str, w_fp4: bool, residual: Residual | None = None,
 ) -> gpu.KernelCall:  # fmt: skip
-    """The launch that fills `out`; as `gpu.reorder_quantize_call`."""
+    """The launch that fills `out`, and the residual's sum; as `gpu.reorder_quantize_call`."""
     from micromix_compile.templates.reorder_fold import reorder_fold_kernel
 
     channels = channel_perm.shape[0]
@@ -138,6 +148,8 @@ def reorder_fold_call(
         args={
             "x_ptr": x,
             "other_ptr": other,
+            "residual_ptr": None if residual is None else residual.addend,
+            "total_ptr": None if residual is None else residual.total,
             "channel_perm_ptr": channel_perm,
             "q_ptr": out.q,
             "row_scale_ptr": out.row_scale,
@@ -145,10 +157,12 @@ def reorder_fold_call(
             "C": x.shape[1],
             "stride_x": x.stride(0),
             "stride_other": other.stride(0) if producer == "silu_mul" and other is not None else 0,
+            "stride_residual": 0 if residual is None else residual.addend.stride(0),
             **_odd_blocks(split),
         },
         constexprs={
             "PRODUCER": producer,
+            "ADDS": residual is not None,
             "EPS": eps,
             "FP6": fp6,
             "SCALE_ROUNDING": str(scale_rounding),

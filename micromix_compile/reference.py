@@ -170,6 +170,14 @@ def check_gate_and_up(gate: Tensor, up: Tensor) -> None:
         raise ValueError(f"up must have shape {tuple(gate.shape)}, got {tuple(up.shape)}")
 
 
+def check_residual(x: Tensor, residual: Tensor) -> None:
+    """Raise TypeError or ValueError unless both have one dtype and one shape."""
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
 def check_mixed_mx_mm(
     x4: Tensor, x6: Tensor, x8: Tensor, x_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor,
     bias: Tensor | None, fp6: str,

@@ -6,6 +6,7 @@ if __name__ == "passes":
 from micromix_compile.passes.find_linears import find_linears
 from micromix_compile.passes.find_smoothable import find_smoothable
 from micromix_compile.passes.fold_products import fold_products
+from micromix_compile.passes.fuse_residual import fuse_residual
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.fuse_silu_mul import fuse_silu_mul
 from micromix_compile.passes.insert_observers import insert_observers
@@ -23,7 +24,7 @@ from micromix_compile.passes.share_activations import share_activations
 SMOOTH_PASSES = (find_linears, find_smoothable)
 CALIBRATE_PASSES = (find_linears, insert_observers)
 CONVERT_PASSES = (find_linears, rewrite_linears, share_activations, fold_products)
-POST_GRAD_PASSES = (fuse_rms_norm, fuse_silu_mul)
+POST_GRAD_PASSES = (fuse_rms_norm, fuse_residual, fuse_silu_mul)
 
 __all__ = [
     "CALIBRATE_PASSES",

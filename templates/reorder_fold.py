@@ -1,5 +1,7 @@
 """Reorder, quantize and fold on a GPU, behind nothing, an RMSNorm or SiLU·mul: E4M3 rows with one scale each.
 
+In front of the RMSNorm may stand the sum with a residual, which others read, and which is written too.
+
 The values are those of `reorder_quantize`, divided by the row's power of two and rounded to E4M3, in the order in which
 `folded_mm` meets them; `micromix_compile.folding` is the contract. A program takes one row or a part of it. Launched
 by `micromix_compile.gpu_folded`.
@@ -58,6 +60,8 @@ _CLAMP_AND_FOLD_PTX = tl.constexpr(_fold_ptx(" neg.bf16x2 power, $6; max.bf16x2 
 def reorder_fold_kernel(
     x_ptr,  # (M, C)
     other_ptr,  # rms_norm: weight (C,), any float dtype; silu_mul: up (M, C); none: unused
+    residual_ptr,  # (M, C), added to x where ADDS
+    total_ptr,  # (M, C), the sum of both
     channel_perm_ptr,  # (K,) any integer dtype, -1 reads as zero
     q_ptr,  # (M, `folding.fold_width`) uint8: E4M3 bytes
     row_scale_ptr,  # (M,) float32
@@ -65,10 +69,12 @@ def reorder_fold_kernel(
     C,
     stride_x,
     stride_other,
+    stride_residual,
     odd4,  # 2 * b4 + 3, and so on: compilers make another kernel for an argument of 1 or a multiple of 16
     odd6,
     odd8,
     PRODUCER: tl.constexpr,  # "none", "rms_norm" or "silu_mul"
+    ADDS: tl.constexpr,  # behind an RMSNorm only
     EPS: tl.constexpr,
     FP6: tl.constexpr,  # "e2m3" or "e3m2"
     SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil", "even" or "fit"
@@ -97,14 +103,18 @@ def reorder_fold_kernel(
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))
     x_ptr += row * stride_x
+    if ADDS:
+        residual_ptr += row * stride_residual
+        total_ptr += row * C
 
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
     index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     y, amax = gather_row(
-        x_ptr, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS, HAS_ROOM, PTX=True
-    )
+        x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, index, C, PRODUCER, ADDS, EPS, BLOCK_C,
+        ROW_CHUNKS, HAS_ROOM, PTX=True,
+    )  # fmt: skip
     is_packed: tl.constexpr = y.dtype == tl.bfloat16
     if is_packed:  # two bfloat16 a register, of which one instruction does both
         a, b, c, d = _as_pairs(y, BLOCKS)

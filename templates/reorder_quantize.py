@@ -64,8 +64,8 @@ def reorder_quantize_kernel(
     index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     row = tl.program_id(0).to(tl.int64)
     y, _ = gather_row(
-        x_ptr + row * stride_x, other_ptr, row * stride_other, index, C, PRODUCER, EPS, BLOCK_C, ROW_CHUNKS, HAS_ROOM,
-        PTX=False,
+        x_ptr + row * stride_x, other_ptr, row * stride_other, None, None, index, C, PRODUCER, False, EPS, BLOCK_C,
+        ROW_CHUNKS, HAS_ROOM, PTX=False,
     )  # fmt: skip
     _quantize_blocks(
         to_float32(tl.reshape(y, (BLOCKS, 32))),
@@ -87,9 +87,12 @@ def gather_row(
     x_ptr,
     other_ptr,
     other_offset,
+    residual_ptr,
+    total_ptr,
     index,
     C,
     PRODUCER: tl.constexpr,
+    ADDS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROW_CHUNKS: tl.constexpr,
@@ -98,21 +101,24 @@ def gather_row(
 ):
     """produced row[index], zero where index is outside [0, C), and the largest magnitude of all the row.
 
-    index: (BLOCK_K,) int32. The magnitude is of `magnitude_bits`. PTX: inline PTX may be used.
+    index: (BLOCK_K,) int32. The magnitude is of `magnitude_bits`. ADDS: in front of an RMSNorm x is a sum with the
+    residual, which is written to total_ptr. PTX: inline PTX may be used.
     """
+    tl.static_assert(PRODUCER == "rms_norm" or not ADDS, "only a norm stands behind a sum")
     rstd = 1.0
     if PRODUCER == "rms_norm":
-        rstd = row_rstd(x_ptr, C, EPS, BLOCK_C, ROW_CHUNKS)
+        rstd = row_rstd(x_ptr, residual_ptr, total_ptr, C, ADDS, EPS, BLOCK_C, ROW_CHUNKS)
     if PRODUCER == "silu_mul":
         other_ptr += other_offset
-    row = produce(x_ptr, other_ptr, tl.arange(0, BLOCK_C), C, rstd, PRODUCER, PTX)
+    row = produce(x_ptr, other_ptr, residual_ptr, tl.arange(0, BLOCK_C), C, rstd, PRODUCER, ADDS, PTX)
     if HAS_ROOM:  # the last channel of the chunk is a zero behind the row
         y = tl.gather(row, tl.minimum(index.to(tl.uint32, bitcast=True), BLOCK_C - 1).to(tl.int32, bitcast=True), 0)
     else:
         y = _gather_chunk(row, index, tl.zeros(index.shape, row.dtype))
     amax = tl.max(magnitude_bits(to_float32(row)), 0)
     for chunk in tl.static_range(1, ROW_CHUNKS):
-        row = produce(x_ptr, other_ptr, chunk * BLOCK_C + tl.arange(0, BLOCK_C), C, rstd, PRODUCER, PTX)
+        c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        row = produce(x_ptr, other_ptr, residual_ptr, c, C, rstd, PRODUCER, ADDS, PTX)
         y = _gather_chunk(row, index - chunk * BLOCK_C, y)
         amax = tl.maximum(amax, tl.max(magnitude_bits(to_float32(row)), 0))
     return y, amax
@@ -132,13 +138,22 @@ def magnitude_bits(y):
 
 
 @triton.jit
-def produce(x_ptr, other_ptr, c, C, rstd, PRODUCER: tl.constexpr, PTX: tl.constexpr):
+def _load_x(x_ptr, residual_ptr, c, C, ADDS: tl.constexpr):
+    """Channels `c` of x, or of x plus the residual, zero from C on."""
+    x = tl.load(x_ptr + c, mask=c < C, other=0.0)
+    if ADDS:
+        x = round_to(to_float32(x) + to_float32(tl.load(residual_ptr + c, mask=c < C, other=0.0)), x.dtype)
+    return x
+
+
+@triton.jit
+def produce(x_ptr, other_ptr, residual_ptr, c, C, rstd, PRODUCER: tl.constexpr, ADDS: tl.constexpr, PTX: tl.constexpr):
     """Channels `c` of the quantizer's input, zero from C on. Every step rounds as eager PyTorch does.
 
     In x's dtype; in float32 if that of the weight differs, as PyTorch promotes the product. From C on NaN instead of
     zero behind an RMSNorm whose rstd is NaN or infinite.
     """
-    x = tl.load(x_ptr + c, mask=c < C, other=0.0)
+    x = _load_x(x_ptr, residual_ptr, c, C, ADDS)
     if PRODUCER == "none":
         y = x
     else:
@@ -160,12 +175,18 @@ def produce(x_ptr, other_ptr, c, C, rstd, PRODUCER: tl.constexpr, PTX: tl.conste
 
 
 @triton.jit
-def row_rstd(x_ptr, C, EPS: tl.constexpr, BLOCK_C: tl.constexpr, ROW_CHUNKS: tl.constexpr):
-    """1 / sqrt(mean(x**2) + eps) of one row, in float32."""
+def row_rstd(
+    x_ptr, residual_ptr, total_ptr, C, ADDS: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROW_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """1 / sqrt(mean(x**2) + eps) of one row, in float32; the first of its programs stores a sum."""
     total = tl.zeros((BLOCK_C,), tl.float32)
     for chunk in tl.static_range(ROW_CHUNKS):
         c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = to_float32(tl.load(x_ptr + c, mask=c < C, other=0.0))
+        x = _load_x(x_ptr, residual_ptr, c, C, ADDS)
+        if ADDS:
+            tl.store(total_ptr + c, x, mask=(c < C) & (tl.program_id(1) == 0))
+        x = to_float32(x)
         total += x * x
     return tl.rsqrt(tl.sum(total, 0) / C + EPS)
 

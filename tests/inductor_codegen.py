@@ -121,6 +121,10 @@ def quantized(x: Tensor, perm: Tensor) -> Any:
     return ops.reorder_quantize(x.reshape(-1, C), perm, *SPLITS[0], *LAYOUT)
 
 
+def folded(x: Tensor, perm: Tensor) -> Any:
+    return folded_ops.reorder_fold(x.reshape(-1, C), perm, *SPLITS[0], *LAYOUT, False)
+
+
 def silu_mul(gate: Tensor, up: Tensor, perm: Tensor) -> Any:
     return quantized(torch.nn.functional.silu(gate) * up, perm)
 
@@ -136,6 +140,24 @@ def no_silu(gate: Tensor, up: Tensor, perm: Tensor) -> Any:
     return quantized(gate / torch.add(torch.exp(-gate), 1, alpha=2) * up, perm)
 
 
+def residual_norm(x: Tensor, residual: Tensor, weight: Tensor, perm: Tensor) -> Any:
+    """The sum is read by others, here it is a result."""
+    total = x + residual
+    return total, *folded(ops.rms_norm(total, weight, 1e-6), perm)
+
+
+def late_weight(x: Tensor, residual: Tensor, weight: Tensor, perm: Tensor) -> Any:
+    """The norm's weight depends on the sum."""
+    total = x + residual
+    return total, *folded(ops.rms_norm(total, weight * total.amax(0), 1e-6), perm)
+
+
+def scaled_residual(x: Tensor, residual: Tensor, weight: Tensor, perm: Tensor) -> Any:
+    """What looks like a sum but for a keyword."""
+    total = torch.add(x, residual, alpha=2)
+    return total, *folded(ops.rms_norm(total, weight, 1e-6), perm)
+
+
 def rms_norm(x: Tensor, weight: Tensor, perm: Tensor) -> Any:
     return quantized(ops.rms_norm(x, weight, 1e-6), perm)
 
@@ -149,6 +171,11 @@ PRODUCERS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "no silu": (no_silu, [(7, 10, C), (7, 10, C)]),
     "norm 3d": (rms_norm, [(7, 10, C), (C,)]),
     "norm 2d": (rms_norm, [(70, C), (C,)]),
+    "residual 3d": (residual_norm, [(7, 10, C), (7, 10, C), (C,)]),
+    "residual 2d": (residual_norm, [(70, C), (70, C), (C,)]),
+    "residual broadcast": (residual_norm, [(7, 10, C), (1, 1, C), (C,)]),
+    "residual scaled": (scaled_residual, [(70, C), (70, C), (C,)]),
+    "residual with a late weight": (late_weight, [(70, C), (70, C), (C,)]),
 }
 
 

@@ -104,24 +104,37 @@ def test_where_all_else_is_called_as_eager_does_our_ops_are_still_compiled() -> 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("case", "producer", "others"),
+    ("case", "producer", "adds", "others"),
     [
-        ("silu 3d", "silu_mul", 0),
-        ("silu 2d", "silu_mul", 0),
-        ("silu of halves", "silu_mul", 0),
-        ("silu broadcast", "none", 1),
-        ("no silu", "none", 1),
-        ("norm 3d", "rms_norm", 0),
-        ("norm 2d", "rms_norm", 0),
+        ("silu 3d", "silu_mul", False, 0),
+        ("silu 2d", "silu_mul", False, 0),
+        ("silu of halves", "silu_mul", False, 0),
+        ("silu broadcast", "none", False, 1),
+        ("no silu", "none", False, 1),
+        ("norm 3d", "rms_norm", False, 0),
+        ("norm 2d", "rms_norm", False, 0),
+        ("residual 3d", "rms_norm", True, 0),
+        ("residual 2d", "rms_norm", True, 0),
+        ("residual broadcast", "rms_norm", False, 1),
+        ("residual scaled", "rms_norm", False, 1),
+        ("residual with a late weight", "rms_norm", False, 1),
     ],
 )
-def test_a_producer_joins_the_quantizer_or_stays_whole(case: str, producer: str, others: int, dtype: str) -> None:
+def test_a_producer_joins_the_quantizer_or_stays_whole(
+    case: str, producer: str, adds: bool, others: int, dtype: str
+) -> None:
     code = generated(case, (9, 0), dtype=dtype)
     *before, quantizer = code["launches"]
     assert len(before) == others
     source = code["kernels"][quantizer]
     assert f"'PRODUCER': '{producer}'" in source
     assert f"'EPS': {1e-6 if producer == 'rms_norm' else 0.0}" in source
+    assert ("'ADDS': True" in source) == adds
+
+
+def test_a_residual_of_any_number_of_rows_joins_the_quantizer() -> None:
+    (launch,) = generated("residual 3d", (9, 0), dynamic=True)["launches"]
+    assert launch.startswith("reorder_fold_kernel")
 
 
 @pytest.mark.parametrize(("rows", "widen"), [(16, 1), (1, 6)], ids=["16 rows", "1 row, K split"])
@@ -129,8 +142,8 @@ def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products(rows: int, widen: i
     code = generated("folded", (9, 0), rows=rows, widen=widen, compile=True)
     kinds = [name.rsplit("_kernel_", 1)[0] for name in code["launches"]]
     layer = ["reorder_fold", "folded_mm", "reorder_fold", "folded_mm"]
-    assert kinds == [*layer, "triton_poi_fused_add_0", *layer, "triton_poi_fused_add_1"]
-    assert code["analyses"] == 4  # the second layer is the first with another split
+    assert kinds == [*layer, *layer, "triton_poi_fused_add_0"]
+    assert code["analyses"] == 5  # the second layer is the first with another split, but that its norm is behind a sum
     quantizers = [code["kernels"][name] for name in code["launches"][:3:2]]
     assert "'PRODUCER': 'rms_norm'" in quantizers[0]
     assert "'PRODUCER': 'silu_mul'" in quantizers[1]
@@ -146,7 +159,7 @@ def test_a_folded_product_of_many_rows_expands_its_weights_for_one_product_of_th
     kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
     product = ["expand_weights", "torch.ops.aten._scaled_mm"]
     layer = ["reorder_fold", *product, "reorder_fold", *product]
-    assert kinds == [*layer, "triton_poi_fused_add_0", *layer, "triton_poi_fused_add_1"]
+    assert kinds == [*layer, *layer, "triton_poi_fused_add_0"]
 
 
 @pytest.mark.parametrize(

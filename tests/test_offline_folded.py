@@ -12,7 +12,7 @@ from test_offline_compile import ROUNDINGS, SPILL_LIMIT, compile_once, kernel_of
 from micromix_compile import folding, gpu_folded
 from micromix_compile.folding import FoldedActivation
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS
-from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight
+from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Residual
 from micromix_compile.lowering import offline
 from micromix_compile.lowering.offline import Compiled, Kernel
 from micromix_compile.templates.tiles import (
@@ -65,10 +65,12 @@ def reorder_fold(producer: str, channels: int, *, rows: int, scale_rounding: str
     x = meta(rows, channels, dtype=torch.bfloat16)
     width = folding.fold_width(split_of(channels), w_fp4=w_fp4)
     out = FoldedActivation(meta(rows, width), meta(rows, dtype=torch.float32), meta(folding.LOCKS, dtype=torch.int32))
+    residual = Residual(x, x) if producer == "residual" else None
+    producer = "rms_norm" if residual else producer
     other = {"none": None, "rms_norm": x[0], "silu_mul": x}[producer]
     call = gpu_folded.reorder_fold_call(
         producer, x, other, 1e-5, meta(channels, dtype=torch.int16), split_of(channels), out, fp6="e2m3",
-        scale_rounding=scale_rounding, w_fp4=w_fp4,
+        scale_rounding=scale_rounding, w_fp4=w_fp4, residual=residual,
     )  # fmt: skip
     return kernel_of(call, CAPABILITY)
 
@@ -93,6 +95,7 @@ FOLDS = {
     )
     for producer, channels, w_fp4 in (
         *(("none", 4096, False), ("none", 4096, True), ("rms_norm", 4096, False), ("rms_norm", 8192, False)),
+        *(("residual", channels, False) for channels in (4096, 8192, 28672)),
         *((producer, channels, False) for producer in ("none", "rms_norm", "silu_mul") for channels in (14336, 28672)),
     )
     for rows, rounding in ROUNDINGS
@@ -144,7 +147,7 @@ def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     assert result.shared_bytes <= FAMILIES["sm_90"].shared_memory
     assert not result.trap
     assert not result.mma_blocks
-    assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if name.startswith("rms_norm") else set())
+    assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if name.startswith(("rms_norm", "residual")) else set())
 
 
 @pytest.mark.parametrize("case", [*PRODUCTS, *FOLDS], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from micromix_compile import backend, folded_ops, ops
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.passes import CONVERT_PASSES, PassContext, find_linears, insert_observers, run_passes
 from micromix_compile.passes.fold_products import fold_products
+from micromix_compile.passes.fuse_residual import fuse_residual
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.rewrite_linears import rewrite_linears
 from micromix_compile.passes.share_activations import share_activations
@@ -226,6 +228,34 @@ def test_a_norm_whose_rows_are_used_elsewhere_stays() -> None:
 
 def test_a_norm_computed_in_half_precision_stays() -> None:
     assert fuse_rms_norm(normed_and_quantized(torch.bfloat16, keep_rows=False, widen=False).graph) == 0
+
+
+def residual_program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
+    """Two sums of one stream, each behind a quantizer; the first has a reader before it, the second is a result."""
+    layout = (perm, 32, 0, 32, "e2m3", "rceil", False)
+    first = x + y
+    before = first * 2
+    folded = folded_ops.rms_norm_reorder_fold(first.reshape(-1, 64), weight, 1e-6, *layout)
+    second = first + before
+    return (second, *folded, *folded_ops.rms_norm_reorder_fold(second.reshape(-1, 64), weight, 1e-6, *layout))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64), (6, 64)])
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], mode: str
+) -> None:
+    monkeypatch.setattr(sys.modules[fuse_residual.__module__], "runs_folded", lambda _: True)
+    inputs = (*torch.randn(2, *shape).bfloat16(), torch.rand(64).bfloat16(), torch.randperm(64))
+    gm = make_fx(residual_program, tracing_mode=mode)(*inputs)
+    want = gm(*inputs)
+    assert fuse_residual(gm.graph) == 2
+    gm.graph.lint()
+    gm.recompile()
+    targets = Counter(str(node.target) for node in gm.graph.nodes)
+    assert targets["micromix.add_rms_norm_reorder_fold.default"] == 2
+    assert targets["micromix.rms_norm_reorder_fold.default"] == targets["aten.add.Tensor"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(gm(*inputs), want, strict=True))
 
 
 def test_graphs_are_dumped_before_and_after_the_named_pass(tmp_path: Path) -> None:

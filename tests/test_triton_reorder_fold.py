@@ -13,9 +13,10 @@ from strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, re
 from torch import Tensor
 from torch.nn.functional import silu
 
-from micromix_compile import folding, gpu, gpu_folded, ops, reference
+from micromix_compile import folded_ops, folding, gpu, gpu_folded, ops, reference
 from micromix_compile.folding import FoldedActivation
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
+from micromix_compile.gpu_folded import Residual
 from micromix_compile.reference import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -209,6 +210,50 @@ def test_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     x, weight, rounding = x.to(device), weight.to(device), "rceil" if w_fp4 else "fit"
     got = gpu_folded.reorder_fold("rms_norm", x, weight, 1e-5, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4)
     assert_folds(got, ops.rms_norm(x, weight, 1e-5).cpu(), perm, split, "e2m3", rounding, w_fp4=w_fp4)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(("rows", "channels"), [(9, 256), (1, 4096), (200, 128)])
+def test_sum_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
+    device: str, dtype: torch.dtype, rows: int, channels: int
+) -> None:
+    """Rows of one program and of four, as parts of wider matrices; the sum is whole and is of the row's own."""
+    x, residual = (torch.randint(-7, 8, (rows, channels + 8), device=device).to(dtype)[:, :channels] for _ in range(2))
+    weight, perm = torch.randn(channels, device=device).to(dtype), torch.randperm(channels)
+    split = (channels // 2, channels // 4, channels // 4)
+    layout = (perm.to(device), *split, "e2m3", "fit", False)
+    total, *folded = folded_ops.add_rms_norm_reorder_fold(x, residual, weight, 1e-5, *layout)
+    assert torch.equal(total, x + residual)
+    want = ops.rms_norm(x + residual, weight, 1e-5).cpu()
+    assert_folds(FoldedActivation(*folded), want, perm, split, "e2m3", "fit", w_fp4=False)
+    added = Residual(residual, torch.full((rows, channels), torch.nan, dtype=dtype, device=device))
+    launched = gpu_folded.reorder_fold(
+        "rms_norm", x, weight, 1e-5, layout[0], split, "e2m3", "fit", w_fp4=False, residual=added
+    )
+    assert torch.equal(added.total, x + residual)
+    assert_folds(launched, want, perm, split, "e2m3", "fit", w_fp4=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sum_rounds_as_eager_does(device: str, dtype: torch.dtype) -> None:
+    """Values of all exponents, whose sums are halfway between two numbers now and then."""
+    bits = torch.randint(0, 65536, (2, 4, 2048), dtype=torch.int32).to(torch.uint16).view(dtype)
+    x, residual = torch.where(bits.isfinite(), bits, 0).to(device)
+    added = Residual(residual, torch.empty_like(x))
+    perm = torch.arange(2048, device=device)
+    gpu_folded.reorder_fold(
+        "rms_norm", x, torch.ones_like(x[0]), 1e-5, perm, (2048, 0, 0), "e2m3", "fit", w_fp4=False, residual=added
+    )
+    assert torch.equal(added.total.cpu(), x.cpu() + residual.cpu())
+
+
+def test_a_residual_of_another_shape_or_dtype_is_refused(device: str) -> None:
+    x, weight, perm = torch.zeros(3, 64, device=device), torch.ones(64, device=device), torch.arange(64, device=device)
+    layout = (perm, 64, 0, 0, "e2m3", "fit", False)
+    with pytest.raises(ValueError, match=r"residual must have shape \(3, 64\), got \(1, 64\)"):
+        folded_ops.add_rms_norm_reorder_fold(x, x[:1], weight, 1e-5, *layout)
+    with pytest.raises(TypeError, match=r"residual must have x's dtype torch.float32, got torch.bfloat16"):
+        folded_ops.add_rms_norm_reorder_fold(x, x.bfloat16(), weight, 1e-5, *layout)
 
 
 def test_norm_and_fold_of_a_row_wider_than_one_tile(device: str) -> None:
