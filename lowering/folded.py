@@ -1,7 +1,7 @@
 """Inductor's lowerings of the folded ops: launches of Triton kernels, calls of the library, or the op itself.
 
-A product of rows whose number is not known while compiling stays a call of the op, which decides when it runs between
-the kernel that reads packed weights and the library.
+A product of any number of rows is the library's if it is compiled for one with many, and then for many only: fewer are
+compiled anew. Else it stays a call of the op, which decides when it runs, at some 50 us of the host's time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch._inductor.virtualized import V
 from micromix_compile import folded_ops, gpu_folded, target
 from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Residual
-from micromix_compile.lowering import inductor
+from micromix_compile.lowering import inductor, torch_compat
 from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
 
 if TYPE_CHECKING:
@@ -87,16 +87,18 @@ def _lower_folded_mm(
 ) -> Any:  # fmt: skip
     rows = Operand(q).shape[0]
     columns = [Operand(node).shape[0] for node in w_row_scale]
-    is_known = isinstance(rows, int) and rows > 0 and _folds(q)
-    if not is_known:
+    is_fixed = isinstance(rows, int) and rows > 0
+    if not _folds(q) or not (is_fixed or _are_many(rows)):
         return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     tensors = zip(w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4), strict=True)
     weights: Any = [
         FoldedWeight(*(None if node is None else Operand(_operand(node)) for node in one))  # type: ignore[arg-type]
         for one in tensors
     ]
-    if gpu_folded.uses_library(rows, weights, out_dtype):
+    if gpu_folded.uses_library(rows if is_fixed else gpu_folded.EXPAND_FROM, weights, out_dtype):
         return _library_mm(q, row_scale, weights, fp6, out_dtype)
+    if not is_fixed:
+        return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
     tile = gpu_folded.tile_for(rows, columns, x.q.shape[1])
@@ -106,6 +108,12 @@ def _lower_folded_mm(
     results: Any = [Operand(out) for out in outs]
     launch(gpu_folded.folded_mm_call(x, weights, results, partial, fp6=fp6, tile=tile, parts=parts))
     return outs
+
+
+def _are_many(rows: Any) -> bool:
+    """Whether a symbolic number of rows is one that the library is asked for; if so, from now on it must be."""
+    sizevars, least = V.graph.sizevars, gpu_folded.EXPAND_FROM
+    return torch_compat.size_hint(sizevars, rows) >= least and bool(sizevars.guard_or_false(rows >= least))
 
 
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)

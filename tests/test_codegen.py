@@ -182,7 +182,12 @@ def test_products_of_many_rows_are_one_unless_one_must_lie_in_memory_as_in_eager
     assert len(others) == 2 + pointwise  # and no copies
 
 
-def test_a_folded_product_of_any_rows_is_decided_when_it_runs() -> None:
+def test_a_folded_product_of_any_rows_is_the_library_s_if_it_is_compiled_for_many() -> None:
+    launches = generated("folded", (9, 0), rows=300, dynamic=True)["launches"]
+    assert launches == generated("folded", (9, 0), rows=300)["launches"]
+
+
+def test_a_folded_product_of_any_rows_is_decided_when_it_runs_if_it_is_compiled_for_few() -> None:
     launches = generated("folded", (9, 0), rows=16, dynamic=True)["launches"]
     assert "torch.ops.micromix.folded_mm" in launches
     assert not any(name.startswith("folded_mm_kernel") for name in launches)

@@ -308,6 +308,20 @@ def test_folded_models_take_any_rows_on_two_streams() -> None:
 
 
 @needs_folding
+def test_many_rows_of_any_number_are_one_graph_and_few_another() -> None:
+    net = norm_free(make_net(torch.bfloat16)).cuda()
+    recipe = micromix.calibrate(net, [torch.randn(1, 64, 64, dtype=torch.bfloat16, device="cuda")])
+    packed, fast = micromix.quantize_(copy.deepcopy(net), recipe), compiled(net, recipe, exact=False)
+    counters.clear()
+    with torch.no_grad():
+        for rows, graphs in ((300, 1), (301, 2), (5000, 2), (20, 3), (33, 3), (400, 3)):
+            x = torch.randn(1, rows, 64, dtype=torch.bfloat16, device="cuda")
+            got, want = fast(x), packed(x)
+            assert (got - want).float().abs().mean() <= 0.02 * want.float().abs().max()
+            assert counters["stats"]["unique_graphs"] == graphs, rows
+
+
+@needs_folding
 def test_a_folded_decoder_layer_is_4_quantizers_and_4_products() -> None:
     model = llama(torch.bfloat16).cuda()
     recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
