@@ -1,7 +1,8 @@
 """Inductor's lowerings of the folded ops: launches of Triton kernels, calls of the library, or the op itself.
 
-A product of any number of rows is the library's if it is compiled for one with many, and then for many only: fewer are
-compiled anew. Else it stays a call of the op, which decides when it runs, at some 50 us of the host's time.
+A product of any number of rows that is compiled with many is the library's, and for many only. One that is compiled
+with few, and for few only, stays a call of the op, which chooses a tile when it runs; so does one for both, where rows
+depend on data or the caller declared their range. Such a call takes some 50 us of the host's time.
 """
 
 from __future__ import annotations
@@ -87,17 +88,16 @@ def _lower_folded_mm(
 ) -> Any:  # fmt: skip
     rows = Operand(q).shape[0]
     columns = [Operand(node).shape[0] for node in w_row_scale]
-    is_fixed = isinstance(rows, int) and rows > 0
-    if not _folds(q) or not (is_fixed or _are_many(rows)):
+    if not _folds(q) or rows == 0:
         return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     tensors = zip(w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4), strict=True)
     weights: Any = [
         FoldedWeight(*(None if node is None else Operand(_operand(node)) for node in one))  # type: ignore[arg-type]
         for one in tensors
     ]
-    if gpu_folded.uses_library(rows if is_fixed else gpu_folded.EXPAND_FROM, weights, out_dtype):
+    if _asks_library(rows, weights, out_dtype):
         return _library_mm(q, row_scale, weights, fp6, out_dtype)
-    if not is_fixed:
+    if not isinstance(rows, int):
         return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
@@ -110,10 +110,13 @@ def _lower_folded_mm(
     return outs
 
 
-def _are_many(rows: Any) -> bool:
-    """Whether a symbolic number of rows is one that the library is asked for; if so, from now on it must be."""
-    sizevars, least = V.graph.sizevars, gpu_folded.EXPAND_FROM
-    return torch_compat.size_hint(sizevars, rows) >= least and bool(sizevars.guard_or_false(rows >= least))
+def _asks_library(rows: Any, weights: Any, out_dtype: torch.dtype) -> bool:
+    """`gpu_folded.uses_library`, for a symbolic number of rows, too, which then is guarded."""
+    if isinstance(rows, int):
+        return gpu_folded.uses_library(rows, weights, out_dtype)
+    least = gpu_folded.EXPAND_FROM
+    fits = gpu_folded.uses_library(least, weights, out_dtype)
+    return bool(fits and torch_compat.is_at_least(V.graph.sizevars, rows, least))
 
 
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)

@@ -168,6 +168,18 @@ def size_hint(sizevars: Any, size: Any) -> int:
     return int(sizevars.optimization_hint(size, fallback=UNKNOWN_ROWS))
 
 
+def is_at_least(sizevars: Any, size: Any, least: int) -> bool | None:
+    """Whether a symbolic dimension is at least `least`; a guard then has other code compiled where it is otherwise.
+
+    None, and no guard, if it depends on data or has an upper bound: whoever declared one does not want it narrowed.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    if free_unbacked_symbols(size) or sizevars.shape_env.bound_sympy(size).upper < sys.maxsize - 1:
+        return None
+    return bool(sizevars.evaluate_expr(size >= least))
+
+
 def select_algorithm(name: str, choices: list[Any], inputs: list[Any], layout: Any) -> Any:
     """The fastest of Inductor's choices for an operation, or the only one without a measurement."""
     from torch._inductor.select_algorithm import autotune_select_algorithm

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from micromix_compile import folded_ops
 from micromix_compile.folded_ops import runs_folded
+from micromix_compile.passes.producers import same_shape
 
 if TYPE_CHECKING:
     from torch import fx
@@ -44,11 +46,10 @@ def _is_sum(total: Node, rows: Node) -> bool:
         return False
     value = total.meta["val"]
     parts = [arg.meta["val"] for arg in total.args if isinstance(arg, Node)]
-    same = all(
-        isinstance(part, torch.Tensor) and part.dtype == value.dtype and part.shape == value.shape for part in parts
-    )
-    has_rows = value.shape[-1:] == rows.meta["val"].shape[-1:]
-    return bool(same and has_rows and value.is_contiguous() and runs_folded(value))
+    same = all(isinstance(part, torch.Tensor) and part.dtype == value.dtype for part in parts)
+    if not same or not same_shape(value, *parts) or not value.is_contiguous() or not runs_folded(value):
+        return False
+    return value.dim() > 0 and statically_known_true(value.shape[-1] == rows.meta["val"].shape[-1])
 
 
 def _place(graph: fx.Graph, quantize: Node, total: Node) -> Node | None:
@@ -56,7 +57,7 @@ def _place(graph: fx.Graph, quantize: Node, total: Node) -> Node | None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     first = min(total.users, key=order.__getitem__)
     others = [arg for arg in quantize.args[1:] if isinstance(arg, Node)]
-    return first if all(order[arg] < order[first] for arg in others) else None
+    return first if all(arg is not total and order[arg] < order[first] for arg in others) else None
 
 
 def _rewrite(graph: fx.Graph, quantize: Node, rows: Node, total: Node, place: Node) -> None:

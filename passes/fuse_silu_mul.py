@@ -16,7 +16,7 @@ from torch._inductor.pattern_matcher import (
 )
 
 from micromix_compile import folded_ops, ops, target
-from micromix_compile.passes.producers import quantized, quantizes_rows_of, replace_quantize
+from micromix_compile.passes.producers import quantized, quantizes_rows_of, replace_quantize, same_shape
 
 if TYPE_CHECKING:
     from torch import fx
@@ -69,7 +69,7 @@ def _is_rounded_product(match: Match) -> bool:
 def _is_row_product(match: Match) -> bool:
     """Whether the rows that are multiplied are the rows that are quantized, on a device with the fused kernel."""
     gate, up = (match.kwargs[name].meta["val"] for name in ("gate", "up"))
-    same = gate.shape == up.shape and gate.dtype == up.dtype
+    same = same_shape(gate, up) and gate.dtype == up.dtype
     return bool(target.triton_family(gate) and same and quantizes_rows_of(match, gate))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from micromix_compile import folded_ops, ops
 
@@ -28,6 +29,15 @@ def quantized(rows: PatternExpr) -> list[PatternExpr]:
         for op, layout in LAYOUTS.items()
         for matrix in (viewed, rows)
     ]
+
+
+def same_shape(*tensors: torch.Tensor) -> bool:
+    """Whether shapes are equal for all that is known; `==` would make symbolic sizes equal from then on."""
+    first, *others = (tensor.shape for tensor in tensors)
+    return all(
+        len(shape) == len(first) and all(statically_known_true(a == b) for a, b in zip(shape, first, strict=True))
+        for shape in others
+    )
 
 
 def quantizes_rows_of(match: Match, x: torch.Tensor) -> bool:

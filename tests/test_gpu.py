@@ -319,6 +319,10 @@ def test_many_rows_of_any_number_are_one_graph_and_few_another() -> None:
             got, want = fast(x), packed(x)
             assert (got - want).float().abs().mean() <= 0.02 * want.float().abs().max()
             assert counters["stats"]["unique_graphs"] == graphs, rows
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+                fast(x)
+            decides = any(event.name == "micromix::folded_mm" for event in profile.events())
+            assert decides == (rows < 257), rows
 
 
 @needs_folding

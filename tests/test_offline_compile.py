@@ -385,10 +385,20 @@ def test_a_bare_trap_and_what_ptxas_says_are_seen() -> None:
         serialized=False,
         trap=True,
         flushing=("mul.ftz.f32",),
+        before_wait=None,
     )
     log += "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to it\n"
     assert offline._inspect(binary, log) == replace(found, serialized=True)
     assert found.emulated
+
+
+def test_memory_instructions_before_the_wait_are_seen_but_for_prefetches_and_arguments() -> None:
+    head = "\tld.param.b64 %rd1, [f_param_0];\n\tprefetch.global.L2 [%rd1];\n"
+    early = "\tld.global.b32 %r1, [%rd1];\n\tcp.async.ca.shared.global [%r2], [%rd1], 16;\n"
+    wait = "\tgriddepcontrol.wait;\n"
+    assert offline._before_wait(head + early) is None
+    assert offline._before_wait(head + wait + early) == ()
+    assert offline._before_wait(head + early + wait) == ("cp.async.ca.shared.global", "ld.global.b32")
 
 
 def test_instructions_are_counted_between_labels_and_branches() -> None:

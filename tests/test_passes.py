@@ -258,6 +258,24 @@ def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(
     assert all(torch.equal(a, b) for a, b in zip(gm(*inputs), want, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64)])
+def test_a_sum_of_other_shapes_stays_and_leaves_sizes_free(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(sys.modules[fuse_residual.__module__], "runs_folded", lambda _: True)
+    inputs = (torch.randn(5, 3, 64), torch.randn(shape), torch.rand(64), torch.randperm(64))
+
+    def program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
+        rows = (x + y).reshape(-1, 64)
+        return folded_ops.rms_norm_reorder_fold(rows, weight, 1e-6, perm, 32, 0, 32, "e2m3", "rceil", False)
+
+    gm = make_fx(program, tracing_mode="symbolic")(*inputs)
+    environment = next(iter(gm.graph.nodes)).meta["val"].fake_mode.shape_env
+    guards = len(environment.guards)
+    assert fuse_residual(gm.graph) == 0
+    assert len(environment.guards) == guards
+
+
 def test_graphs_are_dumped_before_and_after_the_named_pass(tmp_path: Path) -> None:
     net = make_net(layers=1)
     recipe = micromix.calibrate(net, [torch.randn(2, 5, 64)])
