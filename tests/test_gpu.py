@@ -314,7 +314,8 @@ def test_many_rows_of_any_number_are_one_graph_and_few_another() -> None:
     packed, fast = micromix.quantize_(copy.deepcopy(net), recipe), compiled(net, recipe, exact=False)
     counters.clear()
     with torch.no_grad():
-        for rows, graphs in ((300, 1), (301, 2), (5000, 2), (20, 3), (33, 3), (400, 3)):
+        # Calibrating has seen another number of rows, so it is any number from the first graph on.
+        for rows, graphs in ((300, 1), (301, 1), (5000, 1), (20, 2), (33, 2), (400, 2)):
             x = torch.randn(1, rows, 64, dtype=torch.bfloat16, device="cuda")
             got, want = fast(x), packed(x)
             assert (got - want).float().abs().mean() <= 0.02 * want.float().abs().max()
