@@ -284,7 +284,7 @@ class Linears:
 
             def fold(x: Tensor = x) -> folding.FoldedActivation:
                 return gpu_folded.reorder_fold(
-                    "none", x, None, 0.0, perm, split, FP6, self._scale_rounding, w_fp4=False
+                    "none", x, None, 0.0, perm, split, FP6, self._scale_rounding, w_fp4=False, products=[case.columns]
                 )
 
             ready = fold()

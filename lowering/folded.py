@@ -31,6 +31,16 @@ def _folds(node: Any) -> bool:
     return family is not None and family.folds
 
 
+def _products(node: fx.Node) -> list[list[int]]:
+    """The columns of each product that reads a quantizer's results."""
+    readers = {reader for output in node.users for reader in output.users if reader.target is folded_ops.folded_mm}
+    columns = []
+    for reader in readers:
+        *_, w_row_scale, _bias, _fp6, _out_dtype = reader.args
+        columns.append([int(one.meta["val"].shape[0]) for one in w_row_scale])  # type: ignore[union-attr]
+    return columns
+
+
 def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
     """Lower `op`, whose arguments `arguments` maps to producer, x, other, residual, eps, channel_perm, split, names."""
     call_op = fallback_handler(op, add_to_fallback_set=False)
@@ -53,7 +63,7 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
             added = Residual(Operand(in_memory(residual)), Operand(empty(x.get_size(), x.get_dtype(), device)))  # type: ignore[arg-type]
         call = gpu_folded.reorder_fold_call(
             producer, tensors[0], tensors[1], eps, tensors[2], split, filled, fp6=fp6, scale_rounding=scale_rounding,
-            w_fp4=w_fp4, residual=added,
+            w_fp4=w_fp4, residual=added, products=_products(V.graph.current_node),
         )  # fmt: skip
         launch(call)
         return outputs if added is None else (added.total.node, *outputs)

@@ -61,7 +61,8 @@ class Compiled:
     one program. serialized: ptxas has each asynchronous matrix instruction end before the next begins. trap: the code
     can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
     float32 subnormals for zero, such as "rsqrt.approx.ftz.f32". before_wait: those that read or write memory before the
-    kernel waits for its inputs, None if it does not wait.
+    kernel waits for its inputs, None if it does not wait. runs_on: an asynchronous matrix instruction may not have
+    ended at the end of such a piece, although it reads registers, which ptxas then writes to.
     """
 
     target: str
@@ -74,6 +75,7 @@ class Compiled:
     trap: bool
     flushing: tuple[str, ...]
     before_wait: tuple[str, ...] | None
+    runs_on: bool
 
     @property
     def mma(self) -> dict[str, int]:
@@ -149,7 +151,7 @@ def folded_mm(
         constexprs={
             "FP6": fp6, "GROUPS": groups, "HAS_BIAS": bias, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K, "SPLIT_K": split_k, "COPIED": tile.copied_factors, "SUM_STEPS": tile.SUM_STEPS,
-            "LAUNCH_PDL": True,
+            "LAUNCH_PDL": True, "RELEASES": tile.releases,
             **constants,
         },
         aligned=(*pointers, *(name for name, value in extents.items() if value % 16 == 0)),
@@ -256,6 +258,7 @@ def _inspect(binary: Any, log: str) -> Compiled:
         trap=re.search(r"\btrap;", ptx) is not None,
         flushing=tuple(sorted(set(re.findall(r"[a-z][\w.]*\.ftz\b[\w.]*", ptx)))),
         before_wait=_before_wait(ptx),
+        runs_on=_runs_on(ptx),
     )
 
 
@@ -264,6 +267,20 @@ def _before_wait(ptx: str) -> tuple[str, ...] | None:
     beginning, wait, _ = ptx.partition("griddepcontrol.wait")
     found = re.findall(r"\b(?:ld|st|atom|red|cp)\.(?!param)[\w.:]+", beginning)
     return tuple(sorted(set(found))) if wait else None
+
+
+def _runs_on(ptx: str) -> bool:
+    """Whether `wgmma` with its left operand in registers is not waited for before a label or a branch."""
+    pending = False
+    for line in ptx.splitlines():
+        statement = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line)
+        if re.match(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*\{", statement):
+            pending = True
+        elif re.match(r"wgmma\.wait_group\S*\s+0\b", statement):
+            pending = False
+        elif pending and re.match(r"\$L__BB\w+:|bra", statement):
+            return True
+    return False
 
 
 def _mma_blocks(ptx: str) -> Iterator[tuple[str, int]]:

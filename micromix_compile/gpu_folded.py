@@ -114,9 +114,12 @@ class Residual(NamedTuple):
 
 def reorder_fold(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-    scale_rounding: str, *, w_fp4: bool, residual: Residual | None = None,
+    scale_rounding: str, *, w_fp4: bool, residual: Residual | None = None, products: Sequence[Sequence[int]] = (),
 ) -> FoldedActivation:  # fmt: skip
-    """`folding.fold_activation` of what `gpu` quantizes with the same producer, in one launch. x: (M, C)."""
+    """`folding.fold_activation` of what `gpu` quantizes with the same producer, in one launch. x: (M, C).
+
+    products: see `release_for`.
+    """
     reference.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
     out = FoldedActivation(
         x.new_empty((x.shape[0], fold_width(split, w_fp4=w_fp4)), dtype=torch.uint8),
@@ -126,6 +129,7 @@ def reorder_fold(
     call = reorder_fold_call(
         producer, gpu.unit_column_stride(x), None if other is None else gpu.unit_column_stride(other), eps,
         channel_perm.contiguous(), split, out, fp6=fp6, scale_rounding=scale_rounding, w_fp4=w_fp4, residual=residual,
+        products=products,
     )  # fmt: skip
     if x.shape[0]:
         with gpu.current_device(x):
@@ -136,6 +140,7 @@ def reorder_fold(
 def reorder_fold_call(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split,
     out: FoldedActivation, *, fp6: str, scale_rounding: str, w_fp4: bool, residual: Residual | None = None,
+    products: Sequence[Sequence[int]] = (),
 ) -> gpu.KernelCall:  # fmt: skip
     """The launch that fills `out`, and the residual's sum; as `gpu.reorder_quantize_call`."""
     from micromix_compile.templates.reorder_fold import reorder_fold_kernel
@@ -175,6 +180,7 @@ def reorder_fold_call(
             "WHOLE_ROW": channels <= tile.BLOCK_K,
             "LOCKS": LOCKS,
             "LAUNCH_PDL": True,
+            "RELEASE": release_for(x.shape[0], fold_width(split, w_fp4=w_fp4), products),
         },
         num_warps=tile.num_warps,
     )
@@ -244,6 +250,7 @@ def folded_mm_call(
             "COPIED": tile.copied_factors,
             "SUM_STEPS": tile.SUM_STEPS,
             "LAUNCH_PDL": True,
+            "RELEASES": tile.releases,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -265,6 +272,30 @@ def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
     if parts.split > 1 and not parts.whole:
         return next(tile for most, tile in SHARED_FOLDED_TILES if rows <= most)
     return tile
+
+
+# On an H100, a 75/20/5 split, us of quantizer and product, the product released at the quantizer's end, stores and
+# start (and, but in the first figure, each quantizer at the product's last step). M = 1: N x K of 4096 x 4096
+# 9.8, 10.0, 9.3, of 6144 x 4096 12.5, 12.0, 11.1, of 4096 x 14336 22.3, 21.5, 23.0, of 28672 x 4096 34.7, 34.2, 36.5.
+# M = 4 and 16, end and stores: 10.5, 9.9 and 10.6, 10.2, then 12.6, 12.1 and 12.6, 12.2, then 22.3, 21.5 and 22.6,
+# 23.4, then 35.0, 34.5 and 35.4, 35.2. M = 64, end and start: 13.6, 13.2, then 15.8, 15.0, then 29.6, 30.0, then 42.9,
+# 45.3.
+def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()) -> str:
+    """`RELEASE` of a quantizer, see `templates.reorder_fold`, of M = rows, which may be symbolic.
+
+    channels: bytes of a folded row. products: the columns of each product that reads it, as far as known.
+
+    A product that starts at the start finds processors taken by the quantizer, and its programs crowd on the others. So
+    it does only where the quantizer takes few, or where no more programs fit a processor than it gets in any case.
+    """
+    few, some = FOLDED_TILES[0][0], FOLDED_TILES[-2][0]
+    most = FOLDED_TILES[-1][1].BLOCK_M
+    if not isinstance(rows, int) or not 0 < rows <= most:
+        return "end"
+    are_shared = all(parts_for(rows, n, channels, tile_for(rows, n, channels)).whole == 0 for n in products)
+    if products and are_shared and channels < LONG and (rows == 1 or rows > some):
+        return "start"
+    return "stores" if rows <= few else "end"
 
 
 def tiles_of(rows: int, columns: Sequence[int], tile: FoldedTile) -> int:

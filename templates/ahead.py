@@ -1,4 +1,4 @@
-"""What a kernel may do ahead of its inputs (sm_90 on): start while the kernel before it ends, ask L2 for bytes.
+"""What a kernel may do ahead of its inputs (sm_90 on): start while the kernel before it runs, ask L2 for bytes.
 
 A kernel launched with Triton's option `launch_pdl` (programmatic dependent launch) starts when all programs of the one
 before it have ended, or allowed it earlier, and does not wait for the GPU to make their results visible: it does that
@@ -18,6 +18,13 @@ def wait_for_inputs():
     """Wait until all that earlier kernels wrote is there. Of no effect in a kernel that is launched as usual."""
     if not _INTERPRETED:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start():
+    """Let the next kernel start when all programs of this one have come here, or ended; its inputs it waits for."""
+    if not _INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -10,7 +10,7 @@ order, so that the result does not depend on who came last.
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.ahead import prefetch, wait_for_inputs
+from micromix_compile.templates.ahead import let_next_start, prefetch, wait_for_inputs
 from micromix_compile.templates.fold import (
     e4m3_to_float32,
     factor_at,
@@ -51,7 +51,7 @@ def _factors(rows, word_stride, step, blocks, STEP: tl.constexpr, COPIED: tl.con
 
 
 @triton.jit
-def _dot(w, x, inside, step, stop, acc):
+def _add_dot(acc, w, x, inside, step, stop, SUM_STEPS: tl.constexpr):
     """acc + w @ x.T, of a step's columns before `stop`. w: (BLOCK_N, BLOCK_K) E4M3 bytes.
 
     x: (BLOCK_M, 1) pointers to E4M3 bytes. inside: (BLOCK_M, 1), which of them are rows; the others are zeros.
@@ -64,7 +64,21 @@ def _dot(w, x, inside, step, stop, acc):
     else:
         rows = x.to(tl.pointer_type(tl.float8e4nv))
         right = tl.load(rows + column, mask=mask, other=0.0)
-        return tl.dot(w.to(tl.float8e4nv, bitcast=True), tl.trans(right), acc)
+        left = w.to(tl.float8e4nv, bitcast=True)
+        if SUM_STEPS:
+            return acc + tl.dot(left, tl.trans(right))
+        else:
+            return _ended(tl.dot(left, tl.trans(right), acc))
+
+
+@triton.jit
+def _ended(acc):
+    """acc, when the matrix instructions that add to it have ended.
+
+    Triton (3.6) would let them run on into the next step. But they read the left operand from registers when they
+    begin, not when they are issued, and ptxas has other values written to those by then.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -88,9 +102,7 @@ def folded_mm_tile(
     (BLOCK_N,), rows of w from the first. plane: bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about
     14 bits: with SUM_STEPS each step has a sum of its own.
 
-    Without, matrix instructions run on while the next step unpacks, but only where it is plain that a loop is entered:
-    zeros that might come around it have ptxas wait for each instruction. So a loop stands behind the question whether
-    it has a step.
+    Without, a loop stands behind the question whether it has a step: else it takes more registers.
     """
     STEP: tl.constexpr = BLOCK_K // 32  # blocks
     n = n[:, None]
@@ -102,8 +114,7 @@ def folded_mm_tile(
     steps8 = tl.cdiv(blocks8, STEP)
     first = _bound(part, steps4, steps6, steps8, parts)
     last = _bound(part + 1, steps4, steps6, steps8, parts)
-    zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    acc = zero
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
     half = blocks4 * 16
     w4 += n * half
@@ -114,8 +125,7 @@ def folded_mm_tile(
             factor = _factors(factors, word_stride, step, blocks4, STEP, COPIED)
             first_half, second_half = fold_fp4(_load(w4, column, half), spread(factor, 16))
             w = in_halves(first_half, second_half)
-            step_sum = _dot(w, x, inside, step, 2 * half, zero if SUM_STEPS else acc)
-            acc = acc + step_sum if SUM_STEPS else step_sum
+            acc = _add_dot(acc, w, x, inside, step, 2 * half, SUM_STEPS)
 
     first = tl.maximum(first - steps4, 0)
     last = last - steps4
@@ -134,8 +144,7 @@ def folded_mm_tile(
             factor = _factors(factors, word_stride, step, blocks6, STEP, COPIED)
             w_0, w_1, w_2, w_3 = fold_fp6(plane0, plane1, plane2, spread(factor, 8), FP6)
             w = in_planes(w_0, w_1, w_2, w_3)
-            step_sum = _dot(w, x, inside, step, pairs * 64, zero if SUM_STEPS else acc)
-            acc = acc + step_sum if SUM_STEPS else step_sum
+            acc = _add_dot(acc, w, x, inside, step, pairs * 64, SUM_STEPS)
 
     first = tl.maximum(first - steps6, 0)
     last = last - steps6
@@ -148,8 +157,7 @@ def folded_mm_tile(
             column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
             factor = _factors(factors, word_stride, step, blocks8, STEP, COPIED)
             w = fold_e4m3(_load(w8, column, width), spread(factor, 32))
-            step_sum = _dot(w, x, inside, step, width, zero if SUM_STEPS else acc)
-            acc = acc + step_sum if SUM_STEPS else step_sum
+            acc = _add_dot(acc, w, x, inside, step, width, SUM_STEPS)
     return acc
 
 
@@ -181,7 +189,7 @@ def folded_mm_kernel(
     whole, shared,  # tiles that are one program's, all if SPLIT_K is 1, and the others
     FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, COPIED: tl.constexpr, SUM_STEPS: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr, RELEASES: tl.constexpr,
 ):  # fmt: skip
     """Each out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once.
 
@@ -234,6 +242,8 @@ def folded_mm_kernel(
         x, m < M, w4, w6, w8, w_factor, plane, n_local, N * 4, blocks4, blocks6, blocks8, part, parts, FP6, BLOCK_M,
         BLOCK_N, BLOCK_K, COPIED, SUM_STEPS,
     )  # fmt: skip
+    if LAUNCH_PDL and RELEASES:
+        let_next_start()
     if SPLIT_K == 1:  # nothing else is compiled then; parts is known only when the kernel runs
         _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)
     elif parts == 1:

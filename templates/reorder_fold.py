@@ -10,7 +10,7 @@ by `micromix_compile.gpu_folded`.
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.ahead import wait_for_inputs
+from micromix_compile.templates.ahead import let_next_start, prefetch, wait_for_inputs
 from micromix_compile.templates.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
 from micromix_compile.templates.reorder_quantize import (
     by_format,
@@ -87,6 +87,7 @@ def reorder_fold_kernel(
     WHOLE_ROW: tl.constexpr,  # BLOCK_K covers K
     LOCKS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
+    RELEASE: tl.constexpr,  # the next kernel may start at this one's "start", its "stores" or its "end"
 ):
     """Fold BLOCK_K output channels, from program_id(1) * BLOCK_K on, of row program_id(0)."""
     BLOCKS: tl.constexpr = BLOCK_K // 32
@@ -99,6 +100,11 @@ def reorder_fold_kernel(
     width = blocks if W_FP4 else row_blocks(b4, b6, b8)
     row = tl.program_id(0).to(tl.int64)
     if LAUNCH_PDL:
+        if RELEASE == "start":
+            let_next_start()
+        if RELEASE != "end":  # few rows: all of them read the order at once, which lies in no cache
+            line = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCKS) * 32
+            prefetch(channel_perm_ptr + line, line < blocks * 32)
         wait_for_inputs()
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))
@@ -142,6 +148,8 @@ def reorder_fold_kernel(
         code = float32_to_e4m3(_round_folded(y, exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
         first, second = _as_words(code)
 
+    if LAUNCH_PDL and RELEASE == "stores":
+        let_next_start()
     # Four channels are a word, and where in its row it goes depends on the format. In one dimension, for in two the
     # compiler does not see along which neighbours lie.
     eight = tl.program_id(1) * (BLOCKS * 4) + tl.arange(0, BLOCKS * 4)

@@ -89,6 +89,11 @@ class FoldedTile:
     SUM_STEPS: bool = True
 
     @property
+    def releases(self) -> bool:
+        """`RELEASES` of the kernel: whether the next one may start before this has added up and stored its sums."""
+        return self.BLOCK_M == 16
+
+    @property
     def copied_factors(self) -> int:
         """`COPIED` of the kernel: factors of a row and step, or twice that where each thread would have 2 bytes."""
         factors = self.BLOCK_K // 32
@@ -107,10 +112,9 @@ FOLDED_TILES: Final = (
 )
 """Per largest number of rows."""
 
-# On an H100, us with a sum for each step and without, quantizing included, at M = 1, 16 and 32: N x K of 4096 x 4096
-# 11.5 and 9.7, 11.7 and 10.6, 12.1 and 11.7; 6144 x 4096 13.1 and 12.5, 13.6 and 13.2, 14.4 and 13.8; 4096 x 14336 23.1
-# and 22.4, 24.8 and 23.7, 26.2 and 25.7. But 28672 x 4096, which wants the registers for a fourth program, 34.9 and
-# 38.7, 35.9 and 40.0, 38.5 and 39.1.
+# On an H100, us with a sum for each step and without, quantizing included, at M = 1 and 16: N x K of 4096 x 4096 11.4
+# and 9.8, 11.5 and 10.6; 6144 x 4096 13.1 and 12.5, 13.1 and 12.6; 4096 x 14336 23.4 and 22.3, 24.1 and 22.6. But 28672
+# x 4096 34.9 and 34.7, 35.7 and 35.4.
 SHARED_FOLDED_TILES: Final = tuple((most, replace(tile, SUM_STEPS=False)) for most, tile in FOLDED_TILES)
 """Per largest number of rows, where programs share all tiles: each adds a part of the channels only."""
 

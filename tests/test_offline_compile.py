@@ -288,6 +288,7 @@ def test_shared_and_tensor_memory_fit(case: Case, result: Compiled) -> None:
 @each_case
 def test_the_code_is_for_the_target_and_neither_traps_nor_flushes_subnormals(case: Case, result: Compiled) -> None:
     assert result.target == offline.target_name(case.capability)
+    assert not result.runs_on
     assert not result.trap
     assert not result.flushing
 
@@ -386,6 +387,7 @@ def test_a_bare_trap_and_what_ptxas_says_are_seen() -> None:
         trap=True,
         flushing=("mul.ftz.f32",),
         before_wait=None,
+        runs_on=False,
     )
     log += "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to it\n"
     assert offline._inspect(binary, log) == replace(found, serialized=True)
@@ -399,6 +401,18 @@ def test_memory_instructions_before_the_wait_are_seen_but_for_prefetches_and_arg
     assert offline._before_wait(head + early) is None
     assert offline._before_wait(head + wait + early) == ()
     assert offline._before_wait(head + early + wait) == ("cp.async.ca.shared.global", "ld.global.b32")
+
+
+def test_matrix_instructions_that_read_registers_are_waited_for_before_the_next_step() -> None:
+    from_registers = "\twgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%r1,%r2}, {%r3,%r4}, %rd1, %p1, 1, 1;\n"
+    from_memory = from_registers.replace("{%r3,%r4}", "%rd2")
+    some, all_ = (f"\twgmma.wait_group.sync.aligned {n};\n" for n in (3, 0))
+    back = "\t@%p3 bra \t$L__BB0_1;\n"
+    assert offline._runs_on(from_registers + back)
+    assert offline._runs_on(from_registers + some + back)
+    assert offline._runs_on(from_registers + all_ + from_registers + "$L__BB0_2:\n" + all_)
+    assert not offline._runs_on(from_registers + some + all_ + back)
+    assert not offline._runs_on(from_memory + back)
 
 
 def test_instructions_are_counted_between_labels_and_branches() -> None:

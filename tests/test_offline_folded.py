@@ -133,6 +133,7 @@ def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str
     assert result.tensor_columns == 0
     assert result.target == "sm_90a"
     assert not result.serialized
+    assert not result.runs_on
     assert not result.trap
     assert not result.flushing
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import MagicMock
 
 import pytest
+import sympy
 import torch
 import triton
 import triton.language as tl
@@ -453,6 +454,36 @@ def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
             for whole in {0, tiles // 2} if split_k > 1 else {0}:
                 assert_equal_but_for_one_rounding(multiply(x, weights, fp6, tile, split_k, whole=whole), want)
     assert_equal_but_for_one_rounding(multiply(x, weights, fp6, None, None), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [64, 256])
+def test_matrix_instructions_end_before_their_operand_is_overwritten(rows: int) -> None:
+    """Which they did not with 8 warps: each launch of `wide` differed, in up to a third of the norm."""
+    split = (3072, 832, 192)
+    x, weights = folded_rows(rows, split, "e2m3", device="cuda"), [random_weight(4096, split, "e2m3", device="cuda")]
+    narrow, wide = FoldedTile(64, 64, 128, 4, 3, SUM_STEPS=False), FoldedTile(256, 128, 128, 8, 3, SUM_STEPS=False)
+    for tile in (narrow, wide):
+        want = multiply(x, weights, "e2m3", replace(tile, num_stages=1), 4)
+        assert_near_by_norm(want, x, weights, "e2m3")
+        for _ in range(20):
+            assert torch.equal(multiply(x, weights, "e2m3", tile, 4), want)
+
+
+def test_products_start_before_their_quantizer_ends_where_that_was_measured() -> None:
+    o, gate_up = [[4096]], [[14336, 14336]]
+    for rows in (1, 64):
+        assert gpu_folded.release_for(rows, 4096, o) == "start"
+    for rows in (1, 4, 16):
+        assert gpu_folded.release_for(rows, 4096, gate_up) == "stores"
+        assert gpu_folded.release_for(rows, 4096, o + gate_up) == "stores"
+        assert gpu_folded.release_for(rows, 14336, o) == "stores"
+        assert gpu_folded.release_for(rows, 4096) == "stores"
+    assert gpu_folded.release_for(4, 4096, o) == "stores"
+    for rows in (0, 17, 32, 65, 8192, sympy.Symbol("s0")):
+        assert gpu_folded.release_for(rows, 4096, o) == "end"
+    for rows in (33, 64):
+        assert gpu_folded.release_for(rows, 4096, gate_up) == "end"
 
 
 @pytest.mark.gpu
