@@ -274,12 +274,11 @@ def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
     return tile
 
 
-# On an H100, a 75/20/5 split, us of quantizer and product, the product released at the quantizer's end, stores and
-# start (and, but in the first figure, each quantizer at the product's last step). M = 1: N x K of 4096 x 4096
-# 9.8, 10.0, 9.3, of 6144 x 4096 12.5, 12.0, 11.1, of 4096 x 14336 22.3, 21.5, 23.0, of 28672 x 4096 34.7, 34.2, 36.5.
-# M = 4 and 16, end and stores: 10.5, 9.9 and 10.6, 10.2, then 12.6, 12.1 and 12.6, 12.2, then 22.3, 21.5 and 22.6,
-# 23.4, then 35.0, 34.5 and 35.4, 35.2. M = 64, end and start: 13.6, 13.2, then 15.8, 15.0, then 29.6, 30.0, then 42.9,
-# 45.3.
+# On an H100, a 75/20/5 split, us of quantizer and product, released at the quantizer's end, at its stores and its start
+# (and but in the first figure each quantizer at the product's last step). M = 1: N x K of 4096 x 4096 9.8, 10.0, 9.3,
+# of 6144 x 4096 12.5, 12.0, 11.1, of 4096 x 14336 22.3, 21.5, 23.0, of 28672 x 4096 34.7, 34.2, 36.5. M = 4, end and
+# stores: 10.5, 9.9, then 12.6, 12.1, then 22.3, 21.5, then 35.0, 34.5. M = 16: 10.2, 10.2, then 12.3, 12.2, then 23.1,
+# 23.4, then 35.2, 35.2. M = 64, end and start: 13.6, 13.2, then 15.8, 15.0, then 29.6, 30.0, then 42.9, 45.3.
 def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()) -> str:
     """`RELEASE` of a quantizer, see `templates.reorder_fold`, of M = rows, which may be symbolic.
 
@@ -288,14 +287,13 @@ def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()
     A product that starts at the start finds processors taken by the quantizer, and its programs crowd on the others. So
     it does only where the quantizer takes few, or where no more programs fit a processor than it gets in any case.
     """
-    few, some = FOLDED_TILES[0][0], FOLDED_TILES[-2][0]
-    most = FOLDED_TILES[-1][1].BLOCK_M
+    some, most = FOLDED_TILES[-2][0], FOLDED_TILES[-1][1].BLOCK_M
     if not isinstance(rows, int) or not 0 < rows <= most:
         return "end"
     are_shared = all(parts_for(rows, n, channels, tile_for(rows, n, channels)).whole == 0 for n in products)
     if products and are_shared and channels < LONG and (rows == 1 or rows > some):
         return "start"
-    return "stores" if rows <= few else "end"
+    return "stores" if rows <= 4 else "end"
 
 
 def tiles_of(rows: int, columns: Sequence[int], tile: FoldedTile) -> int:

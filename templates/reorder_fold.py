@@ -102,9 +102,9 @@ def reorder_fold_kernel(
     if LAUNCH_PDL:
         if RELEASE == "start":
             let_next_start()
-        if RELEASE != "end":  # few rows: all of them read the order at once, which lies in no cache
+        if RELEASE != "end":  # the order lies in no cache; of more rows, asking takes longer than it helps
             line = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCKS) * 32
-            prefetch(channel_perm_ptr + line, line < blocks * 32)
+            prefetch(channel_perm_ptr + line, (line < blocks * 32) & (tl.num_programs(0) <= 4))
         wait_for_inputs()
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))

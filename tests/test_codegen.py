@@ -148,7 +148,7 @@ def test_a_folded_mlp_is_two_quantizers_and_two_fp8_products(rows: int, widen: i
     assert "'PRODUCER': 'rms_norm'" in quantizers[0]
     assert "'PRODUCER': 'silu_mul'" in quantizers[1]
     for quantizer in quantizers:
-        assert f"'RELEASE': '{'start' if rows == 1 else 'stores'}'" in quantizer
+        assert f"'RELEASE': '{'start' if rows == 1 else 'end'}'" in quantizer
     for name in code["kernels"]:
         if name.startswith("folded_mm"):
             assert code["mma"][name] == ["wgmma e4m3"]
