@@ -61,8 +61,8 @@ class Compiled:
     one program. serialized: ptxas has each asynchronous matrix instruction end before the next begins. trap: the code
     can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
     float32 subnormals for zero, such as "rsqrt.approx.ftz.f32". before_wait: those that read or write memory before the
-    kernel waits for its inputs, None if it does not wait. runs_on: an asynchronous matrix instruction may not have
-    ended at the end of such a piece, although it reads registers, which ptxas then writes to.
+    kernel waits for its inputs, None if it does not wait. mma_ended: of each such piece with
+    asynchronous matrix instructions that read registers, to which ptxas writes behind it: whether it waits for them.
     """
 
     target: str
@@ -75,7 +75,7 @@ class Compiled:
     trap: bool
     flushing: tuple[str, ...]
     before_wait: tuple[str, ...] | None
-    runs_on: bool
+    mma_ended: tuple[bool, ...]
 
     @property
     def mma(self) -> dict[str, int]:
@@ -258,7 +258,7 @@ def _inspect(binary: Any, log: str) -> Compiled:
         trap=re.search(r"\btrap;", ptx) is not None,
         flushing=tuple(sorted(set(re.findall(r"[a-z][\w.]*\.ftz\b[\w.]*", ptx)))),
         before_wait=_before_wait(ptx),
-        runs_on=_runs_on(ptx),
+        mma_ended=tuple(_mma_ended(ptx)),
     )
 
 
@@ -269,18 +269,18 @@ def _before_wait(ptx: str) -> tuple[str, ...] | None:
     return tuple(sorted(set(found))) if wait else None
 
 
-def _runs_on(ptx: str) -> bool:
-    """Whether `wgmma` with its left operand in registers is not waited for before a label or a branch."""
-    pending = False
-    for line in ptx.splitlines():
+def _mma_ended(ptx: str) -> Iterator[bool]:
+    """Of pieces between labels and branches with `wgmma` that reads its left operand from registers: all waited for."""
+    ended: bool | None = None
+    for line in (*ptx.splitlines(), "$L__BB_end:"):
         statement = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line)
         if re.match(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*\{", statement):
-            pending = True
-        elif re.match(r"wgmma\.wait_group\S*\s+0\b", statement):
-            pending = False
-        elif pending and re.match(r"\$L__BB\w+:|bra", statement):
-            return True
-    return False
+            ended = False
+        elif ended is not None and re.match(r"wgmma\.wait_group\S*\s+0\b", statement):
+            ended = True
+        elif ended is not None and re.match(r"\$L__BB\w+:|bra", statement):
+            yield ended
+            ended = None
 
 
 def _mma_blocks(ptx: str) -> Iterator[tuple[str, int]]:
@@ -313,6 +313,7 @@ def _result(fields: dict[str, Any]) -> Compiled | NotSupported:
     fields["mma_blocks"] = tuple((kind, count) for kind, count in fields["mma_blocks"])
     fields["flushing"] = tuple(fields["flushing"])
     fields["before_wait"] = None if fields["before_wait"] is None else tuple(fields["before_wait"])
+    fields["mma_ended"] = tuple(fields["mma_ended"])
     return Compiled(**fields)
 
 

@@ -67,7 +67,7 @@ class KernelCall:
 
     @property
     def launch_pdl(self) -> bool:
-        """Whether the kernel may start while the one before it ends, see `templates.ahead`."""
+        """Whether the kernel may start while the one before it runs, see `templates.ahead`."""
         return bool(self.constexprs.get("LAUNCH_PDL", False))
 
     def launch(self) -> None:

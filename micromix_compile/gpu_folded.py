@@ -13,7 +13,13 @@ from torch import Tensor
 from micromix_compile import gpu, reference
 from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.templates.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.templates.tiles import (
+    FEW_ROWS,
+    FOLDED_TILES,
+    SHARED_FOLDED_TILES,
+    WIDE_FOLDED_TILES,
+    FoldedTile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -274,11 +280,11 @@ def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
     return tile
 
 
-# On an H100, a 75/20/5 split, us of quantizer and product, released at the quantizer's end, at its stores and its start
-# (and but in the first figure each quantizer at the product's last step). M = 1: N x K of 4096 x 4096 9.8, 10.0, 9.3,
-# of 6144 x 4096 12.5, 12.0, 11.1, of 4096 x 14336 22.3, 21.5, 23.0, of 28672 x 4096 34.7, 34.2, 36.5. M = 4, end and
-# stores: 10.5, 9.9, then 12.6, 12.1, then 22.3, 21.5, then 35.0, 34.5. M = 16: 10.2, 10.2, then 12.3, 12.2, then 23.1,
-# 23.4, then 35.2, 35.2. M = 64, end and start: 13.6, 13.2, then 15.8, 15.0, then 29.6, 30.0, then 42.9, 45.3.
+# On an H100, a 75/20/5 split, us of quantizer and product, by `RELEASE` "end", "stores", "start", behind a product that
+# has `RELEASES`, but in the first figure. M = 1: N x K of 4096 x 4096 9.8, 10.0, 9.3, of 6144 x 4096 12.5, 12.0, 11.1,
+# of 4096 x 14336 22.3, 21.5, 23.0, of 28672 x 4096 34.7, 34.2, 36.5. M = 4, without the last: 10.5, 9.9, then 12.6,
+# 12.1, then 22.3, 21.5, then 35.0, 34.5. M = 16: 10.2, 10.2, then 12.3, 12.2, then 23.1, 23.4, then 35.2, 35.2. M = 64,
+# "end" and "start": 13.6, 13.2, then 15.8, 15.0, then 29.6, 30.0, then 42.9, 45.3.
 def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()) -> str:
     """`RELEASE` of a quantizer, see `templates.reorder_fold`, of M = rows, which may be symbolic.
 
@@ -293,7 +299,7 @@ def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()
     are_shared = all(parts_for(rows, n, channels, tile_for(rows, n, channels)).whole == 0 for n in products)
     if products and are_shared and channels < LONG and (rows == 1 or rows > some):
         return "start"
-    return "stores" if rows <= 4 else "end"
+    return "stores" if rows <= FEW_ROWS else "end"
 
 
 def tiles_of(rows: int, columns: Sequence[int], tile: FoldedTile) -> int:

@@ -2,9 +2,12 @@
 
 A kernel launched with Triton's option `launch_pdl` (programmatic dependent launch) starts when all programs of the one
 before it have ended, or allowed it earlier, and does not wait for the GPU to make their results visible: it does that
-itself. Until then it may read and write nothing that another kernel writes. Such a kernel has a constant `LAUNCH_PDL`,
-by which launchers know, and without which it does none of this: Inductor's analysis of what a kernel writes gives up at
-such instructions.
+itself. Until then it may read and write nothing that another kernel writes, or reads: where the one before it allows it
+to start first thing, kernels before that one may still run. As each program of such a kernel waits, one that has ended
+says that all before it have.
+
+Such a kernel has a constant `LAUNCH_PDL`, by which launchers know, and without which it does none of this: Inductor's
+analysis of what a kernel writes gives up at such instructions.
 """
 
 import triton
@@ -22,7 +25,7 @@ def wait_for_inputs():
 
 @triton.jit
 def let_next_start():
-    """Let the next kernel start when all programs of this one have come here, or ended; its inputs it waits for."""
+    """Let the next kernel start as soon as all programs of this one have come here or ended."""
     if not _INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -75,7 +75,7 @@ def _add_dot(acc, w, x, inside, step, stop, SUM_STEPS: tl.constexpr):
 def _ended(acc):
     """acc, when the matrix instructions that add to it have ended.
 
-    Triton (3.6) would let them run on into the next step. But they read the left operand from registers when they
+    Triton (3.6, 3.7) would let them run on into the next step. But they read the left operand from registers when they
     begin, not when they are issued, and ptxas has other values written to those by then.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
@@ -102,7 +102,7 @@ def folded_mm_tile(
     (BLOCK_N,), rows of w from the first. plane: bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about
     14 bits: with SUM_STEPS each step has a sum of its own.
 
-    Without, a loop stands behind the question whether it has a step: else it takes more registers.
+    Without, a loop stands behind the question whether it has a step, or large tiles spill registers.
     """
     STEP: tl.constexpr = BLOCK_K // 32  # blocks
     n = n[:, None]

@@ -20,8 +20,10 @@ from micromix_compile.templates.reorder_quantize import (
     scale_byte,
     to_float32,
 )
+from micromix_compile.templates.tiles import FEW_ROWS
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_FEW_ROWS = tl.constexpr(FEW_ROWS)
 
 
 def _fold_ptx(clamp: str) -> str:
@@ -102,9 +104,9 @@ def reorder_fold_kernel(
     if LAUNCH_PDL:
         if RELEASE == "start":
             let_next_start()
-        if RELEASE != "end":  # the order lies in no cache; of more rows, asking takes longer than it helps
+        if RELEASE != "end":  # the order lies in no cache
             line = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCKS) * 32
-            prefetch(channel_perm_ptr + line, (line < blocks * 32) & (tl.num_programs(0) <= 4))
+            prefetch(channel_perm_ptr + line, (line < blocks * 32) & (tl.num_programs(0) <= _FEW_ROWS))
         wait_for_inputs()
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))

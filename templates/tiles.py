@@ -72,6 +72,10 @@ class Family:
 
 _ANY: Final = 1 << 62
 
+FEW_ROWS: Final = 4
+"""Up to which quantizers on sm_90 ask for the order of the channels ahead of their input, and end behind the start of
+their product: for more, that takes longer than it helps."""
+
 
 @dataclass(frozen=True, slots=True)
 class FoldedTile:
@@ -113,8 +117,8 @@ FOLDED_TILES: Final = (
 """Per largest number of rows."""
 
 # On an H100, us with a sum for each step and without, quantizing included, at M = 1 and 16: N x K of 4096 x 4096 11.4
-# and 9.8, 11.5 and 10.6; 6144 x 4096 13.1 and 12.5, 13.1 and 12.6; 4096 x 14336 23.4 and 22.3, 24.1 and 22.6. But 28672
-# x 4096 34.9 and 34.7, 35.7 and 35.4.
+# and 9.8, 11.5 and 10.6; 6144 x 4096 13.1 and 12.5, 13.1 and 12.6; 4096 x 14336 23.4 and 22.3, 24.1 and 22.6. For 28672
+# x 4096, not shared, 34.9 and 34.7, 35.7 and 35.4: precision costs next to nothing there.
 SHARED_FOLDED_TILES: Final = tuple((most, replace(tile, SUM_STEPS=False)) for most, tile in FOLDED_TILES)
 """Per largest number of rows, where programs share all tiles: each adds a part of the channels only."""
 

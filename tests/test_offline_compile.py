@@ -288,7 +288,8 @@ def test_shared_and_tensor_memory_fit(case: Case, result: Compiled) -> None:
 @each_case
 def test_the_code_is_for_the_target_and_neither_traps_nor_flushes_subnormals(case: Case, result: Compiled) -> None:
     assert result.target == offline.target_name(case.capability)
-    assert not result.runs_on
+    assert all(result.mma_ended)
+    assert bool(result.mma_ended) == (case.family == "sm_90")
     assert not result.trap
     assert not result.flushing
 
@@ -387,7 +388,7 @@ def test_a_bare_trap_and_what_ptxas_says_are_seen() -> None:
         trap=True,
         flushing=("mul.ftz.f32",),
         before_wait=None,
-        runs_on=False,
+        mma_ended=(),
     )
     log += "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to it\n"
     assert offline._inspect(binary, log) == replace(found, serialized=True)
@@ -408,11 +409,11 @@ def test_matrix_instructions_that_read_registers_are_waited_for_before_the_next_
     from_memory = from_registers.replace("{%r3,%r4}", "%rd2")
     some, all_ = (f"\twgmma.wait_group.sync.aligned {n};\n" for n in (3, 0))
     back = "\t@%p3 bra \t$L__BB0_1;\n"
-    assert offline._runs_on(from_registers + back)
-    assert offline._runs_on(from_registers + some + back)
-    assert offline._runs_on(from_registers + all_ + from_registers + "$L__BB0_2:\n" + all_)
-    assert not offline._runs_on(from_registers + some + all_ + back)
-    assert not offline._runs_on(from_memory + back)
+    assert list(offline._mma_ended(from_registers + back)) == [False]
+    assert list(offline._mma_ended(from_registers + some + back)) == [False]
+    assert list(offline._mma_ended(from_registers + all_ + from_registers + "$L__BB0_2:\n" + all_)) == [False]
+    assert list(offline._mma_ended(from_registers + some + all_ + back + from_registers)) == [True, False]
+    assert list(offline._mma_ended(from_memory + back)) == []
 
 
 def test_instructions_are_counted_between_labels_and_branches() -> None:

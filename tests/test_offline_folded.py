@@ -60,7 +60,9 @@ def split_of(channels: int) -> tuple[int, int, int]:
     return channels - k6 - k8, k6, k8
 
 
-def reorder_fold(producer: str, channels: int, *, rows: int, scale_rounding: str, w_fp4: bool) -> Kernel:
+def reorder_fold(
+    producer: str, channels: int, *, rows: int, scale_rounding: str, w_fp4: bool, products: tuple[list[int], ...] = ()
+) -> Kernel:
     """The launch that `gpu_folded` would make for rows of bfloat16."""
     x = meta(rows, channels, dtype=torch.bfloat16)
     width = folding.fold_width(split_of(channels), w_fp4=w_fp4)
@@ -70,7 +72,7 @@ def reorder_fold(producer: str, channels: int, *, rows: int, scale_rounding: str
     other = {"none": None, "rms_norm": x[0], "silu_mul": x}[producer]
     call = gpu_folded.reorder_fold_call(
         producer, x, other, 1e-5, meta(channels, dtype=torch.int16), split_of(channels), out, fp6="e2m3",
-        scale_rounding=scale_rounding, w_fp4=w_fp4, residual=residual,
+        scale_rounding=scale_rounding, w_fp4=w_fp4, residual=residual, products=products,
     )  # fmt: skip
     return kernel_of(call, CAPABILITY)
 
@@ -100,6 +102,10 @@ FOLDS = {
     )
     for rows, rounding in ROUNDINGS
 }
+for name in ("none", "rms_norm", "residual"):
+    FOLDS[f"{name}-4096-1-start"] = reorder_fold(
+        name, 4096, rows=1, scale_rounding="fit", w_fp4=False, products=([4096],)
+    )
 EXPANSIONS = {
     f"{fp6}-{group}": expand_weights(fp6, group) for fp6 in FP6_FORMATS for group in (1, gpu_folded.MAX_GROUP)
 }
@@ -133,7 +139,7 @@ def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str
     assert result.tensor_columns == 0
     assert result.target == "sm_90a"
     assert not result.serialized
-    assert not result.runs_on
+    assert result.mma_ended == (True,) * 3
     assert not result.trap
     assert not result.flushing
 
@@ -156,3 +162,7 @@ def test_nothing_is_read_or_written_before_the_wait_for_the_kernels_before(
     compiled: dict[Case | str, Compiled], case: Case | str
 ) -> None:
     assert compiled[case].before_wait == ()
+
+
+def test_quantizers_of_every_release_are_compiled() -> None:
+    assert {kernel.constexprs["RELEASE"] for kernel in FOLDS.values()} == {"start", "stores", "end"}

@@ -32,7 +32,7 @@ from micromix_compile.templates.folded_mm import _bound
 from micromix_compile.templates.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from micromix_compile.folding import FoldedActivation
 
@@ -468,6 +468,40 @@ def test_matrix_instructions_end_before_their_operand_is_overwritten(rows: int) 
         assert_near_by_norm(want, x, weights, "e2m3")
         for _ in range(20):
             assert torch.equal(multiply(x, weights, "e2m3", tile, 4), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 64])
+@pytest.mark.parametrize("release", ["start", "stores", "end"])
+def test_kernels_that_start_ahead_read_what_those_before_them_wrote(
+    rows: int, release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve linears in a CUDA graph, in memory that they reuse, against one after the other."""
+    monkeypatch.setattr(gpu_folded, "release_for", lambda *_: release)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # by kernels in between
+    split, fp6 = (3072, 832, 192), "e2m3"
+    perm = torch.randperm(4096, device="cuda").to(torch.int16)
+    weights = [random_weight(4096, split, fp6, device="cuda") for _ in range(3)]
+    first = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def run(between: Callable[[], object]) -> Tensor:
+        x = first
+        for i in range(12):
+            q = gpu_folded.reorder_fold("none", x, None, 0.0, perm, split, fp6, "fit", w_fp4=False)
+            between()
+            (y,) = gpu_folded.folded_mm(q, [weights[i % 3]], fp6=fp6, out_dtype=torch.bfloat16)
+            x = y if i % 4 else y / y.abs().max()  # now and then behind a kernel that starts as usual
+            between()
+        return x
+
+    want, graph = run(torch.cuda.synchronize), torch.cuda.CUDAGraph()
+    assert want.isfinite().all()
+    with torch.cuda.graph(graph):
+        got = run(lambda: None)
+    for _ in range(50):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
 
 
 def test_products_start_before_their_quantizer_ends_where_that_was_measured() -> None:
