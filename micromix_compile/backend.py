@@ -15,11 +15,11 @@ from micromix_compile import folded_ops, ops
 from micromix_compile.assignment import assign
 from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.folded_ops import Derived
+from micromix_compile.folded_ops import Kept
 from micromix_compile.lowering import inductor, torch_compat
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, run_passes
 from micromix_compile.recipe import Recipe
-from micromix_compile.session import Session, close_graph, open_graph
+from micromix_compile.session import LinearState, Session, close_graph, open_graph
 from micromix_compile.target import target_of
 
 if TYPE_CHECKING:
@@ -156,20 +156,27 @@ def compile_quantized(
     inputs = [(position[weight], index) for weight, index in context.inputs]
     weights = sorted({i for i, _ in inputs})
     place = {node: i for i, node in enumerate([*placeholders, *appended])}
-    folded = [([place[node] for node in nodes], Derived(make)) for nodes, make in context.folded]
+    folded = [([place[node] for node in nodes], make) for nodes, make in context.folded]
+    makers = {places[-1] for places, _ in folded if places[-1] < len(placeholders)}
+    keys = sorted({*weights, *makers})
+
+    def append(args: tuple[Any, ...]) -> tuple[list[LinearState], list[Any]]:
+        packed = {i: session.packed(args[i]) for i in weights}
+        given = [*args, *(packed[i][index] for i, index in inputs)]
+        for places, make in folded:
+            given += make(*[given[i] for i in places])
+        return [session.state(args[i]) for i in weights], given[len(args) :]
+
+    kept = Kept(append)
 
     def run(*args: Any) -> Any:
         session.check_not_training()
-        packed = {i: session.packed(args[i]) for i in weights}
-        for i in weights:
-            session.count_call(args[i])
+        states, more = kept.of([args[i] for i in keys], args)
+        session.count_call(states)
         if weights and torch.is_grad_enabled():
             _say_once("micromix runs without gradients: its outputs don't require grad")
-        given = [*args, *(packed[i][index] for i, index in inputs)]
-        for places, derived in folded:
-            given += derived.of(*[given[i] for i in places])
         with torch.no_grad():
-            return compiled(*given)
+            return compiled(*args, *more)
 
     return run
 

@@ -15,7 +15,7 @@ plain PyTorch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import ref
 
 import torch
@@ -29,10 +29,11 @@ from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight, Residual
 from micromix_compile.recipe import order_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Folded = tuple[Tensor, Tensor, Tensor]
 _Made = TypeVar("_Made", bound="tuple[Tensor, ...]")
+_Value = TypeVar("_Value")
 
 _LAYOUT_ARGS = "Tensor channel_perm, int k4, int k6, int k8, str fp6, str scale_rounding, bool w_fp4"
 _FOLDED = "(Tensor q, Tensor row_scale, Tensor locks)"
@@ -93,24 +94,26 @@ def _version(key: Tensor) -> tuple[int, int]:
     return 0 if key.is_inference() else key._version, key.data_ptr()
 
 
-class Derived:
-    """What `make` keeps by the last of some inputs of one graph, call by call: as `make`, but for next to nothing.
+class Kept(Generic[_Value]):
+    """What `make` made last, as long as the tensors that it depends on are the same and have not changed.
 
-    There are hundreds of weights in a model, and a decoding step waits for all of them.
+    There are hundreds of weights in a model, and a decoding step waits until all of them have been looked at.
     """
 
-    def __init__(self, make: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, make: Callable[..., _Value]) -> None:
         self._make = make
-        self._last: tuple[ref[Tensor], tuple[int, int], tuple[Tensor, ...]] | None = None
+        self._last: tuple[list[tuple[ref[Tensor], tuple[int, int]]], _Value] | None = None
 
-    def of(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """make(*inputs)."""
-        key = inputs[-1]
-        version, last = _version(key), self._last
-        if last is None or last[0]() is not key or last[1] != version:
-            # One assignment: another thread may run the same graph with another layer's weights.
-            self._last = last = (ref(key), version, self._make(*inputs))
-        return last[2]
+    def of(self, keys: Sequence[Tensor], *args: Any) -> _Value:
+        """make(*args), which depends on `keys`, of which there are as many at each call."""
+        last = self._last
+        if last is None or any(
+            one() is not key or version != _version(key) for (one, version), key in zip(last[0], keys, strict=True)
+        ):
+            self._last = last = None  # weights of before are let go before others are made
+            last = ([(ref(key), _version(key)) for key in keys], self._make(*args))
+            self._last = last  # one assignment: another thread may run the same graph with another layer's weights
+        return last[1]
 
 
 def runs_folded(x: Tensor) -> bool:

@@ -439,17 +439,19 @@ class Session:
 
     # Coverage
 
-    def count_call(self, parameter: nn.Parameter) -> None:
-        """Note that a linear ran quantized; warn if others seldom or never do while this one runs again and again.
+    def count_call(self, states: Sequence[LinearState]) -> None:
+        """Note that linears ran quantized; warn if others seldom or never do while these run again and again.
 
         torch.compile falls back to eager, unquantized code without an error at its recompile limit.
         """
-        state = self.state(parameter)
-        state.calls += 1
-        if state.calls not in COVERAGE_CALLS or state.calls in self._coverage_checked:
-            return
-        self._coverage_checked.add(state.calls)
-        idle = [s.name for s in self._states if s.linear is not None and 2 * s.calls < state.calls]
+        for state in states:
+            state.calls += 1
+            if state.calls in COVERAGE_CALLS and state.calls not in self._coverage_checked:
+                self._check_coverage(state.calls)
+
+    def _check_coverage(self, calls: int) -> None:
+        self._coverage_checked.add(calls)
+        idle = [state.name for state in self._states if state.linear is not None and 2 * state.calls < calls]
         if idle:
             logger.warning(
                 "%d linears of %s have a recipe but ran quantized seldom or never (%s, ...): they aren't reached, or "
