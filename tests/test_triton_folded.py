@@ -459,7 +459,7 @@ def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [64, 256])
 def test_matrix_instructions_end_before_their_operand_is_overwritten(rows: int) -> None:
-    """Which they did not with 8 warps: each launch of `wide` differed, in up to a third of the norm."""
+    """Which they did not with 8 warps: each launch of `wide` differed, by up to 3 % of the norm."""
     split = (3072, 832, 192)
     x, weights = folded_rows(rows, split, "e2m3", device="cuda"), [random_weight(4096, split, "e2m3", device="cuda")]
     narrow, wide = FoldedTile(64, 64, 128, 4, 3, SUM_STEPS=False), FoldedTile(256, 128, 128, 8, 3, SUM_STEPS=False)
