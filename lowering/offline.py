@@ -61,8 +61,8 @@ class Compiled:
     one program. serialized: ptxas has each asynchronous matrix instruction end before the next begins. trap: the code
     can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
     float32 subnormals for zero, such as "rsqrt.approx.ftz.f32". before_wait: those that read or write memory before the
-    kernel waits for its inputs, None if it does not wait. mma_ended: of each such piece with
-    asynchronous matrix instructions that read registers, to which ptxas writes behind it: whether it waits for them.
+    kernel waits for its inputs, None if it does not wait. mma_ended: of each straight piece with asynchronous matrix
+    instructions that read registers, which ptxas writes to behind it: whether it waits for all of them.
     """
 
     target: str

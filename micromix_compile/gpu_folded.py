@@ -280,11 +280,11 @@ def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
     return tile
 
 
-# On an H100, a 75/20/5 split, us of quantizer and product, by `RELEASE` "end", "stores", "start", behind a product that
-# has `RELEASES`, but in the first figure. M = 1: N x K of 4096 x 4096 9.8, 10.0, 9.3, of 6144 x 4096 12.5, 12.0, 11.1,
-# of 4096 x 14336 22.3, 21.5, 23.0, of 28672 x 4096 34.7, 34.2, 36.5. M = 4, without the last: 10.5, 9.9, then 12.6,
-# 12.1, then 22.3, 21.5, then 35.0, 34.5. M = 16: 10.2, 10.2, then 12.3, 12.2, then 23.1, 23.4, then 35.2, 35.2. M = 64,
-# "end" and "start": 13.6, 13.2, then 15.8, 15.0, then 29.6, 30.0, then 42.9, 45.3.
+# On an H100, a 75/20/5 split, us of quantizer and product, by `RELEASE` "end", "stores", "start"; behind products that
+# have `RELEASES`, but for "end" of M = 1 and 4. M = 1: N x K of 4096 x 4096 9.8, 10.0, 9.3, of 6144 x 4096 12.5, 12.0,
+# 11.1, of 4096 x 14336 22.3, 21.5, 23.0, of 28672 x 4096 34.7, 34.2 and, an earlier product, 36.5. M = 4, "end" and
+# "stores": 10.5, 9.9, then 12.6, 12.1, then 22.3, 21.5, then 35.0, 34.5. M = 16: 10.2, 10.2, then 12.3, 12.2, then
+# 23.1, 23.4, then 35.2, 35.2. M = 64, "end" and "start": 13.6, 13.2, then 15.8, 15.0, then 29.6, 30.0, then 42.9, 45.3.
 def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()) -> str:
     """`RELEASE` of a quantizer, see `templates.reorder_fold`, of M = rows, which may be symbolic.
 

@@ -106,7 +106,7 @@ class PassContext:
     smoothable: filled by find_smoothable.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
     folds: products are to be folded (see `fold_products`). folded: filled by it: for one or more appended inputs, in
-        order, the inputs that they are made from, and the function that makes them. It looks at the last one's changes.
+        order, the inputs that they are made from, and the function that makes them, anew when the last changes.
     """
 
     owner: Owner

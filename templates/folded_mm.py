@@ -75,8 +75,8 @@ def _add_dot(acc, w, x, inside, step, stop, SUM_STEPS: tl.constexpr):
 def _ended(acc):
     """acc, when the matrix instructions that add to it have ended.
 
-    Triton (3.6, 3.7) would let them run on into the next step. But they read the left operand from registers when they
-    begin, not when they are issued, and ptxas has other values written to those by then.
+    Triton (3.6, 3.7) would let them run on into the next step, where ptxas has other values written to the registers of
+    their left operand. With 8 warps results were wrong then.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 

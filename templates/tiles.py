@@ -73,8 +73,8 @@ class Family:
 _ANY: Final = 1 << 62
 
 FEW_ROWS: Final = 4
-"""Up to which quantizers on sm_90 ask for the order of the channels ahead of their input, and end behind the start of
-their product: for more, that takes longer than it helps."""
+"""Up to which folding quantizers ask for the order of the channels ahead of their input, and let their product start
+before they end: for more, that takes longer than it helps, see `gpu_folded.release_for`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,12 @@ class FoldedTile:
 
     @property
     def releases(self) -> bool:
-        """`RELEASES` of the kernel: whether the next one may start before this has added up and stored its sums."""
+        """`RELEASES` of the kernel: whether the next one may start before this has added up and stored its sums.
+
+        On an H100 at M = 16, us of quantizer and product with and without: N x K of 4096 x 4096 10.2 and 10.6, of 6144
+        x 4096 12.3 and 12.6, of 4096 x 14336 23.1 and 22.6; but at M = 64 16.1 and 15.8 of the second, 31.2 and 29.6 of
+        the last.
+        """
         return self.BLOCK_M == 16
 
     @property
