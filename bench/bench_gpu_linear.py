@@ -128,12 +128,15 @@ compiled_add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = torch.compile(add_
 
 
 def folded_product(x: folding.FoldedActivation, weights: Sequence[FoldedWeight]) -> list[Tensor]:
-    """Ours as compiled for this number of rows: the library multiplies all weights at once, then side by side."""
+    """Ours as compiled for this number of rows: the library multiplies what is expanded together, then side by side."""
     if not gpu_folded.uses_library(x.q.shape[0], weights, BF16):
         return gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16)
-    expanded = ExpandedWeights.empty(weights, x.q)
-    gpu_folded.expand_weights(weights, expanded, fp6=FP6)
-    return [gpu_folded.library_mm(x, expanded, BF16)]
+    products = []
+    for run in gpu_folded.expansion_runs(gpu_folded.columns_of(weights), x.q.shape[1]):
+        expanded = ExpandedWeights.empty(weights[run], x.q)
+        gpu_folded.expand_weights(weights[run], expanded, fp6=FP6)
+        products.append(gpu_folded.library_mm(x, expanded, BF16))
+    return products
 
 
 def fp8_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -132,32 +132,48 @@ def _asks_library(rows: Any, weights: Any, out_dtype: torch.dtype) -> bool:
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)
 
 
-def _library_mm(q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch.dtype) -> Any:
-    """A launch that expands the weights, one product of the library's, and of its columns each weight's as a view.
+def _library_mm(q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch.dtype) -> list[Any]:
+    """Launches that expand the weights and products of the library's, each of as many weights as are expanded together.
 
-    If one of them must lie in memory as eager has it, there is a product for each weight instead.
+    Of a product's columns each weight's are a view; if one must lie in memory as eager has it, each has its own.
     """
-    columns, device = gpu_folded.columns_of(weights), q.get_device()
-    n, width = sum(columns), Operand(q).shape[1]
-    expanded: Any = ExpandedWeights(
-        Operand(empty([n, width], torch.uint8, device)),  # type: ignore[arg-type]
-        Operand(empty([n], torch.float32, device)),  # type: ignore[arg-type]
-        None if weights[0].bias is None else Operand(empty([n], out_dtype, device)),  # type: ignore[arg-type]
-    )
-    launch(gpu_folded.expand_call(weights, expanded, fp6=fp6))
+    columns, width = gpu_folded.columns_of(weights), Operand(q).shape[1]
     separate = any(_needs_own_memory(output) for output in V.graph.current_node.users)
-    parts = columns if separate else [n]
-    x, x_scale = _as_e4m3(contiguous(q)), _call(torch.ops.aten.unsqueeze.default, contiguous(row_scale), 1)
-    ws, w_scales, biases = (
-        [None] * len(parts) if one is None else _call(torch.ops.aten.split_with_sizes.default, one.node, parts)
-        for one in expanded
-    )
+    x = _as_e4m3(contiguous(q)), _call(torch.ops.aten.unsqueeze.default, contiguous(row_scale), 1)
     outs = []
-    for w, w_scale, bias in zip(ws, w_scales, biases, strict=True):
-        right = _call(torch.ops.aten.permute.default, _as_e4m3(w), [1, 0])
-        scale = _call(torch.ops.aten.unsqueeze.default, w_scale, 0)
-        outs.append(_scaled_mm(x, right, x_scale, scale, bias, None, out_dtype, True))
-    return outs if separate else _call(torch.ops.aten.split_with_sizes.default, outs[0], columns, 1)
+    for run in gpu_folded.expansion_runs(columns, width):
+        expanded = _expand(weights[run], width, fp6, out_dtype)
+        if separate:
+            each = zip(*(_split(part, columns[run], 0) for part in expanded), strict=True)
+            outs += [_multiply(x, ExpandedWeights(*one), out_dtype) for one in each]
+        else:
+            outs += _split(_multiply(x, expanded, out_dtype), columns[run], 1)
+    return outs
+
+
+def _expand(weights: Any, width: int, fp6: str, out_dtype: torch.dtype) -> Any:
+    n, device = sum(gpu_folded.columns_of(weights)), weights[0].w4.node.get_device()
+    bias = None if weights[0].bias is None else empty([n], out_dtype, device)
+    expanded: Any = ExpandedWeights(
+        empty([n, width], torch.uint8, device), empty([n], torch.float32, device), bias
+    )  # fmt: skip
+    room: Any = ExpandedWeights(*(None if part is None else Operand(part) for part in expanded))  # type: ignore[arg-type]
+    launch(gpu_folded.expand_call(weights, room, fp6=fp6))
+    return expanded
+
+
+def _split(node: Any, sizes: list[int], dim: int) -> list[Any]:
+    if node is None or len(sizes) == 1:
+        return [node] * len(sizes)
+    parts: list[Any] = _call(torch.ops.aten.split_with_sizes.default, node, sizes, dim)
+    return parts
+
+
+def _multiply(x: tuple[Any, Any], w: Any, out_dtype: torch.dtype) -> Any:
+    """The library's product. x: E4M3 and scales, (M, width) and (M, 1)."""
+    right = _call(torch.ops.aten.permute.default, _as_e4m3(w.w), [1, 0])
+    scale = _call(torch.ops.aten.unsqueeze.default, w.row_scale, 0)
+    return _scaled_mm(x[0], right, x[1], scale, w.bias, None, out_dtype, True)
 
 
 def _needs_own_memory(node: fx.Node) -> bool:

@@ -36,6 +36,11 @@ EXPAND_FROM: Final = 257
 and expanded (expanding and the library in sum), N x K: 86 and 134 for 28672 x 4096, 55 and 76 for 4096 x 14336. Beyond,
 a second row of tiles would unpack all again. Not a bound of the kernel, which takes any M."""
 
+MAX_EXPANDED: Final = 64 * 2**20
+"""Bytes up to which weights that read one activation are expanded together, for one product of all. A wider group takes
+more memory than all else in a layer, and gains little: 28672 x 4096 as one and as two, us at M = 1024, 2048 and 8192 on
+an H100: 247 and 248, 417 and 424, 1407 and 1432."""
+
 PROCESSORS: Final = 132
 """Of the GPUs that the figures here come from."""
 
@@ -204,9 +209,12 @@ def folded_mm(
     """
     rows, columns = x.q.shape[0], columns_of(weights)
     if tile is None and uses_library(rows, weights, out_dtype):
-        expanded = ExpandedWeights.empty(weights, x.q)
-        expand_weights(weights, expanded, fp6=fp6)
-        return [library_mm(x, one, out_dtype) for one in expanded.split(columns)]
+        results = []
+        for run in expansion_runs(columns, x.q.shape[1]):
+            expanded = ExpandedWeights.empty(weights[run], x.q)
+            expand_weights(weights[run], expanded, fp6=fp6)
+            results += [library_mm(x, one, out_dtype) for one in expanded.split(columns[run])]
+        return results
     outs = [x.q.new_empty((rows, n), dtype=out_dtype) for n in columns]
     tile = tile or tile_for(rows, columns, x.q.shape[1])
     parts = parts or parts_for(rows, columns, x.q.shape[1], tile)
@@ -255,12 +263,24 @@ def folded_mm_call(
             "SPLIT_K": parts.split,
             "COPIED": tile.copied_factors,
             "SUM_STEPS": tile.SUM_STEPS,
+            "SEGMENT_START": tile.SEGMENT_START,
+            "STAGES8": stages8(weights[0].split, tile),
             "LAUNCH_PDL": True,
             "RELEASES": tile.releases,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+# On an H100, us of quantizer and product in 2 and 3 stages, a 75/20/5 split, M = 1, 16 and 64. N x K of 4096 x 4096:
+# 9.0 and 9.4, 10.3 and 10.4, 12.9 and 13.4; 6144 x 4096: 10.6 and 11.1, 11.8 and 11.9, 14.7 and 15.0; 4096 x 14336:
+# 20.3 and 21.3, 22.1 and 22.4, 29.9 and 30.1; 28672 x 4096: 33.9 and 34.2, 34.9 and 35.1, 42.1 and 42.5. With 15 %
+# MXFP8 2 are better in 9 of 12 cases, with 20 % in 5; with nothing else for 4096 x 4096 11.4 and 10.6, 12.4 and 11.6,
+# 15.3 and 13.5.
+def stages8(split: Split, tile: FoldedTile) -> int:
+    """`STAGES8` of a product: two where MXFP8 is a small part, which saves shared memory."""
+    return 2 if 6 * split[2] <= sum(split) else tile.num_stages
 
 
 def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:
@@ -341,6 +361,18 @@ def uses_library(rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dt
     return rows >= EXPAND_FROM and out_dtype == torch.bfloat16 and is_narrow and fits
 
 
+def expansion_runs(columns: Sequence[int], width: int) -> list[slice]:
+    """Which weights are expanded together, from left to right. width: bytes of an expanded row."""
+    runs: list[slice] = []
+    for i, n in enumerate(columns):
+        start = runs[-1].start if runs else i
+        if runs and (sum(columns[start:i]) + n) * width <= MAX_EXPANDED:
+            runs[-1] = slice(start, i + 1)
+        else:
+            runs.append(slice(i, i + 1))
+    return runs
+
+
 def expand_weights(weights: Sequence[FoldedWeight], out: ExpandedWeights, *, fp6: str) -> None:
     """Fill `out` with `folding.fold_weight` of each weight, with its scales and biases, in one launch."""
     if len(out.w):
@@ -367,6 +399,7 @@ def expand_call(
             "HAS_BIAS": weights[0].bias is not None,
             "BLOCK_N": block_n,
             "STEP": step,
+            "LAUNCH_PDL": True,
         },
         num_warps=num_warps,
     )

@@ -15,14 +15,20 @@ formats leave E4M3 enough exponents for it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from micromix_compile.formats import BLOCK_SIZE, E8M0_NAN, FP6_FORMATS, ElemFormat, elem_format
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 MAX_SCALE = 254
+
+_BOUNDARY = 256  # as the allocator's own; kernels want 16
 
 
 class _PlaneLayout(NamedTuple):
@@ -120,6 +126,20 @@ def swizzle_scale(scale: Tensor, split: tuple[int, int, int]) -> Tensor:
         padded[-1][: segment.shape[0], : segment.shape[1]] = segment
     tiles = torch.cat(padded, 1).reshape(rows // 128, 4, 32, -1, 4)  # (row tile, i, r, tile, c)
     return tiles.permute(0, 3, 2, 1, 4).reshape(rows // 128, -1, 512)
+
+
+def in_one_storage(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of uint8 tensors on a device, side by side in one allocation, each on a boundary of `_BOUNDARY` bytes.
+
+    PyTorch's allocator may give each large tensor up to 1 MiB more than it asks for: 0.17 GiB for an 8B model's.
+    """
+    lengths = [-(-part.numel() // _BOUNDARY) * _BOUNDARY for part in parts]
+    storage = torch.empty(sum(lengths), dtype=torch.uint8, device=device).untyped_storage()
+    copies = []  # no views: a tensor of its own has a version of its own
+    for start, part in zip(accumulate(lengths[:-1], initial=0), parts, strict=True):
+        room = torch.empty(0, dtype=torch.uint8, device=device)
+        copies.append(room.set_(storage, start, part.shape, part.contiguous().stride()).copy_(part))
+    return copies
 
 
 def _fp6_format(fp6: str) -> ElemFormat:

@@ -75,7 +75,8 @@ def round_weights(
 
 def _pack(weight: Tensor, channel_perm: Tensor, split: Split, config: MicroMixConfig) -> PackedWeight:
     q4, q6, q8, scale = ops.reorder_quantize(weight, channel_perm, *split, config.fp6, str(config.scale_rounding))
-    return PackedWeight(q4, packing.pack_fp6(q6, config.fp6), q8, scale)
+    parts = (q4, packing.pack_fp6(q6, config.fp6), q8, scale)
+    return PackedWeight(*packing.in_one_storage(parts, weight.device))
 
 
 def packed_weight(weight: Tensor, linear: LinearRecipe, recipe: Recipe) -> PackedWeight:
@@ -85,7 +86,8 @@ def packed_weight(weight: Tensor, linear: LinearRecipe, recipe: Recipe) -> Packe
     """
     ready = recipe.packed.get(linear.fqn)
     if ready is not None:
-        return PackedWeight(*(part.to(weight.device) for part in ready))
+        is_there = all(part.device == weight.device for part in ready)
+        return ready if is_there else PackedWeight(*packing.in_one_storage(ready, weight.device))
     if recipe.config.rounds_weights:
         raise ValueError(
             f"the recipe has no rounded weight for {linear.fqn}: weight_rounding={recipe.config.weight_rounding!r} and "

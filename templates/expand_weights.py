@@ -6,6 +6,7 @@ Up to three weights that read one activation (q, k and v) come to lie below each
 import triton
 import triton.language as tl
 
+from micromix_compile.templates.ahead import wait_for_inputs
 from micromix_compile.templates.fold import (
     data_blocks,
     factor_at,
@@ -73,8 +74,11 @@ def expand_weights_kernel(
     odd4, odd6, odd8,  # 2 * blocks + 3, see `reorder_fold`
     tiles0, tiles1,  # tiles of BLOCK_N rows of the first weight, and of the first two
     FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) folds the i-th tile of rows in the j-th stretch of STEP blocks; stretches end with a segment."""
+    if LAUNCH_PDL:
+        wait_for_inputs()
     tile = tl.program_id(0)
     w4 = of_group(tile, tiles0, tiles1, w4_0, w4_1, w4_2, GROUPS)
     w6 = of_group(tile, tiles0, tiles1, w6_0, w6_1, w6_2, GROUPS)

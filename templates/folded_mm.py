@@ -82,11 +82,16 @@ def _ended(acc):
 
 
 @triton.jit
-def _bound(part, steps4, steps6, steps8, parts):
-    """The step at which a part begins: parts read about the same number of bytes, 2 for a step of MXFP4 to 3 and 4."""
-    place = part * (steps4 * 2 + steps6 * 3 + steps8 * 4) // parts
-    in6 = tl.maximum(place - steps4 * 2, 0)
-    in8 = tl.maximum(in6 - steps6 * 3, 0)
+def _bound(part, steps4, steps6, steps8, parts, SEGMENT_START: tl.constexpr):
+    """The step at which a part begins: parts read about the same number of bytes, 2 for a step of MXFP4 to 3 and 4.
+
+    SEGMENT_START: so many more for MXFP6 and MXFP8 each, where loads that run ahead begin anew.
+    """
+    start6 = tl.where(steps6 > 0, SEGMENT_START, 0)
+    start8 = tl.where(steps8 > 0, SEGMENT_START, 0)
+    place = part * (steps4 * 2 + start6 + steps6 * 3 + start8 + steps8 * 4) // parts
+    in6 = tl.maximum(place - steps4 * 2 - start6, 0)
+    in8 = tl.maximum(in6 - steps6 * 3 - start8, 0)
     return tl.minimum(tl.cdiv(place, 2), steps4) + tl.minimum(tl.cdiv(in6, 3), steps6) + tl.cdiv(in8, 4)
 
 
@@ -94,13 +99,13 @@ def _bound(part, steps4, steps6, steps8, parts):
 def folded_mm_tile(
     x, inside, w4, w6, w8, factors, plane, n, word_stride, blocks4, blocks6, blocks8, part, parts,
     FP6: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COPIED: tl.constexpr,
-    SUM_STEPS: tl.constexpr,
+    SUM_STEPS: tl.constexpr, SEGMENT_START: tl.constexpr, STAGES8: tl.constexpr,
 ):  # fmt: skip
     """Sum over part `part` of `parts` of a tile's steps: (BLOCK_N, BLOCK_M) float32, in units of both row scales.
 
     x, w4, w6, w8, factors: pointers to the tile's first rows. inside: (BLOCK_M,), which rows of x there are. n:
     (BLOCK_N,), rows of w from the first. plane: bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about
-    14 bits: with SUM_STEPS each step has a sum of its own.
+    14 bits: with SUM_STEPS each step has a sum of its own. STAGES8: of the loads of MXFP8, the compiler's num_stages.
 
     Without, a loop stands behind the question whether it has a step, or large tiles spill registers.
     """
@@ -112,8 +117,8 @@ def folded_mm_tile(
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
     steps8 = tl.cdiv(blocks8, STEP)
-    first = _bound(part, steps4, steps6, steps8, parts)
-    last = _bound(part + 1, steps4, steps6, steps8, parts)
+    first = _bound(part, steps4, steps6, steps8, parts, SEGMENT_START)
+    last = _bound(part + 1, steps4, steps6, steps8, parts, SEGMENT_START)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
     half = blocks4 * 16
@@ -153,7 +158,7 @@ def folded_mm_tile(
     x += pairs * 64
     factors += words_of(blocks6) * word_stride
     if SUM_STEPS or first < last:
-        for step in range(first, last):
+        for step in tl.range(first, last, num_stages=STAGES8):
             column = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
             factor = _factors(factors, word_stride, step, blocks8, STEP, COPIED)
             w = fold_e4m3(_load(w8, column, width), spread(factor, 32))
@@ -189,7 +194,7 @@ def folded_mm_kernel(
     whole, shared,  # tiles that are one program's, all if SPLIT_K is 1, and the others
     FP6: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, COPIED: tl.constexpr, SUM_STEPS: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr, RELEASES: tl.constexpr,
+    SEGMENT_START: tl.constexpr, STAGES8: tl.constexpr, LAUNCH_PDL: tl.constexpr, RELEASES: tl.constexpr,
 ):  # fmt: skip
     """Each out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once.
 
@@ -240,7 +245,7 @@ def folded_mm_kernel(
         wait_for_inputs()
     acc = folded_mm_tile(
         x, m < M, w4, w6, w8, w_factor, plane, n_local, N * 4, blocks4, blocks6, blocks8, part, parts, FP6, BLOCK_M,
-        BLOCK_N, BLOCK_K, COPIED, SUM_STEPS,
+        BLOCK_N, BLOCK_K, COPIED, SUM_STEPS, SEGMENT_START, STAGES8,
     )  # fmt: skip
     if LAUNCH_PDL and RELEASES:
         let_next_start()

@@ -83,6 +83,7 @@ class FoldedTile:
 
     SUM_STEPS: each step has a sum of its own, for the matrix instructions add with about 14 bits. Without, they add
     over all of K, as the library's do with fast accumulation, which leaves registers for more programs or larger tiles.
+    SEGMENT_START: what the first step of MXFP6, and of MXFP8, counts for beside its bytes where programs share a tile.
     """
 
     BLOCK_M: int
@@ -91,6 +92,7 @@ class FoldedTile:
     num_warps: int
     num_stages: int
     SUM_STEPS: bool = True
+    SEGMENT_START: int = 0
 
     @property
     def releases(self) -> bool:
@@ -124,7 +126,13 @@ FOLDED_TILES: Final = (
 # On an H100, us with a sum for each step and without, quantizing included, at M = 1 and 16: N x K of 4096 x 4096 11.4
 # and 9.8, 11.5 and 10.6; 6144 x 4096 13.1 and 12.5, 13.1 and 12.6; 4096 x 14336 23.4 and 22.3, 24.1 and 22.6. For 28672
 # x 4096, not shared, 34.9 and 34.7, 35.7 and 35.4: precision costs next to nothing there.
-SHARED_FOLDED_TILES: Final = tuple((most, replace(tile, SUM_STEPS=False)) for most, tile in FOLDED_TILES)
+#
+# Later, with SEGMENT_START 0, 1 and 3, at M = 1 and 16: 4096 x 4096 9.1, 9.1 and 9.2, 10.1, 10.2 and 10.2; 6144 x 4096
+# 11.1, 10.6 and 10.9, 12.3, 11.8 and 11.8; 4096 x 14336 20.9, 20.3 and 21.0, 22.4, 22.2 and 22.3. At M = 64 0 is best,
+# and for 28672 x 4096, where it moves a part's end by a step: 34.0 and 34.3, 34.8 and 35.1.
+SHARED_FOLDED_TILES: Final = tuple(
+    (most, replace(tile, SUM_STEPS=False, SEGMENT_START=int(most == 16))) for most, tile in FOLDED_TILES
+)
 """Per largest number of rows, where programs share all tiles: each adds a part of the channels only."""
 
 # On an H100, the same split, us of an earlier product: N x K of 28672 x 4096 at M = 128 72, with 128 columns and 8

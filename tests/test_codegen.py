@@ -164,6 +164,15 @@ def test_a_folded_product_of_many_rows_expands_its_weights_for_one_product_of_th
     assert kinds == [*layer, *layer, "triton_poi_fused_add_0"]
 
 
+def test_wide_weights_of_one_activation_are_expanded_one_after_the_other() -> None:
+    """So that the memory of the first is free for the second."""
+    launches = generated("folded", (9, 0), rows=300, widen=20)["launches"]
+    kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
+    product = ["expand_weights", "torch.ops.aten._scaled_mm"]
+    layer = ["reorder_fold", *product, *product, "reorder_fold", *product]
+    assert kinds == [*layer, *layer, "triton_poi_fused_add_0"]
+
+
 @pytest.mark.parametrize(
     ("case", "products", "pointwise"),
     [

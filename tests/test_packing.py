@@ -168,3 +168,18 @@ def test_another_format_is_refused_with_the_two_fp6_formats(fp6: str) -> None:
     ):
         with pytest.raises(ValueError, match=f"fp6 must be one of e2m3, e3m2, got '{fp6}'"):
             call()
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_tensors_in_one_storage_are_copies_on_boundaries_with_versions_of_their_own(shapes: list[list[int]]) -> None:
+    parts = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes]
+    copies = packing.in_one_storage(parts, torch.device("cpu"))
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
+    for copy, part in zip(copies, parts, strict=True):
+        assert torch.equal(copy, part)
+        assert copy.is_contiguous()
+        assert copy.storage_offset() % 256 == 0
+    versions = [copy._version for copy in copies]
+    copies[0].zero_()
+    assert [copy._version for copy in copies[1:]] == versions[1:]
+    assert all(torch.equal(copy, part) for copy, part in zip(copies[1:], parts[1:], strict=True))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from models import fake_quantized, make_net
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -36,7 +37,8 @@ def test_packed_modules_equal_the_fake_quantized_twin_and_hold_what_the_recipe_s
     with torch.no_grad():
         expected, actual = fake_quantized(net, recipe)(x), packed(x)
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert storages(net) - storages(packed) == 4 * recipe.parameters - recipe.stored_bytes
+    padding = storages(packed) - (storages(net) - 4 * recipe.parameters + recipe.stored_bytes)
+    assert 0 <= padding < 256 * 4 * len(recipe.linears)  # before the next part of a weight, for alignment
 
 
 def test_linears_of_a_group_hold_one_order() -> None:
@@ -53,9 +55,7 @@ def test_a_state_dict_round_trip_keeps_the_outputs() -> None:
     recipe = micromix.calibrate(net, [torch.randn(2, 6, 64)])
     packed = micromix.quantize_(copy.deepcopy(net), recipe)
     state = packed.state_dict()
-    assert len({tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.numel()}) == sum(
-        tensor.numel() > 0 for tensor in state.values()
-    )
+    serialize(state)  # which refuses tensors that share memory
     other = micromix.quantize_(copy.deepcopy(net), recipe)
     for tensor in other.buffers():
         tensor.zero_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import chain, pairwise, product
 from typing import TYPE_CHECKING
 from unittest.mock import MagicMock
 
@@ -365,7 +365,7 @@ def test_only_kernels_that_wait_for_their_inputs_are_launched_to_start_ahead(
     multiplication = gpu_folded.folded_mm_call(x, weights, [out], out, fp6="e2m3", tile=tile, parts=Parts(1, 1))
     expansion = gpu_folded.expand_call(weights, ExpandedWeights.empty(weights, x.q), fp6="e2m3")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    for call, starts_ahead in ((fold, True), (multiplication, True), (expansion, False)):
+    for call, starts_ahead in ((fold, True), (multiplication, True), (expansion, True)):
         kernel = MagicMock()
         replace(call, kernel=kernel).launch()
         (launched,) = kernel.__getitem__.return_value.call_args_list
@@ -373,25 +373,28 @@ def test_only_kernels_that_wait_for_their_inputs_are_launched_to_start_ahead(
 
 
 @triton.jit(do_not_specialize=["steps4", "steps6", "steps8", "parts"])
-def bounds_kernel(out, steps4, steps6, steps8, parts):  # noqa: ANN001, ANN201 - a Triton kernel
+def bounds_kernel(out, steps4, steps6, steps8, parts, start: tl.constexpr):  # noqa: ANN001, ANN201 - a Triton kernel
     """The bounds of all parts, one after the other."""
     for part in range(parts + 1):
-        tl.store(out + part, _bound(part, steps4, steps6, steps8, parts))
+        tl.store(out + part, _bound(part, steps4, steps6, steps8, parts, start))
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 60), st.integers(0, 30), st.integers(0, 30), st.integers(1, 8))
-@example(12, 4, 1, 4)
-def test_parts_hold_all_steps_and_equal_bytes_but_for_a_step(
-    device: str, steps4: int, steps6: int, steps8: int, parts: int
+@given(st.integers(0, 60), st.integers(0, 30), st.integers(0, 30), st.integers(1, 8), st.integers(0, 3))
+@example(12, 4, 1, 4, 0)
+@example(12, 4, 1, 4, 1)
+def test_parts_hold_all_steps_and_equal_work_but_for_a_step(
+    device: str, steps4: int, steps6: int, steps8: int, parts: int, start: int
 ) -> None:
+    """Work: bytes, in 4096 of 64 rows, and what a segment counts for that begins, which a part may end with."""
     out = torch.full((parts + 1,), -1, dtype=torch.int32, device=device)
-    bounds_kernel[(1,)](out, steps4, steps6, steps8, parts)
+    bounds_kernel[(1,)](out, steps4, steps6, steps8, parts, start)
     bounds = out.tolist()
-    read = torch.tensor([0] + [2] * steps4 + [3] * steps6 + [4] * steps8).cumsum(0)  # bytes, in 4096 of 64 rows
+    steps = [2] * steps4, [3 + start, *[3] * (steps6 - 1)][:steps6], [4 + start, *[4] * (steps8 - 1)][:steps8]
+    work = torch.tensor([0, *chain(*steps)]).cumsum(0)
     assert bounds == sorted(bounds)
-    assert (bounds[0], bounds[-1]) == (0, len(read) - 1)
-    assert bool(((read[bounds].diff() - read[-1] / parts).abs() < 4).all())
+    assert (bounds[0], bounds[-1]) == (0, len(work) - 1)
+    assert bool(((work[bounds].diff() - work[-1] / parts).abs() < 4 + start).all())
 
 
 def test_shared_tiles_never_outnumber_the_locks_nor_parts_the_steps() -> None:
@@ -421,6 +424,22 @@ def test_the_library_is_asked_for_what_it_takes() -> None:
     assert not asked(most, [64, 24], bf16)
     assert not asked(most, [64], torch.float32)
     assert not asked(most, [64], bf16, torch.float32)
+
+
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=3), st.sampled_from([1024, 4096, 28672]))
+@example([4096, 1024, 1024], 4096)
+@example([14336, 14336], 4096)
+def test_weights_are_expanded_together_as_far_as_they_fit(columns: list[int], width: int) -> None:
+    runs = [columns[run] for run in gpu_folded.expansion_runs(columns, width)]
+    assert [*chain(*runs)] == columns
+    assert all(len(run) == 1 or sum(run) * width <= gpu_folded.MAX_EXPANDED for run in runs)
+    assert all((sum(run) + other[0]) * width > gpu_folded.MAX_EXPANDED for run, other in pairwise(runs))
+
+
+def test_loads_of_mxfp8_run_two_stages_ahead_where_it_is_much() -> None:
+    tile = FOLDED_TILES[0][1]
+    assert [gpu_folded.stages8(split, tile) for split in ((3072, 832, 192), (2048, 1408, 640))] == [2, 2]
+    assert [gpu_folded.stages8(split, tile) for split in ((3264, 0, 832), (0, 0, 4096))] == [3, 3]
 
 
 # ---- real sizes, on a GPU
