@@ -131,9 +131,12 @@ def mixed_mx_mm(
 
 def folded_mm(
     capability: int, tile: FoldedTile, *, fp6: str = "e2m3", groups: int = 1, bias: bool = True, split_k: int = 1,
-    out_dtype: str = "bf16", columns: int = 4096, stages8: int = 2,
+    out_dtype: str = "bf16", columns: int = 4096, split: tuple[int, int, int] = (3072, 832, 192),
 ) -> Kernel:  # fmt: skip
-    """The folded product of `groups` weights. columns: of each, of which Triton sees if it is 1 or a multiple of 16."""
+    """The folded product of `groups` weights.
+
+    columns: of each, of which Triton sees if it is 1 or a multiple of 16. split: channels per format.
+    """
     weights = dict.fromkeys((f"{name}_{i}" for i in range(3) for name in ("w4", "w6", "w8", "w_factor")), "*u8")
     scales = dict.fromkeys(("x_row_scale", *(f"w_row_scale_{i}" for i in range(3))), "*fp32")
     biases = [f"bias_{i}" for i in range(3)]
@@ -151,7 +154,8 @@ def folded_mm(
         constexprs={
             "FP6": fp6, "GROUPS": groups, "HAS_BIAS": bias, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K, "SPLIT_K": split_k, "COPIED": tile.copied_factors, "SUM_STEPS": tile.SUM_STEPS,
-            "SEGMENT_START": tile.SEGMENT_START, "STAGES8": stages8, "LAUNCH_PDL": True, "RELEASES": tile.releases,
+            "SEGMENT_START": tile.SEGMENT_START, "STAGES8": tile.stages8(split),
+            "LAUNCH_PDL": True, "RELEASES": tile.releases,
             **constants,
         },
         aligned=(*pointers, *(name for name, value in extents.items() if value % 16 == 0)),

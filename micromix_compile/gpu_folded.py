@@ -264,23 +264,13 @@ def folded_mm_call(
             "COPIED": tile.copied_factors,
             "SUM_STEPS": tile.SUM_STEPS,
             "SEGMENT_START": tile.SEGMENT_START,
-            "STAGES8": stages8(weights[0].split, tile),
+            "STAGES8": tile.stages8(weights[0].split),
             "LAUNCH_PDL": True,
             "RELEASES": tile.releases,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-
-
-# On an H100, us of quantizer and product in 2 and 3 stages, a 75/20/5 split, M = 1, 16 and 64. N x K of 4096 x 4096:
-# 9.0 and 9.4, 10.3 and 10.4, 12.9 and 13.4; 6144 x 4096: 10.6 and 11.1, 11.8 and 11.9, 14.7 and 15.0; 4096 x 14336:
-# 20.3 and 21.3, 22.1 and 22.4, 29.9 and 30.1; 28672 x 4096: 33.9 and 34.2, 34.9 and 35.1, 42.1 and 42.5. With 15 %
-# MXFP8 2 are better in 9 of 12 cases, with 20 % in 5; with nothing else for 4096 x 4096 11.4 and 10.6, 12.4 and 11.6,
-# 15.3 and 13.5.
-def stages8(split: Split, tile: FoldedTile) -> int:
-    """`STAGES8` of a product: two where MXFP8 is a small part, which saves shared memory."""
-    return 2 if 6 * split[2] <= sum(split) else tile.num_stages
 
 
 def tile_for(rows: int, columns: Sequence[int], channels: int) -> FoldedTile:

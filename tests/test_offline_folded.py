@@ -25,6 +25,7 @@ from micromix_compile.templates.tiles import (
 
 CAPABILITY = 90
 SMALL_TILE_REGISTERS = 65536 // 3 // 128 // 8 * 8  # three programs of four warps, which `parts_for` counts on
+FEW_ROWS_REGISTERS = 65536 // 4 // 128  # four; on an H100 a product with three was 12 % slower at 16 rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Case:
         """A test's name, such as `16x64x256-sums-e2m3-1-split6-4096`."""
         tile = f"{self.tile.BLOCK_M}x{self.tile.BLOCK_N}x{self.tile.BLOCK_K}{'-sums' * self.tile.SUM_STEPS}"
         return f"{tile}-{self.fp6}-{self.groups}{'-bias' * self.bias}-split{self.split_k}-{self.columns}"
+
+    @property
+    def most_registers(self) -> int:
+        """Of a thread."""
+        if self.tile in [tile for _, tile in WIDE_FOLDED_TILES]:
+            return 255
+        is_shared = self.split_k > 1 and (self.groups > 1 or not self.tile.SUM_STEPS)
+        return FEW_ROWS_REGISTERS if self.tile.BLOCK_M == 16 and is_shared else SMALL_TILE_REGISTERS
 
     @property
     def kernel(self) -> Kernel:
@@ -90,6 +99,7 @@ def expand_weights(fp6: str, group: int) -> Kernel:
 TILES = tuple(dict.fromkeys(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_TILES, *WIDE_FOLDED_TILES)))
 KINDS = ((1, False, 1), (1, False, gpu_folded.MAX_LONG_SPLIT), (gpu_folded.MAX_GROUP, True, gpu_folded.MAX_SPLIT))
 PRODUCTS = [Case(tile, fp6, *kind) for tile, fp6, kind in product(TILES, FP6_FORMATS, KINDS)]
+PRODUCTS += [Case(TILES[0], fp6, 2, bias, 2) for fp6, bias in product(FP6_FORMATS, (False, True))]  # gate and up
 PRODUCTS += [Case(TILES[0], "e2m3", *KINDS[0], columns) for columns in (1, 999)]
 FOLDS = {
     f"{producer}-{channels}-{rows}-{rounding}{'-w_fp4' * w_fp4}": reorder_fold(
@@ -132,9 +142,9 @@ def test_each_step_of_a_product_issues_fp8_instructions_and_no_others(
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str, Compiled], case: Case) -> None:
-    result, wide = compiled[case], [tile for _, tile in WIDE_FOLDED_TILES]
+    result = compiled[case]
     assert result.spilled_bytes <= SPILL_LIMIT
-    assert 0 < result.registers <= (255 if case.tile in wide else SMALL_TILE_REGISTERS)
+    assert 0 < result.registers <= case.most_registers
     assert 0 < result.shared_bytes <= FAMILIES["sm_90"].shared_memory
     assert result.tensor_columns == 0
     assert result.target == "sm_90a"
