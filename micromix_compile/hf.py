@@ -72,6 +72,9 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         share_orders(model, {fqn: d["group"] for fqn, d in self.quantization_config.linears.items()})
+        for module in model.modules():
+            if isinstance(module, MicroMixLinear):
+                module.compact()
         return model
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:

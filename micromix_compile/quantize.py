@@ -159,6 +159,11 @@ class MicroMixLinear(nn.Module):
         self.order.channel_perm = channel_perm
         self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale = packed
 
+    def compact(self) -> None:
+        """Move the packed tensors into one allocation, see `packing.in_one_storage`."""
+        parts = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
+        self.load_packed(PackedWeight(*packing.in_one_storage(parts, parts[0].device)), self.order.channel_perm)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., N)."""
         rows = x.reshape(-1, self.in_features)

@@ -86,6 +86,7 @@ def test_a_packed_checkpoint_loads_packed_with_the_same_outputs(tmp_path: Path) 
     assert attention.q_proj.order is attention.k_proj.order
     assert attention.q_proj.weight_q4.dtype is torch.uint8
     assert attention.q_proj.bias.dtype is torch.bfloat16
+    assert len({buffer.untyped_storage().data_ptr() for buffer in attention.q_proj.buffers(recurse=False)}) == 1
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     loaded.save_pretrained(tmp_path / "again")
