@@ -154,7 +154,7 @@ def folded_mm(
         constexprs={
             "FP6": fp6, "GROUPS": groups, "HAS_BIAS": bias, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
             "BLOCK_K": tile.BLOCK_K, "SPLIT_K": split_k, "COPIED": tile.copied_factors, "SUM_STEPS": tile.SUM_STEPS,
-            "SEGMENT_START": tile.SEGMENT_START, "STAGES8": tile.stages8(split),
+            "SEGMENT_START": tile.SEGMENT_START, "STAGES8": tile.stages8(split, groups),
             "LAUNCH_PDL": True, "RELEASES": tile.releases,
             **constants,
         },

@@ -264,7 +264,7 @@ def folded_mm_call(
             "COPIED": tile.copied_factors,
             "SUM_STEPS": tile.SUM_STEPS,
             "SEGMENT_START": tile.SEGMENT_START,
-            "STAGES8": tile.stages8(weights[0].split),
+            "STAGES8": tile.stages8(weights[0].split, len(weights)),
             "LAUNCH_PDL": True,
             "RELEASES": tile.releases,
         },

@@ -104,16 +104,19 @@ class FoldedTile:
         """
         return self.BLOCK_M == 16
 
-    def stages8(self, split: tuple[int, int, int]) -> int:
-        """`STAGES8` of the kernel for a weight's (k4, k6, k8): two where MXFP8 is a small part.
+    def stages8(self, split: tuple[int, int, int], weights: int) -> int:
+        """`STAGES8` of the kernel for weights of (k4, k6, k8): two where MXFP8 is a small part and registers suffice.
 
-        On an H100, us of quantizer and product in 2 and 3 stages, a 75/20/5 split, M = 1, 16 and 64: N x K of 4096 x
-        4096 9.0 and 9.4, 10.3 and 10.4, 12.9 and 13.4; of 6144 x 4096 10.6 and 11.1, 11.8 and 11.9, 14.7 and 15.0; of
-        4096 x 14336 20.3 and 21.3, 22.1 and 22.4, 29.9 and 30.1. With 15 % MXFP8 two are better in 9 of 12 cases, with
-        20 % in 5, with nothing else 11.4 and 10.6 at 4096 x 4096 and M = 1. With sums a step two take 130 registers
-        instead of 127, so that three programs fit a processor instead of four: 39.6 and 35.4 at M = 16, 28672 x 4096.
+        On an H100, us of quantizer and product in 2 and 3 stages, a 75/20/5 split, M = 1 and 16: N x K of 4096 x 4096
+        9.0 and 9.4, 10.3 and 10.4; of 6144 x 4096 10.6 and 11.1, 11.8 and 11.9; of 4096 x 14336 20.3 and 21.3, 22.1 and
+        22.4; at M = 64 14.7 and 15.0 for 6144 x 4096, 42.1 and 42.5 for 28672 x 4096. With 15 % MXFP8 two are better in
+        9 of 12 cases, with 20 % in 5, with nothing else 11.4 and 10.6 at 4096 x 4096 and M = 1. With sums a step two
+        take 130 registers instead of 127, so that three programs fit a processor instead of four: 39.6 and 35.4 at M =
+        16, 28672 x 4096. At M = 64 and one weight they take 128 instead of 130, so that four fit, of which those that
+        start early crowd: 4096 x 4096 then took 16.2, with three 12.7.
         """
-        return self.num_stages if self.SUM_STEPS or 6 * split[2] > sum(split) else 2
+        is_small = 6 * split[2] <= sum(split)
+        return 2 if is_small and not self.SUM_STEPS and (self.BLOCK_M == 16 or weights > 1) else self.num_stages
 
     @property
     def copied_factors(self) -> int:

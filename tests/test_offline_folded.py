@@ -100,7 +100,8 @@ TILES = tuple(dict.fromkeys(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_T
 KINDS = ((1, False, 1), (1, False, gpu_folded.MAX_LONG_SPLIT), (gpu_folded.MAX_GROUP, True, gpu_folded.MAX_SPLIT))
 PRODUCTS = [Case(tile, fp6, *kind) for tile, fp6, kind in product(TILES, FP6_FORMATS, KINDS)]
 PRODUCTS += [Case(TILES[0], fp6, 2, bias, 2) for fp6, bias in product(FP6_FORMATS, (False, True))]  # gate and up
-PRODUCTS += [Case(TILES[0], "e2m3", *KINDS[0], columns) for columns in (1, 999)]
+EARLY = [Case(SHARED_FOLDED_TILES[-1][1], "e2m3", *kind) for kind in ((1, False, 4), (1, True, 4), (3, False, 4))]
+PRODUCTS += [*EARLY, *(Case(TILES[0], "e2m3", *KINDS[0], columns) for columns in (1, 999))]
 FOLDS = {
     f"{producer}-{channels}-{rows}-{rounding}{'-w_fp4' * w_fp4}": reorder_fold(
         producer, channels, rows=rows, scale_rounding=rounding, w_fp4=w_fp4
@@ -152,6 +153,14 @@ def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str
     assert result.mma_ended == (True,) * 3
     assert not result.trap
     assert not result.flushing
+
+
+@pytest.mark.parametrize("case", EARLY, ids=str)
+def test_no_more_than_three_programs_of_64_rows_fit_a_processor(
+    compiled: dict[Case | str, Compiled], case: Case
+) -> None:
+    """For `gpu_folded.release_for` lets them start while the quantizer has some of the processors."""
+    assert compiled[case].registers > FEW_ROWS_REGISTERS
 
 
 @pytest.mark.parametrize("name", [*FOLDS, *EXPANSIONS])

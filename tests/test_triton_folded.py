@@ -437,10 +437,10 @@ def test_weights_are_expanded_together_as_far_as_they_fit(columns: list[int], wi
 
 
 def test_loads_of_mxfp8_run_less_far_ahead_where_it_is_little_and_registers_suffice() -> None:
-    precise, shared = FOLDED_TILES[0][1], SHARED_FOLDED_TILES[0][1]
-    assert [shared.stages8(split) for split in ((3072, 832, 192), (2048, 1408, 640))] == [2, 2]
-    assert [shared.stages8(split) for split in ((3264, 0, 832), (0, 0, 4096))] == [3, 3]
-    assert precise.stages8((3072, 832, 192)) == 3
+    precise, shared, wider = FOLDED_TILES[0][1], SHARED_FOLDED_TILES[0][1], SHARED_FOLDED_TILES[-1][1]
+    little, much = (3072, 832, 192), (3264, 0, 832)
+    assert [shared.stages8(little, 1), wider.stages8(little, 3)] == [2, 2]
+    assert [shared.stages8(much, 1), precise.stages8(little, 2), wider.stages8(little, 1)] == [3, 3, 3]
 
 
 # ---- real sizes, on a GPU
