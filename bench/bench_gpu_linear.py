@@ -139,6 +139,12 @@ def folded_product(x: folding.FoldedActivation, weights: Sequence[FoldedWeight])
     return products
 
 
+def expand(weights: Sequence[FoldedWeight], runs: Sequence[slice], rooms: Sequence[ExpandedWeights]) -> None:
+    """As many launches as a call makes."""
+    for run, room in zip(runs, rooms, strict=True):
+        gpu_folded.expand_weights(weights[run], room, fp6=FP6)
+
+
 def fp8_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     """FP8 product with a scale a row on both sides. weight: (N, K)."""
     return torch._scaled_mm(
@@ -278,9 +284,10 @@ class Linears:
         sums = read_sums(words[0])
         found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
         if max(every_m) >= gpu_folded.EXPAND_FROM:
-            room = ExpandedWeights.empty(first, words[0])
-            times = measure([lambda g=g: gpu_folded.expand_weights(g, room, fp6=FP6) for g in groups])
-            found.append(case.row("expand", 0, times, packed + size(*room), split_name))
+            runs = gpu_folded.expansion_runs(case.columns, folding.fold_width(split, w_fp4=False))
+            rooms = [ExpandedWeights.empty(first[run], words[0]) for run in runs]
+            times = measure([lambda g=g: expand(g, runs, rooms) for g in groups])
+            found.append(case.row("expand", 0, times, packed + sum(size(*room) for room in rooms), split_name))
         del words
         for rows in every_m:
             x = self._activation(rows)

@@ -301,13 +301,20 @@ def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()
     channels: bytes of a folded row. products: the columns of each product that reads it, as far as known.
 
     A product that starts at the start finds processors taken by the quantizer, and its programs crowd on the others. So
-    it does only where the quantizer takes few, or where no more programs fit a processor than it gets in any case.
+    it does only where the quantizer takes few, or where no more programs fit a processor than it gets in any case:
+    three of 64 rows, by the registers of tiles in `MAX_SPLIT` parts.
     """
     some, most = FOLDED_TILES[-2][0], FOLDED_TILES[-1][1].BLOCK_M
     if not isinstance(rows, int) or not 0 < rows <= most:
         return "end"
-    are_shared = all(parts_for(rows, n, channels, tile_for(rows, n, channels)).whole == 0 for n in products)
-    if products and are_shared and channels < LONG and (rows == 1 or rows > some):
+    parts = [parts_for(rows, n, channels, tile_for(rows, n, channels)) for n in products]
+    least = 2 if rows == 1 else MAX_SPLIT
+    if (
+        (rows == 1 or rows > some)
+        and channels < LONG
+        and parts
+        and all(p.whole == 0 and p.split >= least for p in parts)
+    ):
         return "start"
     return "stores" if rows <= FEW_ROWS else "end"
 

@@ -131,14 +131,16 @@ def swizzle_scale(scale: Tensor, split: tuple[int, int, int]) -> Tensor:
 def in_one_storage(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copies of uint8 tensors on a device, side by side in one allocation, each on a boundary of `_BOUNDARY` bytes.
 
-    PyTorch's allocator may give each large tensor up to 1 MiB more than it asks for: 0.17 GiB for an 8B model's.
+    PyTorch's allocator may give each large tensor up to 1 MiB more than it asks for: 0.17 GiB for an 8B model's. A move
+    of the module to another device gives each an allocation of its own again, and `save_pretrained` copies them.
     """
     lengths = [-(-part.numel() // _BOUNDARY) * _BOUNDARY for part in parts]
     storage = torch.empty(sum(lengths), dtype=torch.uint8, device=device).untyped_storage()
     copies = []  # no views: a tensor of its own has a version of its own
     for start, part in zip(accumulate(lengths[:-1], initial=0), parts, strict=True):
         room = torch.empty(0, dtype=torch.uint8, device=device)
-        copies.append(room.set_(storage, start, part.shape, part.contiguous().stride()).copy_(part))
+        strides = torch.empty(part.shape, device="meta").stride()
+        copies.append(room.set_(storage, start, part.shape, strides).copy_(part))
     return copies
 
 

@@ -107,7 +107,7 @@ def folded_mm_tile(
     (BLOCK_N,), rows of w from the first. plane: bytes from one FP6 plane to the next. FP8 MMA of sm_90 adds with about
     14 bits: with SUM_STEPS each step has a sum of its own. STAGES8: of the loads of MXFP8, the compiler's num_stages.
 
-    Without, a loop stands behind the question whether it has a step, or large tiles spill registers.
+    Without SUM_STEPS a loop stands behind the question whether it has a step, or large tiles spill registers.
     """
     STEP: tl.constexpr = BLOCK_K // 32  # blocks
     n = n[:, None]

@@ -83,7 +83,8 @@ class FoldedTile:
 
     SUM_STEPS: each step has a sum of its own, for the matrix instructions add with about 14 bits. Without, they add
     over all of K, as the library's do with fast accumulation, which leaves registers for more programs or larger tiles.
-    SEGMENT_START: what the first step of MXFP6, and of MXFP8, counts for beside its bytes where programs share a tile.
+    SEGMENT_START: what the first step of MXFP6, and of MXFP8, counts for where programs share a tile, beside its bytes;
+    a step of MXFP4 counts for 2.
     """
 
     BLOCK_M: int

@@ -24,7 +24,7 @@ from torch._inductor import config
 import micromix_compile.lowering.folded
 import micromix_compile.lowering.mixed_mx_mm
 import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
-from micromix_compile import folded_ops, folding, ops
+from micromix_compile import folded_ops, folding, gpu_folded, ops
 from micromix_compile.lowering import torch_compat
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.offline import mma_kind
@@ -236,6 +236,7 @@ def widen(factor: int) -> None:
 def main() -> None:
     request = json.loads(sys.argv[1])
     widen(request["widen"])
+    gpu_folded.MAX_EXPANDED = request["max_expanded"] or gpu_folded.MAX_EXPANDED  # type: ignore[misc]
     function, specs = case(request["case"], request["rows"], getattr(torch, request["dtype"]), fp4=request["fp4"])
     kernels: dict[str, str] = {}
     mma: dict[str, list[str]] = {}

@@ -34,7 +34,7 @@ KINDS = {
 def generated(case: str, capability: tuple[int, int], **changes: Any) -> dict[str, Any]:
     """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter."""
     request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True}
-    request |= {"widen": 1, "options": {}}
+    request |= {"widen": 1, "max_expanded": None, "options": {}}
     request |= changes
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), json.dumps({"case": case, "capability": capability} | request)]
@@ -166,11 +166,21 @@ def test_a_folded_product_of_many_rows_expands_its_weights_for_one_product_of_th
 
 def test_wide_weights_of_one_activation_are_expanded_one_after_the_other() -> None:
     """So that the memory of the first is free for the second."""
-    launches = generated("folded", (9, 0), rows=300, widen=20)["launches"]
-    kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
+    code = generated("folded", (9, 0), rows=300, widen=20, compile=True)
+    kinds = [name.rpartition("_kernel_")[0] or name for name in code["launches"]]
     product = ["expand_weights", "torch.ops.aten._scaled_mm"]
     layer = ["reorder_fold", *product, *product, "reorder_fold", *product]
     assert kinds == [*layer, *layer, "triton_poi_fused_add_0"]
+    assert all(code["pdl"][name] for name in code["kernels"] if name.startswith("expand_weights"))
+
+
+@pytest.mark.parametrize(("case", "products"), [("fork in use", 2), ("fork", 3)])
+def test_some_of_the_weights_of_one_activation_are_expanded_together(case: str, products: int) -> None:
+    launches = generated(case, (9, 0), rows=300, max_expanded=(352 + 64) * C)["launches"]
+    kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
+    assert kinds[:2] == ["reorder_fold", "expand_weights"]
+    assert kinds.count("expand_weights") == 2
+    assert kinds.count("torch.ops.aten._scaled_mm") == products
 
 
 @pytest.mark.parametrize(

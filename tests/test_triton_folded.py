@@ -365,7 +365,8 @@ def test_only_kernels_that_wait_for_their_inputs_are_launched_to_start_ahead(
     multiplication = gpu_folded.folded_mm_call(x, weights, [out], out, fp6="e2m3", tile=tile, parts=Parts(1, 1))
     expansion = gpu_folded.expand_call(weights, ExpandedWeights.empty(weights, x.q), fp6="e2m3")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    for call, starts_ahead in ((fold, True), (multiplication, True), (expansion, True)):
+    usual = replace(expansion, constexprs={**expansion.constexprs, "LAUNCH_PDL": False})
+    for call, starts_ahead in ((fold, True), (multiplication, True), (expansion, True), (usual, False)):
         kernel = MagicMock()
         replace(call, kernel=kernel).launch()
         (launched,) = kernel.__getitem__.return_value.call_args_list
@@ -534,6 +535,10 @@ def test_products_start_before_their_quantizer_ends_where_that_was_measured() ->
         assert gpu_folded.release_for(rows, 14336, o) == "stores"
         assert gpu_folded.release_for(rows, 4096) == "stores"
     assert gpu_folded.release_for(4, 4096, o) == "stores"
+    for columns, split in ([4608, 4608], 2), ([8192], 3):  # of which more programs fit a processor
+        assert gpu_folded.parts_for(64, columns, 4096, SHARED_FOLDED_TILES[-1][1]) == (0, split)
+        assert gpu_folded.release_for(64, 4096, [columns]) == "end"
+        assert gpu_folded.release_for(1, 4096, [columns]) == "start"
     for rows in (0, 5, 16, 17, 32, 65, 8192, sympy.Symbol("s0")):
         assert gpu_folded.release_for(rows, 4096, o) == "end"
     for rows in (33, 64):
