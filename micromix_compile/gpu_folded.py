@@ -307,15 +307,10 @@ def release_for(rows: Any, channels: int, products: Sequence[Sequence[int]] = ()
     some, most = FOLDED_TILES[-2][0], FOLDED_TILES[-1][1].BLOCK_M
     if not isinstance(rows, int) or not 0 < rows <= most:
         return "end"
-    parts = [parts_for(rows, n, channels, tile_for(rows, n, channels)) for n in products]
-    least = 2 if rows == 1 else MAX_SPLIT
-    if (
-        (rows == 1 or rows > some)
-        and channels < LONG
-        and parts
-        and all(p.whole == 0 and p.split >= least for p in parts)
-    ):
-        return "start"
+    if products and channels < LONG and (rows == 1 or rows > some):
+        parts = [parts_for(rows, n, channels, tile_for(rows, n, channels)) for n in products]
+        if all(whole == 0 and (rows == 1 or split >= MAX_SPLIT) for whole, split in parts):
+            return "start"
     return "stores" if rows <= FEW_ROWS else "end"
 
 

@@ -113,8 +113,8 @@ class FoldedTile:
         22.4; at M = 64 14.7 and 15.0 for 6144 x 4096, 42.1 and 42.5 for 28672 x 4096. With 15 % MXFP8 two are better in
         9 of 12 cases, with 20 % in 5, with nothing else 11.4 and 10.6 at 4096 x 4096 and M = 1. With sums a step two
         take 130 registers instead of 127, so that three programs fit a processor instead of four: 39.6 and 35.4 at M =
-        16, 28672 x 4096. At M = 64 and one weight they take 128 instead of 130, so that four fit, of which those that
-        start early crowd: 4096 x 4096 then took 16.2, with three 12.7.
+        16, 28672 x 4096. At M = 64 and one weight without a bias they take 128 instead of 130, so that four fit, of
+        which those that start early crowd: with a bias 4096 x 4096, held to 128, took 16.2, with three programs 12.7.
         """
         is_small = 6 * split[2] <= sum(split)
         return 2 if is_small and not self.SUM_STEPS and (self.BLOCK_M == 16 or weights > 1) else self.num_stages
