@@ -1,7 +1,7 @@
 """Whole models on a GPU: tokens and logits against the eager packed model, launches, speed and memory beside BF16, FP8.
 
     python bench/bench_gpu_model.py [--part PART] [--tokens 64] [--contender NAME] [--batch B]
-                                     [--cache LENGTH] [--json FILE]
+                                     [--cache LENGTH] [--mode MODE] [--json FILE]
 
 smollm2 is the default model with real weights: greedy tokens of the compiled model, with a static cache, beside those
 of the eager packed model, in float32 and in bfloat16, which sm_90 folds where it is compiled only.
@@ -59,6 +59,7 @@ class Arguments(argparse.Namespace):
     contender: list[str] | None
     batch: list[int] | None
     cache: int
+    mode: str
     json: Path | None
 
 
@@ -155,17 +156,24 @@ def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, cache_leng
     }
 
 
-def compare_launches(model: nn.Module, recipe: micromix.Recipe, ids: Tensor) -> dict[str, Any]:
-    """Launches per decoder layer of the BF16 compile and of ours for one forward pass without a cache, and its time."""
+def compare_launches(
+    model: nn.Module, recipe: micromix.Recipe, ids: Tensor, mode: str, **inputs: int
+) -> dict[str, Any]:
+    """Launches per decoder layer of the BF16 compile and of ours for one forward pass without a cache, and its time.
+
+    inputs: of the forward pass, beside the tokens.
+    """
     layers = model.config.num_hidden_layers
     result: dict[str, Any] = {}
     logits: Tensor | None = None
-    for name, keywords in (("inductor", {}), ("micromix", {"options": {"recipe": recipe, "strict": True}})):
+    ours = {"recipe": recipe, "strict": True, "mode": mode}
+    for name, keywords in (("inductor", {"mode": mode}), ("micromix", {"options": ours})):
         torch._dynamo.reset()
         fast = torch.compile(model, backend=name, **keywords)
-        seconds = first_call(lambda fast=fast: fast(ids, use_cache=False))
-        forward = median_ms(lambda fast=fast: fast(ids, use_cache=False), 5)
-        counts, busy = launches(lambda fast=fast: fast(ids, use_cache=False))
+        seconds = first_call(lambda fast=fast: fast(ids, use_cache=False, **inputs))
+        fast(ids, use_cache=False, **inputs)  # records, where there are CUDA graphs
+        forward = median_ms(lambda fast=fast: fast(ids, use_cache=False, **inputs), 5)
+        counts, busy = launches(lambda fast=fast: fast(ids, use_cache=False, **inputs))
         result[name] = {
             "first_call_s": round(seconds, 1),
             "forward_ms": forward,
@@ -173,10 +181,10 @@ def compare_launches(model: nn.Module, recipe: micromix.Recipe, ids: Tensor) -> 
             "per_layer": round(sum(counts.values()) / layers, 2),
             "gpu_ms": busy,
         }
-        logits = fast(ids, use_cache=False).logits
+        logits = fast(ids, use_cache=False, **inputs).logits.clone()
     torch._dynamo.reset()
     assert logits is not None, "both backends ran"
-    expected = micromix.quantize_(model, recipe)(ids, use_cache=False).logits
+    expected = micromix.quantize_(model, recipe)(ids, use_cache=False, **inputs).logits
     result["logits beside eager's"] = difference(logits, expected)
     return result
 
@@ -253,10 +261,10 @@ def smollm2_tokens_bf16(arguments: Arguments) -> dict[str, Any]:
     return smollm2_tokens(arguments, torch.bfloat16)
 
 
-def smollm2_launches(_: Arguments) -> dict[str, Any]:
+def smollm2_launches(arguments: Arguments) -> dict[str, Any]:
     """Launches of the default model in bfloat16."""
     model, _, windows, recipe = default_model(torch.bfloat16)
-    return compare_launches(model, recipe, windows[:1])
+    return compare_launches(model, recipe, windows[:1], arguments.mode)
 
 
 def random_llama_8b() -> nn.Module:
@@ -283,12 +291,12 @@ def llama_8b_calibration(_: Arguments) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), "peak_gib": round(peak, 1), "element_bits": recipe.element_bits}
 
 
-def llama_8b(_: Arguments) -> dict[str, Any]:
-    """The 8B shape: launches and time of a forward pass of 2,048 tokens."""
+def llama_8b(arguments: Arguments) -> dict[str, Any]:
+    """The 8B shape: launches and time of a forward pass of 2,048 tokens, logits of the last only, as in `generate`."""
     model, recipe, ids = random_llama_8b_and_recipe()
     fp8 = with_fp8_linears(copy.deepcopy(model))
-    result = compare_launches(model, recipe, ids)  # packs the model
-    return result | {"fp8_forward_ms": forward_ms(fp8, ids)}
+    result = compare_launches(model, recipe, ids, arguments.mode, logits_to_keep=1)  # packs the model
+    return result | {"fp8_forward_ms": forward_ms(fp8, ids, arguments.mode)}
 
 
 def llama_8b_decode(arguments: Arguments) -> dict[str, Any]:
@@ -336,12 +344,13 @@ def random_llama_8b_and_recipe() -> tuple[nn.Module, micromix.Recipe, Tensor]:
     return model, with_shares(recipe, (0.75, 0.2, 0.05)), ids
 
 
-def forward_ms(model: nn.Module, ids: Tensor) -> float:
-    """Milliseconds of a forward pass without a cache, compiled by Inductor."""
+def forward_ms(model: nn.Module, ids: Tensor, mode: str) -> float:
+    """Milliseconds of a forward pass without a cache, as in `llama_8b`, compiled by Inductor."""
     torch._dynamo.reset()
-    fast = torch.compile(model)
-    fast(ids, use_cache=False)
-    return median_ms(lambda: fast(ids, use_cache=False), 5)
+    fast = torch.compile(model, mode=mode)
+    for _ in range(2):  # compiles; records, where there are CUDA graphs
+        fast(ids, use_cache=False, logits_to_keep=1)
+    return median_ms(lambda: fast(ids, use_cache=False, logits_to_keep=1), 5)
 
 
 class Fp8Linear(nn.Module):
@@ -404,6 +413,7 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="of decoding; may be repeated")
     parser.add_argument("--batch", type=int, action="append", help="of decoding; may be repeated, 1 and 16 by default")
     parser.add_argument("--cache", type=int, default=256, metavar="LENGTH", help="tokens of the cache in decoding")
+    parser.add_argument("--mode", choices=("default", "reduce-overhead"), default="default", help="of a forward pass")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(namespace=Arguments())
     if arguments.cache < SHORTEST_CACHE:

@@ -23,6 +23,8 @@ from micromix_compile import folded_ops, ops, reference, target
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from transformers import PretrainedConfig
+
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 
 
@@ -277,6 +279,32 @@ def test_folded_models_give_the_same_bits_every_time(mode: str) -> None:
         for _ in range(4):
             x = torch.randn(3, 11, 64, dtype=torch.bfloat16, device="cuda")
             assert torch.equal(fast(x).clone(), first(x))
+
+
+def decoded(fast: nn.Module, config: PretrainedConfig, steps: int) -> list[Tensor]:
+    """Logits of `steps` tokens one after the other, with a static cache."""
+    cache = StaticCache(config=config, max_cache_len=steps)
+    cache.early_initialization(
+        1, config.num_key_value_heads, config.hidden_size // config.num_attention_heads, torch.bfloat16, "cuda"
+    )
+    position = torch.zeros((1, 1), dtype=torch.int64, device="cuda")
+    logits = []
+    for _ in range(steps):
+        logits.append(fast(5 * position + 3, past_key_values=cache, position_ids=position).logits.clone())
+        position += 1
+    return logits
+
+
+@needs_folding
+def test_a_model_decodes_to_the_same_bits_where_inductor_s_kernels_start_early_too() -> None:
+    model = llama(torch.bfloat16).cuda()
+    recipe = micromix.calibrate(model, [ids.cuda() for ids in token_batches()])
+    options = {"exact": False, "mode": "reduce-overhead"}
+    usual = compiled(copy.deepcopy(model), recipe, **options)
+    early = compiled(copy.deepcopy(model), recipe, **options, **{"triton.enable_pdl": True})
+    with torch.no_grad():
+        want, got = (decoded(fast, model.config, 40) for fast in (usual, early))
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
 @needs_folding
