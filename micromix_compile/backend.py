@@ -17,7 +17,7 @@ from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.folded_ops import Kept
 from micromix_compile.lowering import inductor, torch_compat
-from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, run_passes
+from micromix_compile.passes import CALIBRATE_PASSES, CONVERT_PASSES, POST_GRAD_PASSES, run_passes
 from micromix_compile.recipe import Recipe
 from micromix_compile.session import LinearState, Session, close_graph, open_graph
 from micromix_compile.target import target_of
@@ -34,6 +34,9 @@ _said: set[str] = set()
 PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, folded_ops.folded_mm)
 
 SessionKey = tuple[tuple[str, ...], MicroMixConfig, object]
+
+PACKED_OPTIONS = frozenset({"strict", "exact", "dump", "dump_dir", "calibration_batches", "calibration_tokens"})
+"""Those of ours that a model that is packed already may get: the others ask for another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +81,18 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             f"unknown option {refused[0]!r}; the options of this backend are recipe, mode, "
             f"{', '.join(MicroMixConfig.option_names())}; those of Inductor pass through, but {inductor.POST_GRAD_HOOK}"
         )
+    _check_dump(ours.get("dump", ()))
     from_mode = torch_compat.mode_options(mode) if mode and mode != "default" else {}
     path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     return Options(ours=ours, recipe=path, inductor={**from_mode, **given})
+
+
+def _check_dump(dump: Sequence[str]) -> None:
+    """Raise ValueError unless there is a pass, or all, to each name; what is no sequence `MicroMixConfig` refuses."""
+    names = ["all", *(one.__name__ for one in (*CONVERT_PASSES, *CALIBRATE_PASSES, *POST_GRAD_PASSES))]
+    unknown = [name for name in dump if name not in names] if isinstance(dump, list | tuple) else []
+    if unknown:
+        raise ValueError(f"dump must list passes, {', '.join(dict.fromkeys(names))}, got {unknown[0]!r}")
 
 
 _model_sessions: WeakKeyDictionary[nn.Module, WeakValueDictionary[SessionKey, Session]] = WeakKeyDictionary()
@@ -116,6 +128,9 @@ def _session_of_model(modules: Sequence[nn.Module], parsed: Options) -> Session:
     model = torch_compat.original_module(modules[-1])
     session = parsed.make_session()
     session.prepare(model)
+    idle = sorted(set(parsed.ours) - PACKED_OPTIONS) + ["recipe"] * (parsed.recipe is not None)
+    if session.takes_no_options and idle:
+        raise ValueError(f"{session.model_id} holds packed linears, on which the option {idle[0]} has no effect")
     return _model_sessions.setdefault(model, WeakValueDictionary()).setdefault(parsed.key, session)
 
 

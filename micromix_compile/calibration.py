@@ -44,7 +44,8 @@ def calibrate(
     batches: mappings of keyword arguments (input_ids, attention_mask, ...), or single tensors passed as they are.
         Tokens where a 2-dimensional attention_mask is 0 are not counted.
     Returns a `Recipe`. The model is not changed. Raises ValueError if the model is in training mode, if no batch or no
-    linear was reached, or if an activation holds a NaN (naming the linear and the batch); TypeError for other batches.
+    linear was reached, if an activation holds a NaN (naming the linear and the batch), or if all is packed already;
+    TypeError for other batches.
     """
     return next(calibrate_each(model, batches, [config or MicroMixConfig()], progress=progress))
 
@@ -60,9 +61,13 @@ def calibrate_each(
 
     The first config's seed and scale_rounding hold for the measurement of sensitivities.
     """
+    if isinstance(batches, Tensor) or hasattr(batches, "keys"):
+        raise TypeError(f"batches must be several tensors or mappings, put one {type(batches).__name__} into a list")
     model = torch_compat.original_module(model)
     session = Session(configs[0], also=configs[1:])
     session.prepare(model)
+    if session.is_packed and not session.has_candidates:
+        raise ValueError(f"{session.model_id} holds packed linears: calibrate the model that they were made from")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_observed(session, gm, example_inputs, convert_by_itself=False)

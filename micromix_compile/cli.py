@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -63,6 +65,8 @@ CONFIG_OPTIONS: Final = (
     *("scale_search", "uniform_order", "granularity", "skip"),
 )
 """The fields of the config that commands take, in the order in which they take them."""
+NOT_FOR_PACKED: Final = (*CONFIG_OPTIONS, "recipe_file", "smooth", "rows", "which", "compiled")
+"""Parameters of commands that say what is done to a model that is not packed yet."""
 
 USER_ERRORS: Final = (ValueError, OSError, ModuleNotFoundError)
 
@@ -175,8 +179,7 @@ def calibrate(
     skip: Skip = None,
 ) -> None:
     """Measure activations on text; write a recipe."""
-    if out.is_dir():
-        raise UsageError(f"--out must be a file, and {out} is a directory")
+    _check_output("--out", out, is_file=True)
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
     config = _config(MicroMixConfig(), *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
@@ -217,8 +220,10 @@ def quantize(
     """
     import micromix_compile as micromix
 
-    if out.exists() and not overwrite:
+    target = zoo.plain_path(out)
+    if os.path.lexists(target) and not overwrite:
         raise UsageError(f"{out} exists; --overwrite replaces it")
+    _check_output("--out", out, is_file=False)
     recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
@@ -226,7 +231,7 @@ def quantize(
     loaded = _load(model, dtype, device)
     _smooth(smooth, config, loaded, data, column, windows, window_length)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
-    with _status("packing"), zoo.replace_directory(out) as directory:
+    with _status("packing"), zoo.replace_directory(target) as directory:
         micromix.quantize_(loaded.model, recipe)
         loaded.model.save_pretrained(directory)
         loaded.tokenizer.save_pretrained(directory)
@@ -235,6 +240,7 @@ def quantize(
 
 @_command("eval")
 def eval_(
+    context: typer.Context,
     model: Model = zoo.DEFAULT_MODEL,
     recipe_file: RecipeFile = None,
     data: Data = texts.DEFAULT_DATA,
@@ -276,9 +282,10 @@ def eval_(
     """
     from micromix_compile import evaluation
 
+    if json_file is not None:
+        _check_output("--json", json_file, is_file=True)
     names = _rows(rows, dtype)
-    if smooth is not None and _is_packed(model):
-        raise UsageError("--smooth needs a model that is not packed yet")
+    _check_packed(context, model)
     recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
@@ -310,6 +317,7 @@ def eval_(
 
 @_command("generate")
 def generate(
+    context: typer.Context,
     prompt: Prompt = DEMO_PROMPT,
     model: Model = zoo.DEFAULT_MODEL,
     recipe_file: RecipeFile = None,
@@ -340,6 +348,7 @@ def generate(
     """Write text greedily, unquantized and quantized."""
     if which not in ("full", "micromix", "both"):
         raise UsageError(f"--which must be full, micromix or both, got {which!r}")
+    _check_packed(context, model)
     recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
@@ -451,12 +460,45 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _device(name: str) -> torch.device:
+    import torch
+
+    accepted = ["cpu"]
+    if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()) is not None:
+        accepted += [found.type, *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in accepted:
+        raise UsageError(f"--device must be one of {', '.join(accepted)} here, got {name!r}")
+    return torch.device(name)
+
+
+def _check_output(option: str, path: Path, *, is_file: bool) -> None:
+    """Raises UsageError unless `path` can be written, its parents being made if need be; writes nothing that stays."""
+    if is_file and path.is_dir():
+        raise UsageError(f"{option} must be a file, and {path} is a directory")
+    nearest = next((parent for parent in path.absolute().parents if os.path.lexists(parent)), path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".micromix-", dir=nearest):
+            pass  # os.access says yes to root where the file system says no
+    except OSError as error:
+        raise UsageError(f"{option} must be a path that can be written to, got {path}: {error.strerror}") from error
+
+
 def _load(model: str, dtype: str, device: str) -> zoo.LoadedModel:
-    return zoo.load_model(model, _dtype(dtype), device=device)
+    return zoo.load_model(model, _dtype(dtype), device=_device(device))
 
 
 def _is_packed(model: str) -> bool:
-    return model != zoo.DEFAULT_MODEL and zoo.is_packed(Path(model).expanduser())
+    directory = Path(model).expanduser()
+    return model != zoo.DEFAULT_MODEL and (directory / "config.json").is_file() and zoo.is_packed(directory)
+
+
+def _check_packed(context: typer.Context, model: str) -> None:
+    """Raises UsageError if `model` is packed and an option was given that cannot apply to it any more."""
+    for option in context.command.params if _is_packed(model) else ():
+        source = context.get_parameter_source(option.name) if option.name in NOT_FOR_PACKED else None
+        if source is not None and source.name != "DEFAULT":
+            name = "/".join((*option.opts, *option.secondary_opts))
+            raise UsageError(f"{name} needs a model that is not packed yet, and {model} is packed already")
 
 
 def _load_recipe(path: Path | None, smooth: float | None = None) -> Recipe | None:

@@ -53,6 +53,7 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         config = MicroMixConfig.from_mapping(self.quantization_config.config)
+        self.quantization_config.linears = _names_here(model, self.quantization_config.linears)
         for fqn, described in self.quantization_config.linears.items():
             parent, _, child = fqn.rpartition(".")
             try:
@@ -69,11 +70,14 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"quantization_config.linears[{fqn!r}] does not fit this model: {error!r}") from error
             setattr(model.get_submodule(parent), child, packed)
+            _stand_in_for_weight(packed)
+            getattr(model, "all_tied_weights_keys", {}).pop(f"{fqn}.weight", None)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         share_orders(model, {fqn: d["group"] for fqn, d in self.quantization_config.linears.items()})
         for module in model.modules():
             if isinstance(module, MicroMixLinear):
+                vars(module).pop("weight", None)
                 module.compact()
         return model
 
@@ -93,3 +97,26 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Any dtype of activations works; what the checkpoint says is kept."""
         return dtype
+
+
+def _stand_in_for_weight(packed: MicroMixLinear) -> None:
+    """Until all is loaded: a model that gives its linears initial values asks for their weights."""
+    weight: Any = torch.empty(packed.out_features, packed.in_features, device="meta")
+    weight._is_hf_initialized = packed._is_hf_initialized = True  # type: ignore[assignment]
+    vars(packed)["weight"] = weight
+
+
+def _names_here(model: nn.Module, linears: dict[str, Any]) -> dict[str, Any]:
+    """Linears by their names in `model`, which may be the base of what was packed, or have another head.
+
+    A head that it does not have is left out; any other name that fits nowhere stays.
+    """
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    has_heads = any(fqn.startswith(prefix) for fqn in linears)
+    found = {}
+    for fqn, described in linears.items():
+        names = [name for name in (fqn, fqn.removeprefix(prefix), prefix + fqn) if name in modules]
+        if names or not has_heads or fqn.startswith(prefix):
+            found[names[0] if names else fqn] = described
+    return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from micromix_compile.recipe import LinearRecipe, Recipe, same_sample, weight_sample
+from micromix_compile.fingerprint import same_sample, weight_sample
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
+
+    from micromix_compile.recipe import LinearRecipe, Recipe
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -87,4 +89,4 @@ def _check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Param
     if sorted(parameter.shape) != sorted(expected):
         raise ValueError(f"{both}: {linear.fqn} is {expected} there and {tuple(parameter.shape)} here")
     if not same_sample(linear.weight_sample, weight_sample(parameter)):
-        raise ValueError(f"{both}: {linear.fqn} has other weights here")
+        raise ValueError(f"{both}: {linear.fqn} has other weights here; if they were replaced, calibrate again")

@@ -82,13 +82,17 @@ def _pack(weight: Tensor, channel_perm: Tensor, split: Split, config: MicroMixCo
 def packed_weight(weight: Tensor, linear: LinearRecipe, recipe: Recipe) -> PackedWeight:
     """The packed form of one weight (N, C): the recipe's own if calibration rounded it, else rounded to nearest.
 
-    Raises ValueError if the recipe's config wants weights rounded while calibrating, and this one was not.
+    So is a weight that has changed since it was calibrated, which the log says. Raises ValueError if the recipe's
+    config wants weights rounded while calibrating, and this one was not.
     """
     ready = recipe.packed.get(linear.fqn)
-    if ready is not None:
+    checksums = linear.weight_checksums
+    if ready is not None and checksums is not None and checksums.fit(weight):
         is_there = all(part.device == weight.device for part in ready)
         return ready if is_there else PackedWeight(*packing.in_one_storage(ready, weight.device))
-    if recipe.config.rounds_weights:
+    if ready is not None:
+        logger.warning("%s has changed since it was calibrated: it is rounded to nearest", linear.fqn)
+    elif recipe.config.rounds_weights:
         raise ValueError(
             f"the recipe has no rounded weight for {linear.fqn}: weight_rounding={recipe.config.weight_rounding!r} and "
             f"scale_search={recipe.config.scale_search} take effect while calibrating, so calibrate with them"
@@ -165,7 +169,11 @@ class MicroMixLinear(nn.Module):
         self.load_packed(PackedWeight(*packing.in_one_storage(parts, parts[0].device)), self.order.channel_perm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., N)."""
+        """(..., C) -> (..., N), under autocast in its dtype. Raises ValueError for another C."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} channels, got shape {tuple(x.shape)}")
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         rows = x.reshape(-1, self.in_features)
         quantized = torch.ops.micromix.reorder_quantize(
             rows, self.order.channel_perm, *self.split, self.fp6, self.scale_rounding
@@ -185,15 +193,18 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by `MicroMixLinear` in place; the original weights are freed. Returns `model`.
 
     Weights that something else still uses (tied embeddings) stay alive through that user. A Hugging Face model can be
-    saved with save_pretrained afterwards. Raises ValueError if the recipe was made for another model, naming both.
+    saved with save_pretrained afterwards. Raises ValueError if the recipe was made for another model, naming both, or
+    if one of its linears is packed already.
     """
     wrapped = model
     model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() before quantize_")
     names = parameter_names(model)
-    matched = match_linears(recipe, names, model_id=model_id(model))
     modules = named_modules(model)
+    if already := [fqn for fqn in recipe.linears if isinstance(modules.get(fqn), MicroMixLinear)]:
+        raise ValueError(f"{model_id(model)} is packed already: {already[0]} is a MicroMixLinear")
+    matched = match_linears(recipe, names, model_id=model_id(model))
     described: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         for parameter, linear in matched:
@@ -246,7 +257,6 @@ def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[
 
 
 def is_linear_module(module: nn.Module) -> bool:
-    """nn.Linear, or the Conv1D of Hugging Face's GPT-2, whose weight is (C, N)."""
-    return type(module) is nn.Linear or (
-        type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter)
-    )
+    """nn.Linear, or of Hugging Face's the Conv1D of GPT-2, whose weight is (C, N), or Falcon's linear."""
+    named = type(module).__name__ in ("Conv1D", "FalconLinear")
+    return type(module) is nn.Linear or (named and isinstance(getattr(module, "weight", None), nn.Parameter))

@@ -21,15 +21,14 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.fingerprint import Checksums
 from micromix_compile.formats import BLOCK_SIZE, elem_format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FORMAT: Final = "micromix-recipe"
-SCHEMA_VERSION: Final = 1
-SAMPLE_SIZE: Final = 32
-"""Weights kept per linear to recognize it by; see `weight_sample`."""
+SCHEMA_VERSION: Final = 2
 
 Split = tuple[int, int, int]
 
@@ -111,13 +110,17 @@ class GroupRecipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearRecipe:
-    """One linear layer of the recipe. weight_sample: (32,) float32, see `weight_sample`."""
+    """One linear layer of the recipe. For weight_sample, (32,) float32, and weight_checksums see `fingerprint`.
+
+    There are checksums where the weight was rounded.
+    """
 
     fqn: str
     in_features: int
     out_features: int
     group: GroupRecipe
     weight_sample: Tensor
+    weight_checksums: Checksums | None = None
 
     @property
     def split(self) -> Split:
@@ -199,22 +202,6 @@ class Recipe:
         return _from_file(Path(path))
 
 
-def weight_sample(weight: Tensor) -> Tensor:
-    """(32,) float32: evenly spaced elements of `weight`, by which a recipe recognizes it in any float dtype."""
-    flat = weight.detach().flatten()
-    index = torch.linspace(0, flat.numel() - 1, SAMPLE_SIZE, dtype=torch.float64).to(torch.int64)
-    return flat[index.to(flat.device)].to(device="cpu", dtype=torch.float32)
-
-
-def same_sample(a: Tensor, b: Tensor) -> bool:
-    """Whether two weight samples can be the same weight, each perhaps rounded to bfloat16 or float16.
-
-    Rounding to bfloat16 moves a value by at most 2**-9 of itself, so two copies differ by at most 2**-8; float16's
-    subnormals add 2**-24.
-    """
-    return bool(torch.allclose(a, b, rtol=2.0**-7, atol=2.0**-24))
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to a temporary file beside `path`, then rename it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +254,8 @@ def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
     for linear in recipe.linears.values():
         tensors[f"{linear.fqn}.weight_sample"] = linear.weight_sample
         shape = {"in_features": linear.in_features, "out_features": linear.out_features}
-        linears.append({"fqn": linear.fqn, "group": linear.group.name, **shape})
+        checksums = None if linear.weight_checksums is None else linear.weight_checksums.to_json()
+        linears.append({"fqn": linear.fqn, "group": linear.group.name, "weight_checksums": checksums, **shape})
         if linear.fqn in recipe.packed:
             tensors |= {
                 f"{linear.fqn}.{name}": part.cpu() for name, part in recipe.packed[linear.fqn]._asdict().items()
@@ -332,6 +320,7 @@ def _check_and_build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Reci
             out_features=linear["out_features"],
             group=groups[linear["group"]],
             weight_sample=tensors[f"{linear['fqn']}.weight_sample"],
+            weight_checksums=_checksums(linear),
         )
         for linear in fields["linears"]
     }
@@ -341,6 +330,14 @@ def _check_and_build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Reci
         raise _BadFieldError(f"config: {error}") from error
     packed = {fqn: _packed(linear, config, tensors) for fqn, linear in linears.items() if f"{fqn}.w_scale" in tensors}
     return Recipe(config=config, model_id=fields["model_id"], linears=linears, refused=fields["refused"], packed=packed)
+
+
+def _checksums(linear: dict[str, Any]) -> Checksums | None:
+    fields = linear["weight_checksums"]
+    try:
+        return None if fields is None else Checksums.from_json(fields)
+    except (TypeError, ValueError) as error:
+        raise _BadFieldError(f"linears.{linear['fqn']}.weight_checksums: {error}") from error
 
 
 def _packed(linear: LinearRecipe, config: MicroMixConfig, tensors: dict[str, Tensor]) -> PackedWeight:

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import itertools
 import logging
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import finalize, ref
@@ -20,16 +21,17 @@ from torch import Tensor, nn
 
 from micromix_compile.assignment import assign, channel_order, thresholds_to_count
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
-from micromix_compile.quantize import MicroMixLinear, pack_weight, packed_weight, round_weights
-from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe, weight_sample
+from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
+from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.sensitivity import CostProbe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import fx
 
@@ -52,14 +54,14 @@ COVERAGE_CALLS = frozenset({3, 10, 30, 100, 300, 1000})
 class LinearState:
     """One weight: what it is called, who observes its input, what was decided, its packed form.
 
-    key: phase, split and group; the graphs that use the weight are guarded by it.
+    key: phase, split and group; the graphs that use the weight are guarded by it. transposed: known from its first use.
     """
 
     names: list[str]
     parameter: ref[nn.Parameter]
     key: Key = ()
     refusal: str | None = None
-    transposed: bool = False
+    transposed: bool | None = None
     observer: ChannelObserver | None = None
     probe: CostProbe | None = None
     linear: LinearRecipe | None = None
@@ -67,18 +69,14 @@ class LinearState:
     version: tuple[int, int] | None = None
     calls: int = 0
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        """A saved model does not take this with it."""
-        return _nothing, ()
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A saved model does not take this with it, but something that `torch.load` may read with weights only."""
+        return OrderedDict, ()
 
     @property
     def name(self) -> str:
         """The name it goes by; a tied weight is called after its last use, which is the linear."""
         return self.names[-1]
-
-
-def _nothing() -> None:
-    return None
 
 
 class Session:
@@ -130,7 +128,7 @@ class Session:
         self.is_packed = any(isinstance(module, MicroMixLinear) for module in model.modules())
         if self.is_packed:
             return
-        if all(state.refusal for state in self._states):
+        if not self.has_candidates:
             reasons = "; ".join(f"{state.name}: {state.refusal}" for state in self._states)
             raise ValueError(
                 f"{self.model_id} has no linear layer to quantize ({reasons or 'no 2-dimensional weight'})"
@@ -232,6 +230,11 @@ class Session:
         """Why the linear must stay as it is, or None."""
         return self.state(parameter).refusal
 
+    def is_used_otherwise(self, parameter: nn.Parameter, *, transposed: bool) -> bool:
+        """Whether another graph uses the weight the other way round."""
+        known = self.state(parameter).transposed
+        return known is not None and known != transposed
+
     def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
         """How to rewrite the linear, or None while it has no recipe."""
         state = self.state(parameter)
@@ -253,9 +256,8 @@ class Session:
             state.transposed = flipped
         observer = next((state.observer for state in states if state.observer is not None), None)
         if observer is None:
-            with_moment = any(config.rounds_weights for config in self.configs)
             counted = tuple(dict.fromkeys(t for config in self.configs for t in thresholds_to_count(config)))
-            observer = ChannelObserver(states[0].name, x.shape[-1], counted, with_moment=with_moment)
+            observer = ChannelObserver(states[0].name, x.shape[-1], counted, with_moment=self.rounds_weights)
         for state in states:
             state.observer = observer
         if self.takes_statistics:
@@ -280,6 +282,11 @@ class Session:
     def _mask_of(self, x: Tensor) -> Tensor | None:
         mask = self.token_mask
         return mask if mask is not None and mask.numel() == x.shape[:-1].numel() else None
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether a config has weights rounded while calibrating."""
+        return any(config.rounds_weights for config in self.configs)
 
     @property
     def needs_costs(self) -> bool:
@@ -311,16 +318,11 @@ class Session:
         if state.packed is None or state.version != version:
             assert state.linear is not None, f"{state.name} has no recipe"
             assert self.recipe is not None, "a linear's recipe is a part of the whole"
-            weight = parameter.detach().T if state.transposed else parameter.detach()
             group = state.linear.group
             key = group.name, parameter.device
             if key not in self._perms:
                 self._perms[key] = group.order_on(parameter.device)
-            perm = self._perms[key]
-            if state.packed is None:
-                state.packed = (perm, *packed_weight(weight, state.linear, self.recipe))
-            else:  # what calibration rounded was another weight
-                state.packed = (perm, *pack_weight(weight, group, self.config))
+            state.packed = (self._perms[key], *packed_weight(_oriented(parameter, state), state.linear, self.recipe))
             state.version = version
         return state.packed
 
@@ -349,6 +351,16 @@ class Session:
             self._enough_at = self.observed_batches
         unseen = bool(self.unobserved())
         return (len(enough) == len(observers) and not unseen) or self.observed_batches > self._enough_at
+
+    @property
+    def takes_no_options(self) -> bool:
+        """Whether all that could be quantized is packed already, or has no recipe and will not be calibrated."""
+        return self.is_packed and not any(state.linear for state in self._states)
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether there is a weight that might be quantized."""
+        return not all(state.refusal for state in self._states)
 
     def unobserved(self) -> list[str]:
         """Linears that calibration has not reached."""
@@ -401,6 +413,7 @@ class Session:
                 out_features=parameter.numel() // in_features,
                 group=group,
                 weight_sample=weight_sample(parameter),
+                weight_checksums=Checksums.of(_oriented(parameter, state)) if self.rounds_weights else None,
             )
         own = {state.name: self._why_not(state) for state in self._states if state.name not in linears}
         refused = {**{name: reason for name, reason in self._refusals.items() if name not in linears}, **own}
@@ -483,8 +496,10 @@ def check_not_training(model: nn.Module) -> None:
 def _matrix(state: LinearState) -> Tensor | None:
     """(N, C): the weight as `x @ weight.T` uses it, if it is still alive."""
     parameter = state.parameter()
-    if parameter is None:
-        return None
+    return None if parameter is None else _oriented(parameter, state)
+
+
+def _oriented(parameter: nn.Parameter, state: LinearState) -> Tensor:
     return parameter.detach().T if state.transposed else parameter.detach()
 
 

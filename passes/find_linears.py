@@ -25,7 +25,8 @@ _KEYWORDS = {"mat1": "input", "mat2": "weight", "other": "weight"}
 def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
     """Fill `context.sites` and `context.refusals`. Changes nothing.
 
-    A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2).
+    A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2), as it is
+    or transposed there (Falcon).
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = dict(zip(placeholders, context.example_inputs, strict=True))
@@ -34,16 +35,24 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
         operands = _operands(node)
         if operands is None:
             continue
-        x, weight, bias, transposed = operands
+        x, operand, bias, transposed = operands
+        weight = operand
+        if transposed and _is_transpose(operand) and isinstance(inputs.get(operand.args[0]), nn.Parameter):
+            weight, transposed = operand.args[0], False  # type: ignore[assignment]
         name, reason = _refusal(weight, x, bias, inputs, context)
-        if reason is None and orientation.setdefault(weight, transposed) != transposed:
+        if reason is None and (
+            orientation.setdefault(weight, transposed) != transposed
+            or context.owner.is_used_otherwise(inputs[weight], transposed=transposed)
+        ):
             name, reason = f"{name} (transposed)", "its weight is used both as it is and transposed"
         if reason is not None:
             if transposed and not isinstance(inputs.get(weight), nn.Parameter):
                 continue  # a product of two activations
             context.refusals[name] = reason
             continue
-        site = LinearSite(node=node, x=x, weight=weight, bias=bias, transposed=transposed, parameter=inputs[weight])
+        site = LinearSite(
+            node=node, x=x, weight=weight, operand=operand, bias=bias, transposed=transposed, parameter=inputs[weight]
+        )
         context.sites.append(site)
     return len(context.sites)
 
@@ -71,6 +80,20 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | 
     return x, weight, bias if isinstance(bias, fx.Node) else None, transposed
 
 
+def _is_transpose(node: fx.Node) -> bool:
+    """Whether `node` transposes a matrix; what has more dimensions is no linear's weight anyway."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    if node.kwargs or node.target not in ("t", torch.t, "transpose", torch.transpose, "permute", torch.permute):
+        return False
+    if node.target in ("t", torch.t):
+        return True
+    given = node.args[1:]
+    dims = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+    swapped = tuple(dim % 2 for dim in dims if isinstance(dim, int))
+    return swapped == (1, 0) or (swapped == (0, 1) and node.target in ("transpose", torch.transpose))
+
+
 def _refusal(
     weight: fx.Node, x: fx.Node, bias: fx.Node | None, inputs: dict[fx.Node, object], context: PassContext
 ) -> tuple[str, str | None]:
@@ -80,6 +103,8 @@ def _refusal(
         return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
     if not isinstance(parameter, nn.Parameter):
         return weight.name, "its weight is computed in the graph, not a Parameter"
+    if parameter.dim() < 2:
+        return weight.name, "its weight is a vector"
     name = context.owner.name_of(parameter)
     if parameter.dim() != 2:
         return name, f"its weight has {parameter.dim()} dimensions, not 2"

@@ -66,7 +66,7 @@ class _Finder:
 
     def smoothable(self, x: fx.Node, readers: list[LinearSite]) -> Slots | None:
         """What to divide so that `x`, which `readers` read through views, is divided; None if it must stay."""
-        if any(len(site.weight.users) > 1 for site in readers) or not self._only_linears_read(x):
+        if not all(map(_reads_alone, readers)) or not self._only_linears_read(x):
             return None
         return self._divisors(x, readers[0].in_features)
 
@@ -105,6 +105,8 @@ class _Finder:
         return self._divisors(node, channels)
 
     def _linear(self, site: LinearSite) -> Slots | None:
+        if not _reads_alone(site):
+            return None
         rows = (site.weight, 1 if site.transposed else 0)
         return self._own(rows) if site.bias is None else self._own(rows, (site.bias, 0))
 
@@ -120,6 +122,11 @@ class _Finder:
         """`slots` if all are Parameters that one node reads."""
         own = all(node in self._parameters and len(node.users) == 1 for node, _ in slots)
         return slots if own else None
+
+
+def _reads_alone(site: LinearSite) -> bool:
+    """Whether nothing else reads the linear's weight, or its transpose."""
+    return len(site.weight.users) == len(site.operand.users) == 1
 
 
 def _source(node: fx.Node) -> fx.Node:

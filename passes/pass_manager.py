@@ -23,11 +23,15 @@ IN_PLACE_OPERATORS = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSite:
-    """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`."""
+    """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`.
+
+    operand: what node reads of the weight: itself, or its transpose made in the graph.
+    """
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node
+    operand: fx.Node
     bias: fx.Node | None
     transposed: bool
     parameter: nn.Parameter
@@ -83,6 +87,9 @@ class Owner(Protocol):
 
     def refusal(self, parameter: nn.Parameter) -> str | None:
         """Why the linear must stay as it is, or None."""
+
+    def is_used_otherwise(self, parameter: nn.Parameter, *, transposed: bool) -> bool:
+        """Whether another graph uses the weight the other way round."""
 
     def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
         """How to rewrite the linear, or None while it isn't calibrated."""

@@ -20,6 +20,7 @@ from micromix_compile import backend as backend_module
 from micromix_compile import native
 from micromix_compile.backend import parse_options
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.quantize import pack_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,6 +191,78 @@ def test_a_changed_weight_is_packed_again() -> None:
         assert not torch.equal(fast(x), before)
 
 
+def test_a_weight_that_changed_between_calibration_and_the_first_call_is_not_the_one_that_was_rounded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net, x = make_net(layers=1), torch.randn(2, 9, 64)
+    recipe = micromix.calibrate(net, batches())
+    nearest = micromix.calibrate(net, batches(), MicroMixConfig(weight_rounding="nearest", scale_search=False))
+    up = net.layers[0].up.weight
+    with torch.no_grad():
+        up.view(-1)[1] = 100.0  # not an element of `weight_sample`
+        assert torch.equal(compiled_with(net, recipe)(x), micromix.quantize_(copy.deepcopy(net), recipe)(x))
+        packed = micromix.quantize_(net, recipe)
+    assert "layers.0.up has changed since it was calibrated: it is rounded to nearest" in caplog.text
+    assert "layers.0.gate" not in caplog.text
+    linear = recipe.linears["layers.0.up"]
+    want = pack_weight(up, linear.group, recipe.config)
+    assert torch.equal(packed.layers[0].up.weight_q8, want.w8)
+    assert torch.equal(packed.layers[0].up.weight_scale, want.w_scale)
+    assert not nearest.packed
+
+
+def test_the_same_weights_loaded_again_stay_as_calibration_rounded_them(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = make_net(layers=1), torch.randn(2, 9, 64)
+    fast = compiled_with(net, micromix.calibrate(net, batches()))
+    with torch.no_grad():
+        before = fast(x)
+        net.load_state_dict(copy.deepcopy(net.state_dict()))
+        assert torch.equal(fast(x), before)
+    assert "rounded to nearest" not in caplog.text
+
+
+def test_parameters_of_a_compiled_model_are_saved_for_weights_only(tmp_path: Path) -> None:
+    net = make_net(layers=1)
+    fast = compiled_with(net, micromix.calibrate(net, batches()))
+    with torch.no_grad():
+        fast(torch.randn(2, 9, 64))
+    torch.save(dict(net.named_parameters()), tmp_path / "weights.pt")
+    loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert torch.equal(loaded["layers.0.up.weight"], net.layers[0].up.weight)
+
+
+def test_a_weight_that_is_transposed_in_the_graph_is_a_linear() -> None:
+    class FalconLinear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T + self.bias
+
+    model = nn.Sequential(FalconLinear(64, 48)).eval()
+    recipe = micromix.calibrate(model, [torch.randn(2, 5, 64)])
+    twin, x = fake_quantized(model, recipe), torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert close(compiled_with(model, recipe)(x), twin(x))
+        assert close(micromix.quantize_(model, recipe)(x), twin(x))
+
+
+def test_a_weight_that_another_graph_uses_transposed_stays_there() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ self.weight
+            torch._dynamo.graph_break()
+            return y @ self.weight.T
+
+    model, x = Both().eval(), torch.randn(2, 9, 64)
+    config = MicroMixConfig(policy="mxfp8", weight_rounding="nearest", scale_search=False)
+    recipe = micromix.calibrate(model, batches(), config)
+    with torch.no_grad():
+        got, want = compiled_with(model, recipe)(x), model(x)
+    assert 0 < (got - want).norm() < 0.1 * want.norm()
+
+
 def test_gradients_are_not_asked_for() -> None:
     net = make_net(layers=1)
     recipe = micromix.calibrate(net, batches())
@@ -358,6 +431,30 @@ def test_a_model_without_linears_is_told_why() -> None:
 def test_no_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match="calibration of Net reached no linear layer"):
         micromix.calibrate(make_net(layers=1), [])
+
+
+@pytest.mark.parametrize("batch", [torch.randn(2, 5, 64), {"x": torch.randn(2, 5, 64)}])
+def test_one_batch_instead_of_several_is_an_error(batch: object) -> None:
+    with pytest.raises(TypeError, match=r"batches must be several tensors or mappings, put one \w+ into a list"):
+        micromix.calibrate(make_net(layers=1), batch)  # type: ignore[arg-type]
+
+
+def test_what_is_packed_is_not_packed_or_calibrated_again_and_takes_no_recipe() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    packed = micromix.quantize_(net, recipe)
+    with pytest.raises(ValueError, match=r"Net is packed already: layers.0.gate is a MicroMixLinear"):
+        micromix.quantize_(packed, recipe)
+    with pytest.raises(ValueError, match="Net holds packed linears: calibrate the model that they were made from"):
+        micromix.calibrate(packed, batches())
+    for options, name in (({"recipe": recipe}, "recipe"), ({"strict": False, "policy": "mxfp4"}, "policy")):
+        with pytest.raises(BackendCompilerFailed, match=f"on which the option {name} has no effect"):
+            torch.compile(packed, backend="micromix", options=options)(torch.randn(2, 5, 64))
+
+
+def test_a_dump_of_no_pass_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"dump must list passes, all, find_linears, .*, got 'find_linear'"):
+        parse_options(None, {"dump": ["rewrite_linears", "find_linear"]})
 
 
 def test_a_batch_of_another_type_is_an_error() -> None:

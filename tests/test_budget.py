@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from micromix_compile.assignment import assign
 from micromix_compile.budget import Candidates, allowed_splits, solve_budget
 from micromix_compile.config import GRANULARITIES, MicroMixConfig
+from micromix_compile.fingerprint import weight_sample
 from micromix_compile.recipe import (
     ChannelCosts,
     ChannelStatistics,
@@ -20,7 +21,6 @@ from micromix_compile.recipe import (
     LinearRecipe,
     Recipe,
     Split,
-    weight_sample,
 )
 
 

@@ -57,7 +57,23 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a model is loaded."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(zoo, "load_model", fail)
+
+
 SHORT = ("--window-length", 32)
+HOW_TO_QUANTIZE = (
+    *(("--recipe", "r"), ("--policy", "mxfp4"), ("--target-bits", "5"), ("--target-kind", "element"), ("--lam", "1")),
+    *(("--fp6", "e2m3"), ("--weights", "same"), ("--scale-rounding", "rceil"), ("--weight-rounding", "nearest")),
+    *(("--scale-search",), ("--no-scale-search",), ("--uniform-order", "model"), ("--granularity", "64")),
+    ("--skip", "x"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +197,44 @@ def test_quantize_writes_a_checkpoint_that_evaluates_and_speaks(
     assert (refused.exit_code, "--overwrite" in refused.stderr) == (2, True)
 
 
+@pytest.fixture(scope="module")
+def packed_model(small_model: Path, recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model as a packed checkpoint."""
+    directory = tmp_path_factory.mktemp("packed") / "model"
+    run_well("quantize", "--model", small_model, "--recipe", recipe_file, "--out", directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((command, option) for command in ("eval", "generate") for option in HOW_TO_QUANTIZE),
+        *(("eval", ("--smooth", "0.5")), ("eval", ("--rows", "mxfp4"))),
+        *(("generate", ("--which", "both")), ("generate", ("--compile",))),
+    ],
+)
+def test_options_that_do_nothing_to_a_packed_checkpoint_are_refused(
+    packed_model: Path, command: str, option: tuple[str, ...], no_loading: None
+) -> None:
+    """Even with the value that is the default; none of them can change what is packed already."""
+    result = run(command, "--model", packed_model, *option)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert option[0] in result.stderr
+    assert f"needs a model that is not packed yet, and {packed_model} is packed already" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_all_other_options_work_with_a_packed_checkpoint(packed_model: Path, tmp_path: Path) -> None:
+    """Text, dtype, device, output, and what only calibration would have read."""
+    rows = [{"words": f"{word} and down " * 200} for word in ("up", "left", "in")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    text = ("--data", tmp_path / "rows.jsonl", "--column", "words", "--windows", 1, *SHORT)
+    where = ("--model", packed_model, "--dtype", "float32", "--device", "cpu")
+    run_well("eval", *where, *text, "--calibration-windows", 2, "--json", tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"][0]["row"] == "packed"
+    assert "packed: " in run_well("generate", *where, *text, "--prompt", "Hello", "--max-new-tokens", 2)
+
+
 def test_generate_says_the_same_packed_and_compiled(small_model: Path, recipe_file: Path) -> None:
     """The compiled model writes its static cache as the packed one does, or later tokens would differ."""
     arguments = ("--model", small_model, "--recipe", recipe_file, "--max-new-tokens", 6, "--dtype", "float32")
@@ -257,6 +311,9 @@ def test_calibration_never_reads_evaluation_text(
         assert not any(piece in evaluated for piece in pieces)
 
 
+COMMANDS = (("calibrate", "--out", "r"), ("quantize", "--out", "r"), ("eval",), ("generate",))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -275,6 +332,10 @@ def test_calibration_never_reads_evaluation_text(
         (("eval", "--dtype", "bfloat16", "--rows", "fp32"), 2, "--rows must be among bf16, mxfp8, "),
         (("eval", "--recipe", "missing.safetensors"), 1, "no recipe at missing.safetensors"),
         (("generate", "--which", "all"), 2, "--which must be full, micromix or both, got 'all'"),
+        *(((*command, "--device", "foo"), 2, "--device must be one of cpu") for command in COMMANDS),
+        (("eval", "--device", "cuda:99"), 2, "here, got 'cuda:99'"),
+        (("generate", "--device", "meta"), 2, "here, got 'meta'"),
+        (("generate", "--device", ""), 2, "here, got ''"),
     ],
 )
 def test_a_user_error_is_one_line_and_an_exit_code(arguments: tuple[str, ...], code: int, message: str) -> None:
@@ -284,6 +345,63 @@ def test_a_user_error_is_one_line_and_an_exit_code(arguments: tuple[str, ...], c
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stdout == ""
+
+
+def test_a_gpu_that_torch_does_not_find_is_refused_before_loading(
+    monkeypatch: pytest.MonkeyPatch, no_loading: None
+) -> None:
+    """As with a build of torch without CUDA."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    result = run("eval", "--device", "cuda")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "micromix eval: --device must be one of cpu here, got 'cuda'\n"
+
+
+def test_every_gpu_that_torch_finds_is_a_device(monkeypatch: pytest.MonkeyPatch, no_loading: None) -> None:
+    """By its kind, or with its number."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for device in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert str(run("generate", "--device", device).exception) == "a model was loaded"
+    assert "one of cpu, cuda, cuda:0, cuda:1 here, got 'cuda:2'" in run("generate", "--device", "cuda:2").stderr
+
+
+@pytest.mark.parametrize(("command", "output"), [("calibrate", "--out"), ("quantize", "--out"), ("eval", "--json")])
+@pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "dangling/out"])
+def test_an_output_that_cannot_be_written_is_refused_before_loading(
+    tmp_path: Path, no_loading: None, command: str, output: str, place: str
+) -> None:
+    """A parent that is a file, or a link to nowhere; what the check tries leaves no trace."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    result = run(command, output, tmp_path / place)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"micromix {command}: {output} must be a path that can be written to, got {tmp_path}" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
+
+
+@pytest.mark.parametrize(("command", "output"), [("calibrate", "--out"), ("eval", "--json")])
+def test_a_directory_in_the_place_of_an_output_file_is_refused_before_loading(
+    tmp_path: Path, no_loading: None, command: str, output: str
+) -> None:
+    """Renaming over it would fail, after all the work."""
+    result = run(command, output, tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"micromix {command}: {output} must be a file, and {tmp_path} is a directory\n"
+
+
+def test_parents_of_an_output_are_made_only_when_it_is_written(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that fails first leaves none."""
+    path = tmp_path / "new" / "deeper" / "r"
+    arguments = ("--model", small_model, "--windows", 1, *SHORT, "--weight-rounding", "nearest", "--out", path)
+    assert run("calibrate", *arguments, "--data", "books").exit_code == 1
+    assert not list(tmp_path.iterdir())
+    run_well("calibrate", *arguments)
+    assert path.is_file()
 
 
 def test_unknown_text_is_an_error_of_the_user(small_model: Path) -> None:
@@ -332,6 +450,49 @@ def test_replacing_a_directory_restores_the_old_one_if_the_rename_fails(
     with pytest.raises(OSError, match="no"), zoo.replace_directory(target) as directory:
         (directory / "new").touch()
     assert [path.name for path in target.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    "path", ["some/../some", "./some", "../{root}/some", "link/../some", "missing/../some", "nowhere"]
+)
+def test_a_directory_is_replaced_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The old one is gone, and nothing else is left beside the new one."""
+    root = tmp_path / "root"
+    (root / "some" / "inner").mkdir(parents=True)
+    (root / "some" / "old").touch()
+    (root / "link").symlink_to("some/inner/..")
+    (root / "nowhere").symlink_to("missing")
+    monkeypatch.chdir(root)
+    with zoo.replace_directory(type(root)(path.format(root=root.name))) as directory:
+        (directory / "new").touch()
+    assert {entry.name for entry in root.iterdir()} == {"some", "link", "nowhere"}
+    assert [entry.name for entry in (root / path.rpartition("/")[2]).iterdir()] == ["new"]
+
+
+def test_a_parent_directory_behind_a_link_is_the_one_that_the_system_finds(tmp_path: Path) -> None:
+    """`link/..` is the parent of what the link names; a link in the last place stays one."""
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/inner")
+    assert zoo.plain_path(tmp_path / "link" / ".." / "x") == tmp_path.resolve() / "far" / "x"
+    assert zoo.plain_path(tmp_path / "link" / "..") == tmp_path.resolve() / "far"
+    assert zoo.plain_path(tmp_path / "link") == tmp_path.resolve() / "link"
+
+
+def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(
+    small_model: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """`missing/..` exists once its parents are made."""
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "old").touch()
+    arguments = ("quantize", "--model", small_model, "--recipe", recipe_file)
+    refused = run(*arguments, "--out", tmp_path / "missing" / ".." / "some")
+    assert (refused.exit_code, "exists; --overwrite replaces it" in refused.stderr) == (2, True)
+    run_well(*arguments, "--overwrite", "--out", tmp_path / "some" / ".." / "some")
+    assert zoo.is_packed(tmp_path / "some")
+    assert not (tmp_path / "some" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
 
 
 def test_the_default_model_is_saved_without_a_trace_of_gguf() -> None:

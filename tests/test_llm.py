@@ -83,6 +83,18 @@ def test_generate_with_a_static_cache_gives_the_tokens_of_the_eager_packed_model
     assert calls["micromix::mixed_mx_mm"] == 12 * 7 * LAYERS
 
 
+def test_generate_of_a_model_compiled_in_place_runs_quantized() -> None:
+    model, ids = llama(), torch.randint(0, 256, (1, 9))
+    model.compile(backend="micromix", options={"recipe": micromix.calibrate(model, token_batches())})
+
+    def generate_two() -> None:
+        model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+    generate_two()  # compiles
+    calls = calls_of(generate_two)
+    assert calls["micromix::mixed_mx_mm"] == 2 * 7 * LAYERS
+
+
 def test_logits_are_eager_s_to_the_bit_where_all_but_linears_is_called_as_eager_does() -> None:
     model = llama()
     recipe = micromix.calibrate(model, token_batches())

@@ -88,6 +88,31 @@ def test_a_product_with_a_parameter_on_the_right_is_a_linear(product: Callable[.
     assert [(site.in_features, site.transposed) for site in context.sites] == [(64, True)]
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w.T,
+        lambda x, w: torch.mm(x, w.t()),
+        lambda x, w: torch.matmul(x, w.mT),
+        lambda x, w: x @ w.transpose(-1, -2),
+        lambda x, w: x @ torch.transpose(w, 0, 1),
+        lambda x, w: torch.addmm(w[:, 0], x, w.permute(1, 0)),
+    ],
+)
+def test_a_product_with_a_transposed_parameter_is_a_linear(product: Callable[..., Tensor]) -> None:
+    weight = nn.Parameter(torch.randn(32, 64))
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session_with(find_linears))
+    assert [(site.in_features, site.transposed) for site in context.sites] == [(64, False)]
+    assert not context.refusals
+
+
+@pytest.mark.parametrize("product", [lambda x, w: x @ w.transpose(0, 0), lambda x, w: x @ w.permute(0, 1)])
+def test_what_leaves_a_matrix_as_it_is_is_no_transpose(product: Callable[..., Tensor]) -> None:
+    weight = nn.Parameter(torch.randn(64, 64))
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session_with(find_linears))
+    assert not context.sites
+
+
 def test_products_of_activations_are_no_linears() -> None:
     def attention(x: Tensor) -> Tensor:
         return torch.matmul(x, x.transpose(1, 2)) @ x

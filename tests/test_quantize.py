@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from models import fake_quantized, make_net
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+)
 
 import micromix_compile as micromix
 import micromix_compile.hf
@@ -116,6 +123,80 @@ def test_an_edited_checkpoint_config_is_named(
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def outputs_of_base(model: nn.Module, ids: Tensor) -> Tensor:
+    base = getattr(model, "model", model)
+    with torch.no_grad():
+        hidden: Tensor = base(ids).last_hidden_state
+    return hidden
+
+
+def test_a_packed_checkpoint_loads_without_its_head_and_with_one_more(tmp_path: Path) -> None:
+    model, ids = saved(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert isinstance(base.layers[0].mlp.up_proj, micromix.MicroMixLinear)
+    assert torch.equal(outputs_of_base(base, ids), outputs_of_base(model, ids))
+    base.save_pretrained(tmp_path / "base")
+    model.model.save_pretrained(tmp_path / "inside")
+    for folder in ("base", "inside"):
+        for kind in (AutoModel, AutoModelForCausalLM):
+            again = kind.from_pretrained(tmp_path / folder, dtype=torch.bfloat16)
+            assert torch.equal(outputs_of_base(again, ids), outputs_of_base(model, ids))
+
+
+GPT2 = GPT2Config(n_embd=64, n_head=2, n_layer=1, n_positions=32, vocab_size=64)
+TIED = LlamaConfig(
+    hidden_size=64, intermediate_size=96, num_attention_heads=2, num_hidden_layers=1, vocab_size=64,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+GPTJ = GPTJConfig(n_embd=64, n_head=2, n_layer=1, n_positions=32, vocab_size=64, rotary_dim=16)  # has a buffer
+
+
+@pytest.mark.parametrize(
+    ("config", "skip"),
+    [(GPT2, ("*lm_head",)), (GPTJ, ("*lm_head",)), (TIED, ())],
+    ids=["gpt2", "gpt-j", "tied head"],
+)
+def test_models_that_give_linears_initial_values_or_tie_them_load_packed(
+    tmp_path: Path, config: Any, skip: tuple[str, ...]
+) -> None:
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(0, 64, (2, 8))
+    micromix.quantize_(model, micromix.calibrate(model, [ids], MicroMixConfig(policy="mxfp8", skip=skip)))
+    assert isinstance(model.lm_head, micromix.MicroMixLinear) == (not skip)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(isinstance(one, micromix.MicroMixLinear) and hasattr(one, "weight") for one in loaded.modules())
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_packed_head_is_left_out_where_there_is_another(tmp_path: Path) -> None:
+    model, ids = AutoModelForCausalLM.from_config(TIED).eval(), torch.randint(0, 64, (2, 8))
+    micromix.quantize_(model, micromix.calibrate(model, [ids], MicroMixConfig(policy="mxfp8", skip=())))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(outputs_of_base(loaded, ids), outputs_of_base(model, ids))
+    assert type(loaded.score) is nn.Linear
+
+
+def packed_linear() -> nn.Module:
+    net = nn.Sequential(nn.Linear(64, 48)).eval()
+    return micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 6, 64)]))
+
+
+def test_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x must have 64 channels, got shape \(2, 96\)"):
+        packed_linear()(torch.randn(2, 96))
+
+
+def test_under_autocast_the_output_has_its_dtype() -> None:
+    packed, x = packed_linear(), torch.randn(2, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x), packed(x.bfloat16()))
+        assert packed(x).dtype is torch.bfloat16
 
 
 def test_a_wrong_channel_count_is_refused() -> None:

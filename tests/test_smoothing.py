@@ -317,6 +317,26 @@ def x_of(y: Tensor) -> Tensor:
     return torch.tanh(y)
 
 
+@pytest.mark.parametrize("read", [lambda y, w: y @ w, lambda y, w: w.abs().sum(), lambda y, w: 0])
+def test_a_weight_whose_transpose_something_else_reads_stays(read: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Transposes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.other = RMSNorm(64), RMSNorm(64)
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.weight.T
+            return self.norm(x) @ w + read(self.other(x), w)
+
+    model = uneven(Transposes())
+    if not isinstance(read(torch.ones(1, 64), model.weight), Tensor):
+        assert changed_by(model, inputs()) == {"norm.weight", "weight"}
+        return
+    with pytest.raises(ValueError, match="Transposes has no input of linears that can be smoothed"):
+        micromix.smooth_(model, inputs())
+
+
 def test_a_norm_that_adds_one_to_its_weight_stays() -> None:
     assert changed_by(uneven(Mlp(GemmaNorm())), inputs()) == {"up.weight", "up.bias", "down.weight"}
 
