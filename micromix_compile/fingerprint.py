@@ -61,7 +61,7 @@ class Checksums:
         own = str(weight.dtype).removeprefix("torch.")
         return any(
             self.values[name] == _checksum(weight, getattr(torch, name))
-            for name in (own, *(name for name in _INTEGERS if name != own))
+            for name in sorted(_INTEGERS, key=lambda name: name != own)
             if name in (own, self.made_in) or torch.equal(weight, weight.to(getattr(torch, name)).to(weight.dtype))
         )
 

@@ -34,6 +34,7 @@ def test_a_conversion_is_no_change(made: torch.dtype, met: torch.dtype) -> None:
     assert Checksums.of(weight).fit(weight.to(met))
     assert Checksums.of(weight).fit(weight.T.contiguous().T.to(met))  # as Conv1D holds it
     assert Checksums.of(weight.to(met)).fit(weight)  # calibrated as a converted copy
+    assert Checksums.of(weight).fit(weight.double())
     for between in DTYPES:
         moderate = torch.randn(5, 64).to(made)
         if not {made, met, between} >= {torch.bfloat16, torch.float16}:  # which hold different values
