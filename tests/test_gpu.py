@@ -19,6 +19,7 @@ from transformers import StaticCache
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
 from micromix_compile import folded_ops, ops, reference, target
+from micromix_compile.fingerprint import Checksums
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +84,12 @@ def test_quantized_bytes_equal_those_of_the_cpu(dtype: torch.dtype, fp6: str, sc
     on_gpu = ops.reorder_quantize(x.cuda(), perm.cuda(), *layout)
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         assert torch.equal(cpu, gpu.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_checksums_equal_those_of_the_cpu(dtype: torch.dtype) -> None:
+    weight = (torch.randn(300, 1000) * torch.logspace(-9, 9, 1000)).to(dtype)
+    assert Checksums.of(weight.cuda()) == Checksums.of(weight)
 
 
 def test_a_model_calibrates_and_runs_on_the_gpu_natively(caplog: pytest.LogCaptureFixture) -> None:
