@@ -354,7 +354,7 @@ class Session:
 
     @property
     def takes_no_options(self) -> bool:
-        """Whether all that could be quantized is packed already, or has no recipe and will not be calibrated."""
+        """Whether it holds packed linears, and no recipe is for any of its other weights: nothing else will change."""
         return self.is_packed and not any(state.linear for state in self._states)
 
     @property
