@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
+    from micromix_compile.sessions import recipe_of
     from micromix_compile.smoothing import smooth_
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "calibrate",
     "calibrate_each",
     "quantize_",
+    "recipe_of",
     "smooth_",
 ]
 
@@ -41,6 +43,7 @@ _HOMES = {
     "calibrate": "calibration",
     "calibrate_each": "calibration",
     "quantize_": "quantize",
+    "recipe_of": "sessions",
     "smooth_": "smoothing",
 }
 

@@ -45,7 +45,7 @@ class PackedWeight(NamedTuple):
     w_scale: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChannelCosts:
     """What each channel costs in each of `COST_FORMATS`: predicted divergence of the model's output, nats a token.
 
@@ -67,7 +67,7 @@ class Threshold:
     signed: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChannelStatistics:
     """What the observers saw of one activation with C channels.
 
@@ -90,7 +90,7 @@ def order_dtype(channels: int) -> torch.dtype:
     return torch.int16 if channels <= torch.iinfo(torch.int16).max + 1 else torch.int32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GroupRecipe:
     """Order and split of one activation, shared by the linears that read it.
 
@@ -108,7 +108,7 @@ class GroupRecipe:
         return self.channel_perm.to(device, order_dtype(self.channel_perm.numel()))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LinearRecipe:
     """One linear layer of the recipe. For weight_sample, (32,) float32, and weight_checksums see `fingerprint`.
 
@@ -138,7 +138,7 @@ def weight_split(split: Split, weights: str) -> Split:
     return split if weights == "same" else (sum(split), 0, 0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Recipe:
     """Calibration's result for one model.
 

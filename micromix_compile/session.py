@@ -7,10 +7,13 @@ torch.compile compile again by itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
+import hashlib
 import itertools
 import logging
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from micromix_compile.assignment import assign, channel_order, thresholds_to_count
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.distributed import check_not_distributed, check_real
 from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
@@ -32,8 +36,10 @@ from micromix_compile.sensitivity import CostProbe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import fx
+    from torch._guards import CompileId
 
     from micromix_compile.recipe import PackedWeight
 
@@ -54,12 +60,14 @@ COVERAGE_CALLS = frozenset({3, 10, 30, 100, 300, 1000})
 class LinearState:
     """One weight: what it is called, who observes its input, what was decided, its packed form.
 
-    key: phase, split and group; the graphs that use the weight are guarded by it. transposed: known from its first use.
+    key: phase, split and group; the graphs that use the weight are guarded by it. file: what the recipe was read from,
+    if it was; they are guarded by its content, too. transposed: known from its first use.
     """
 
     names: list[str]
     parameter: ref[nn.Parameter]
     key: Key = ()
+    file: RecipeFile | None = None
     refusal: str | None = None
     transposed: bool | None = None
     observer: ChannelObserver | None = None
@@ -78,11 +86,36 @@ class LinearState:
         """The name it goes by; a tied weight is called after its last use, which is the linear."""
         return self.names[-1]
 
+    @property
+    def recipe_digest(self) -> str:
+        """Of the recipe's file as it is now."""
+        return "" if self.file is None else self.file.digest
+
+
+@dataclass(slots=True, eq=False)
+class RecipeFile:
+    """A recipe given by its path, and known by its content: a file that is written anew is another recipe."""
+
+    path: Path
+    _stamp: tuple[int, ...] = ()
+    _digest: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file as it is now; of a file that can't be read any more, as it was."""
+        with contextlib.suppress(OSError):
+            status = self.path.stat()
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if stamp != self._stamp:
+                self._digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+                self._stamp = stamp
+        return self._digest
+
 
 class Session:
     """One model's state while it is calibrated and after. It is what the passes call their owner.
 
-    source: what the recipe was made from, kept alive so that its identity can name the session.
+    source: what the recipe was made from: an object, kept alive so that its identity can name the session, or a file.
     also: further configs that recipes are to be made for from the same calibration.
     """
 
@@ -99,7 +132,10 @@ class Session:
         self.configs = (config, *also)
         self.recipe = recipe
         self.model_id = "a function"
-        self.token_mask: Tensor | None = None  # (B, T), of the forward pass that is being observed
+        self.lock = threading.RLock()  # of what is observed, and of the change from calibrating to quantized
+        self.versions: set[CompileId] = set()
+        """What Dynamo has compiled in the present phase."""
+        self._pass = threading.local()
         self.state_attribute = f"_micromix_{number}"
         self._source = source
         self._model: ref[nn.Module] | None = None
@@ -114,16 +150,27 @@ class Session:
         self._enough_at: int | None = None
         finalize(self, _forget, self._states, self.state_attribute)
 
+    @property
+    def token_mask(self) -> Tensor | None:
+        """(B, T): the attention mask of the forward pass that this thread observes."""
+        return getattr(self._pass, "token_mask", None)
+
+    @token_mask.setter
+    def token_mask(self, mask: Tensor | None) -> None:
+        self._pass.token_mask = mask
+
     # Names
 
     def prepare(self, model: nn.Module) -> None:
         """Name every 2-dimensional weight of `model` and put it into the present phase.
 
-        Raises ValueError if nothing in `model` can be quantized, or if the recipe is for another model.
+        Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, or if its weights
+        are spread over processes.
         """
         self.model_id = model_id(model)
         self._model = ref(model)
         check_not_training(model)
+        check_not_distributed(model)
         self._name_parameters(model)
         self.is_packed = any(isinstance(module, MicroMixLinear) for module in model.modules())
         if self.is_packed:
@@ -147,18 +194,22 @@ class Session:
                 owners = [modules.get(name) for name in names]
                 self._add(parameter, names, is_embedding=all(isinstance(owner, nn.Embedding) for owner in owners))
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that was prepared, while it lives."""
+        return None if self._model is None else self._model()
+
     def is_model(self, module: nn.Module) -> bool:
         """Whether `module` is the model that was prepared."""
-        return self._model is not None and self._model() is module
+        return self.model is module
 
     def adopt(self, parameter: nn.Parameter, name: str) -> None:
         """Take in a weight that is new: one that replaced another in the model, or one that belongs to no module.
 
         The latter gets the name by which its function reads it. Raises ValueError if the recipe is for other weights.
         """
-        model = None if self._model is None else self._model()
-        if model is not None:
-            self._name_parameters(model)
+        if self.model is not None:
+            self._name_parameters(self.model)
         if self.knows(parameter):
             return
         taken = {name for state in self._states for name in state.names}
@@ -168,7 +219,8 @@ class Session:
         self._add(parameter, [unique], is_embedding=False)
 
     def _add(self, parameter: nn.Parameter, names: list[str], *, is_embedding: bool) -> None:
-        state = LinearState(names=names, parameter=ref(parameter))
+        file = self._source if isinstance(self._source, RecipeFile) else None
+        state = LinearState(names=names, parameter=ref(parameter), file=file)
         pattern = next((p for p in self.config.skip for name in names if fnmatch.fnmatch(name, p)), None)
         if pattern is not None:
             state.refusal = f"its name matches skip={pattern!r}"
@@ -216,9 +268,8 @@ class Session:
 
     def check_not_training(self) -> None:
         """Raise ValueError if the model has been put into training mode."""
-        model = None if self._model is None else self._model()
-        if model is not None:
-            check_not_training(model)
+        if self.model is not None:
+            check_not_training(self.model)
 
     # What the passes ask (passes.pass_manager.Owner)
 
@@ -251,7 +302,10 @@ class Session:
 
     def observe(self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool]) -> None:
         """Take statistics of `x`, the common input of the linears with these weights."""
-        states = [self.state(parameter) for parameter in parameters]
+        with self.lock:
+            self._observe(x, [self.state(parameter) for parameter in parameters], transposed)
+
+    def _observe(self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool]) -> None:
         for state, flipped in zip(states, transposed, strict=True):
             state.transposed = flipped
         observer = next((state.observer for state in states if state.observer is not None), None)
@@ -268,8 +322,9 @@ class Session:
     def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
         state = self.state(parameter)
-        if self.takes_costs and state.probe is not None:
-            state.probe.watch_output(state.name, y, self._mask_of(y))
+        with self.lock:
+            if self.takes_costs and state.probe is not None:
+                state.probe.watch_output(state.name, y, self._mask_of(y))
 
     def _probe(self, states: Sequence[LinearState], x: Tensor) -> CostProbe:
         probe = next((state.probe for state in states if state.probe is not None), None)
@@ -381,15 +436,16 @@ class Session:
         for state in self._states:
             state.linear = self.recipe.linears.get(state.name)
             state.key = self._key_of(state)
+        self.versions.clear()
         return self.recipe
 
     def recipes(self) -> Iterator[Recipe]:
         """What was observed, decided for each of `configs` in turn. Raises ValueError if no linear was reached."""
         observed, members = self._observed()
-        for config in self.configs:
+        for left, config in zip(reversed(range(len(self.configs))), self.configs, strict=True):
             recipe = assign(observed, config)
             if config.rounds_weights:
-                is_last = config is self.configs[-1]
+                is_last = left == 0
                 recipe = dataclasses.replace(recipe, packed=self._round(recipe, members, keep_moments=not is_last))
             yield recipe
 
@@ -508,6 +564,7 @@ def open_graph(
 ) -> tuple[fx.GraphModule, PassContext]:
     """A copy of a Dynamo graph that passes may change, and their context; every weight in it is known to `session`."""
     session.check_not_training()
+    check_real(example_inputs)
     gm = torch_compat.copy_graph_module(gm)
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, nn.Parameter) and value.dim() >= 2 and not session.knows(value):
@@ -521,3 +578,5 @@ def close_graph(session: Session, context: PassContext) -> None:
     session.note_refusals(context.refusals)
     for site in context.sites:
         torch_compat.guard_attribute(site.weight, session.state_attribute, "key")
+    if context.sites and session.state(context.sites[0].parameter).file is not None:
+        torch_compat.guard_attribute(context.sites[0].weight, session.state_attribute, "recipe_digest")

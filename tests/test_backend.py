@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
-from micromix_compile import native
+from micromix_compile import native, sessions
 from micromix_compile.backend import parse_options
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.quantize import pack_weight
@@ -337,8 +337,7 @@ def test_it_converts_itself_across_graph_breaks_and_layers_compiled_alone() -> N
 
 def observed_tokens() -> set[int]:
     """Tokens that the observers of models still calibrating themselves have seen."""
-    sessions = [s for by_key in backend_module._model_sessions.values() for s in by_key.values()]
-    return {o.tokens for s in sessions if s.recipe is None for o in s.observers()}
+    return {o.tokens for s in sessions.sessions() if s.recipe is None for o in s.observers()}
 
 
 def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:
