@@ -27,13 +27,16 @@ MARK: Final = "_micromix_counts_apart"
 
 
 class Counter(Protocol):
-    """What a backend of ours says about the versions that it compiled."""
+    """What a backend of ours says about the versions that it compiled. What it raises reaches the caller."""
+
+    def check(self) -> None:
+        """Called before Dynamo looks at a function, also where nothing will be left of it to compile."""
 
     def counted(self, backend: Any) -> frozenset[CompileId] | None:
         """The versions that count beside what `backend` is about to compile; None: all of its own."""
 
     def gave_up(self, backend: Any, function: str, limit: str) -> None:
-        """Called where Dynamo is about to run `function` as it is, at `limit`; what it raises reaches the caller."""
+        """Called where Dynamo is about to run `function` as it is, at `limit`."""
 
 
 def current_compile_id() -> CompileId:
@@ -64,6 +67,8 @@ def _exceeds(original: Callable[..., tuple[bool, str]], cache_size: Any, compile
     code: CodeType = asking["code"]
     backend = dynamo_eval_frame.innermost_backend(asking["compiler_fn"])
     counter = _counter_of(backend)
+    if counter is not None:
+        counter.check()
     versions = _versions(code)
     ignored = sum(not _counts(version, backend, counter) for version in versions)
     if not ignored and counter is None:

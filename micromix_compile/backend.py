@@ -162,6 +162,12 @@ def _leave_heirloom(session: Session, *, key: SessionKey) -> None:
 class _PerSession:
     """Versions count towards the recompile limit beside those of their session only."""
 
+    def check(self) -> None:
+        """Refuse models that are spread over processes, of which Dynamo may compile nothing at all."""
+        region = torch_compat.running_region()
+        if region.compiled is not None:
+            check_not_distributed(region.compiled, region.around)
+
     def counted(self, backend: Any) -> frozenset[CompileId] | None:
         """Those of the session of what is running; None where a function has no module to know it by."""
         region = torch_compat.running_region()

@@ -112,6 +112,9 @@ def observing(
 class _Unlimited:
     """What is compiled to be run eagerly costs little, and does not last."""
 
+    def check(self) -> None:
+        """The model was looked at before."""
+
     def counted(self, backend: Any) -> frozenset[CompileId]:
         """None."""
         return frozenset()
