@@ -147,7 +147,7 @@ def _candidates(group: GroupRecipe, outputs: int, config: MicroMixConfig) -> Can
         weights = COMPENSATED * weights
     per_channel = (costs.activations[rows] + weights).to(torch.float64)
     channels = group.channel_perm.numel()
-    in_order = torch.zeros(3, channels, dtype=torch.float64)
+    in_order = torch.zeros(3, channels, dtype=torch.float64, device="cpu")
     real = group.channel_perm >= 0
     in_order[:, real] = per_channel[:, group.channel_perm[real].long()]
     in_features = group.statistics.abs_mean.numel()
@@ -171,8 +171,8 @@ def channel_order(statistics: ChannelStatistics, config: MicroMixConfig) -> Tens
     elif config.uniform_order == "sheltered":
         order = sheltered_order(statistics.abs_mean)
     else:
-        order = torch.arange(in_features)
-    padding = torch.full((padded_channels(in_features) - in_features,), -1)
+        order = torch.arange(in_features, device="cpu")
+    padding = torch.full((padded_channels(in_features) - in_features,), -1, dtype=torch.int64, device="cpu")
     return torch.cat((padding, order)).to(torch.int32)
 
 
@@ -220,7 +220,8 @@ class _Ascending:
         """The place of the largest channel, and before it, ascending, those of the 31 that lose least beside it."""
         top = self._energies[self._high]
         self._stops[self._high] -= 1
-        largest, beside = self._stops[self._high], []
+        beside: list[int] = []
+        largest = self._stops[self._high]
         self._drop_empty()
         while (missing := BLOCK_SIZE - 1 - len(beside)) > 0:
             is_high = _loss(self._energies[self._high], top) < _loss(self._energies[self._low], top)

@@ -32,8 +32,8 @@ class ChannelObserver:
         self._with_moment = with_moment
         self.batches = 0
         self.tokens = 0
-        self._abs_mean = torch.zeros(in_features)
-        self._abs_max = torch.zeros(in_features)
+        self._abs_mean = torch.zeros(in_features, dtype=torch.float32, device="cpu")
+        self._abs_max = torch.zeros(in_features, dtype=torch.float32, device="cpu")
         self._below: dict[Threshold, int] = dict.fromkeys(thresholds, 0)
 
     def update(self, x: Tensor, token_mask: Tensor | None = None) -> None:

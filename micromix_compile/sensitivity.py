@@ -37,8 +37,8 @@ class CostProbe:
         self.gradients = gradients
         self._scale_rounding = scale_rounding
         self._tokens = 0
-        self._error = torch.zeros(len(COST_FORMATS), in_features, dtype=torch.float64)
-        self._energy = torch.zeros(in_features, dtype=torch.float64)
+        self._error = torch.zeros(len(COST_FORMATS), in_features, dtype=torch.float64, device="cpu")
+        self._energy = torch.zeros(in_features, dtype=torch.float64, device="cpu")
         self._output_energy: dict[str, Tensor] = {}  # per linear (N,): of gradients, or of the outputs themselves
         self._leaves: list[Tensor] = []
 
@@ -173,11 +173,13 @@ def _fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     direction = logits.to(torch.float32).softmax(-1)
     rows = direction.reshape(-1, direction.shape[-1])
     # Drawn on the CPU from the inverse of the distribution function, so that every device draws alike.
-    uniform = torch.rand(rows.shape[0], 1, generator=generator).to(rows.device)
+    uniform = torch.rand(rows.shape[0], 1, generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
     drawn = torch.searchsorted(rows.cumsum(-1), uniform).clamp(max=rows.shape[1] - 1)
     rows.scatter_add_(1, drawn, torch.full_like(drawn, -1.0, dtype=rows.dtype))
     return rows.reshape(direction.shape).to(logits.dtype)
 
 
 def _normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
+    return torch.randn(values.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+        values.device, values.dtype
+    )
