@@ -12,6 +12,7 @@ Where gradients cannot be had, both errors are measured at the output of each li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile.formats import BLOCK_SIZE, ScaleRounding, elem_format
+from micromix_compile.memory import is_out_of_memory
 from micromix_compile.recipe import COST_FORMATS, ChannelCosts
 from micromix_compile.reference import scale_byte, scale_value
 from micromix_compile.rounding import round_elements
@@ -157,6 +159,14 @@ def pull_back(output: object, token_mask: Tensor | None, generator: torch.Genera
             direction *= mask.reshape(*mask.shape, *[1] * (direction.dim() - mask.dim()))
     values.backward(direction)
     return True
+
+
+_OF_GRADIENTS = re.compile(r"grad|backward|derivative|in-?place|inference tensor", re.IGNORECASE)
+
+
+def lacks_gradient(error: RuntimeError) -> bool:
+    """Whether torch says by `error` that a model cannot be run backward, not that memory or something else fails."""
+    return not is_out_of_memory(error) and _OF_GRADIENTS.search(str(error)) is not None
 
 
 def _output_tensor(output: object) -> tuple[Tensor | None, bool]:
