@@ -17,6 +17,7 @@ from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
 from micromix_compile.sensitivity import lacks_gradient, pull_back
 from micromix_compile.session import Session, close_graph, open_graph
+from micromix_compile.token_layout import token_mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -96,7 +97,7 @@ def calibrate_each(
 def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:
     """The output of one batch through the observed model."""
     positional, named = _arguments(batch)
-    session.token_mask = named.get("attention_mask")
+    session.token_mask = token_mask_of(positional, named)
     try:
         return observed(*positional, **named)
     except BackendCompilerFailed as error:

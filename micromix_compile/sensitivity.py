@@ -147,15 +147,16 @@ def pull_back(output: object, token_mask: Tensor | None, generator: torch.Genera
 
     A language model's output (a mapping with "logits") is asked for its Fisher information: the gradient of -log p(y)
     with y drawn from the model. Any other float output is taken as the mean of a unit normal distribution.
-    token_mask: (B, T); tokens where it is 0 don't count.
+    token_mask: (B, T); tokens where it is 0 don't count, be the output (B, T, ...) or (T, B, ...).
     """
     values, is_logits = _output_tensor(output)
     if values is None or not values.requires_grad:
         return False
     with torch.no_grad():
         direction = _fisher_direction(values, generator) if is_logits else _normal_like(values, generator)
-        if token_mask is not None and token_mask.shape == direction.shape[: token_mask.dim()]:
-            mask = token_mask.to(direction.device, direction.dtype)
+        mask = token_mask if token_mask is None or token_mask.shape == direction.shape[:2] else token_mask.mT
+        if mask is not None and mask.shape == direction.shape[: mask.dim()]:
+            mask = mask.to(direction.device, direction.dtype)
             direction *= mask.reshape(*mask.shape, *[1] * (direction.dim() - mask.dim()))
     values.backward(direction)
     return True

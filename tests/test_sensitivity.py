@@ -265,4 +265,8 @@ def test_tokens_that_are_masked_have_no_direction() -> None:
     assert pull_back((hidden,), torch.tensor([[1, 0, 1], [1, 1, 0]]), torch.Generator())
     assert hidden.grad is not None
     assert (hidden.grad.abs().sum(-1) > 0).tolist() == [[True, False, True], [True, True, False]]
+    time_first = torch.randn(3, 2, 4).requires_grad_(True)
+    assert pull_back((time_first,), torch.tensor([[1, 0, 1], [1, 1, 0]]), torch.Generator())
+    assert time_first.grad is not None
+    assert (time_first.grad.abs().sum(-1) > 0).tolist() == [[True, True], [False, True], [True, False]]
     assert sensitivity.COST_FORMATS == COST_FORMATS
