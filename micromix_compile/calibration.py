@@ -15,10 +15,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import recompile_limit, torch_compat
+from micromix_compile.memory import naming_out_of_memory
 from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
-from micromix_compile.sensitivity import pull_back
+from micromix_compile.sensitivity import lacks_gradient, pull_back
 from micromix_compile.session import Session, close_graph, open_graph
+from micromix_compile.token_layout import token_mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +34,12 @@ logger = logging.getLogger("micromix_compile")
 
 SENSITIVITY_TOKENS: Final = 4096
 """Tokens of the first batches that are also run backward."""
+
+SENSITIVITY_MEMORY: Final = (
+    "measuring sensitivity, which runs batches forward and backward",
+    "take shorter batches or fewer sequences in each, or a policy other than 'budget', which needs no gradient",
+)
+"""The step, and what would take less memory."""
 
 
 def calibrate(
@@ -80,7 +88,8 @@ def calibrate_each(
                 first.add(batch)
                 observe_batch(session, observed, batch)
         if session.needs_costs:
-            _measure_costs(session, model, observed, first.batches, progress)
+            with naming_out_of_memory(*SENSITIVITY_MEMORY):
+                _measure_costs(session, model, observed, first.batches, progress)
     yield from session.recipes()
 
 
@@ -127,7 +136,7 @@ class _Unlimited:
 def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:
     """The output of one batch through the observed model."""
     positional, named = _arguments(batch)
-    session.token_mask = named.get("attention_mask")
+    session.token_mask = token_mask_of(positional, named)
     try:
         return observed(*positional, **named)
     except BackendCompilerFailed as error:
@@ -169,6 +178,8 @@ def _measure_costs(
                     probe.release()
         return
     except RuntimeError as error:
+        if not lacks_gradient(error):
+            raise
         logger.warning(
             "%s has no usable gradient (%s): each linear's own output decides where bits go, which is less accurate",
             session.model_id,

@@ -33,6 +33,7 @@ from micromix_compile.passes import LinearPlan, PassContext
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.sensitivity import CostProbe
+from micromix_compile.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -138,6 +139,7 @@ class Session:
         self._pass = threading.local()
         self.state_attribute = f"_micromix_{number}"
         self._source = source
+        self._layout = TokenLayout()
         self._model: ref[nn.Module] | None = None
         self._refusals: dict[str, str] = {}
         self.takes_statistics = True
@@ -300,31 +302,37 @@ class Session:
             tensors=self.packed(parameter),
         )
 
-    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool]) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights."""
+    def observe(
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None
+    ) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
         with self.lock:
-            self._observe(x, [self.state(parameter) for parameter in parameters], transposed)
+            self._observe(x, [self.state(parameter) for parameter in parameters], transposed, source)
 
-    def _observe(self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool]) -> None:
+    def _observe(
+        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None
+    ) -> None:
         for state, flipped in zip(states, transposed, strict=True):
             state.transposed = flipped
         observer = next((state.observer for state in states if state.observer is not None), None)
         if observer is None:
             counted = tuple(dict.fromkeys(t for config in self.configs for t in thresholds_to_count(config)))
-            observer = ChannelObserver(states[0].name, x.shape[-1], counted, with_moment=self.rounds_weights)
+            observer = ChannelObserver(
+                states[0].name, x.shape[-1], counted, with_moment=self.rounds_weights, layout=self._layout
+            )
         for state in states:
             state.observer = observer
         if self.takes_statistics:
-            observer.update(x, self.token_mask)
+            observer.update(x, self.token_mask, source)
         if self.takes_costs:
-            self._probe(states, x).watch_input(x, observer.order(), self._mask_of(x))
+            self._probe(states, x).watch_input(x, observer.order(), observer.kept(x, self.token_mask, source))
 
     def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
         state = self.state(parameter)
         with self.lock:
-            if self.takes_costs and state.probe is not None:
-                state.probe.watch_output(state.name, y, self._mask_of(y))
+            if self.takes_costs and state.probe is not None and state.observer is not None:
+                state.probe.watch_output(state.name, y, state.observer.kept(y, self.token_mask))
 
     def _probe(self, states: Sequence[LinearState], x: Tensor) -> CostProbe:
         probe = next((state.probe for state in states if state.probe is not None), None)
@@ -333,10 +341,6 @@ class Session:
         for state in states:
             state.probe = probe
         return probe
-
-    def _mask_of(self, x: Tensor) -> Tensor | None:
-        mask = self.token_mask
-        return mask if mask is not None and mask.numel() == x.shape[:-1].numel() else None
 
     @property
     def rounds_weights(self) -> bool:

@@ -94,8 +94,10 @@ class Owner(Protocol):
     def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
         """How to rewrite the linear, or None while it isn't calibrated."""
 
-    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool]) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights."""
+    def observe(
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None
+    ) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
 
     def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
