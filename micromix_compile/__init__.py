@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
     from micromix_compile.smoothing import smooth_
+    from micromix_compile.versions import refresh
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "calibrate",
     "calibrate_each",
     "quantize_",
+    "refresh",
     "smooth_",
 ]
 
@@ -41,6 +43,7 @@ _HOMES = {
     "calibrate": "calibration",
     "calibrate_each": "calibration",
     "quantize_": "quantize",
+    "refresh": "versions",
     "smooth_": "smoothing",
 }
 
