@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from micromix_compile.recipe import Recipe
     from micromix_compile.sessions import recipe_of
     from micromix_compile.smoothing import smooth_
+    from micromix_compile.versions import refresh
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "calibrate_each",
     "quantize_",
     "recipe_of",
+    "refresh",
     "smooth_",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "calibrate_each": "calibration",
     "quantize_": "quantize",
     "recipe_of": "sessions",
+    "refresh": "versions",
     "smooth_": "smoothing",
 }
 

@@ -117,6 +117,7 @@ def micromix(
 
     With a recipe in the options the linears are quantized at once. Without one the first calls calibrate, eagerly, and
     then the model converts itself. Raises ValueError or TypeError for options, models and recipes that don't fit.
+    Weights that change later are packed anew, unless the change leaves no trace: see `refresh`.
     """
     parsed = parse_options(mode, options)
     session = _session_of(gm, example_inputs, parsed)

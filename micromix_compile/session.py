@@ -34,6 +34,7 @@ from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weigh
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.sensitivity import CostProbe
 from micromix_compile.token_layout import TokenLayout
+from micromix_compile.versions import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ class LinearState:
     probe: CostProbe | None = None
     linear: LinearRecipe | None = None
     packed: PackedTensors | None = None
-    version: tuple[int, int] | None = None
+    snapshot: Snapshot | None = None
     calls: int = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -370,11 +371,11 @@ class Session:
     def packed(self, parameter: nn.Parameter) -> PackedTensors:
         """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed.
 
-        A change in place through `weight.data`, or of an inference tensor, leaves no trace and is not seen.
+        What is seen as a change says `versions`.
         """
         state = self.state(parameter)
-        version = (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
-        if state.packed is None or state.version != version:
+        if state.packed is None or state.snapshot is None or not state.snapshot.holds(parameter):
+            snapshot = Snapshot(parameter)
             assert state.linear is not None, f"{state.name} has no recipe"
             assert self.recipe is not None, "a linear's recipe is a part of the whole"
             group = state.linear.group
@@ -382,7 +383,7 @@ class Session:
             if key not in self._perms:
                 self._perms[key] = group.order_on(parameter.device)
             state.packed = (self._perms[key], *packed_weight(_oriented(parameter, state), state.linear, self.recipe))
-            state.version = version
+            state.snapshot = snapshot
         return state.packed
 
     # From calibrating to quantized
