@@ -226,11 +226,10 @@ def _convert_when_done(session: Session, progress: CallProgress) -> None:
         left = session.unobserved()
         recipe = session.convert()
         logger.warning(
-            "calibrated on %d batches; %s now runs quantized: %d linears, %.2f element bits, %.2f stored bits%s",
+            "calibrated on %d batches; %s now runs quantized: %d linears, %s%s",
             session.observed_batches,
             session.model_id,
             len(recipe.linears),
-            recipe.element_bits,
-            recipe.stored_bits,
+            recipe.bits_text,
             f"; {len(left)} were not reached and stay as they are ({left[0]}, ...)" if left else "",
         )

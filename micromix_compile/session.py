@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from micromix_compile.assignment import assign, channel_order, thresholds_to_count
+from micromix_compile.candidates import left_alone, why_never_linear
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.lowering import torch_compat
-from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
+from micromix_compile.matching import all_parameter_names, find_linear, model_id, named_modules
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
@@ -56,12 +57,14 @@ class LinearState:
     """One weight: what it is called, who observes its input, what was decided, its packed form.
 
     key: phase, split and group; the graphs that use the weight are guarded by it. transposed: known from its first use.
+    looks_linear: as long as no graph was seen; otherwise it counts as a linear only where one uses it so.
     """
 
     names: list[str]
     parameter: ref[nn.Parameter]
     key: Key = ()
     refusal: str | None = None
+    looks_linear: bool = True
     transposed: bool | None = None
     observer: ChannelObserver | None = None
     probe: CostProbe | None = None
@@ -144,10 +147,9 @@ class Session:
     def _name_parameters(self, model: nn.Module) -> None:
         self._states[:] = [state for state in self._states if state.parameter() is not None]
         modules = named_modules(model)
-        for parameter, names in parameter_names(model).items():
-            if not self.knows(parameter):
-                owners = [modules.get(name) for name in names]
-                self._add(parameter, names, is_embedding=all(isinstance(owner, nn.Embedding) for owner in owners))
+        for parameter, names in all_parameter_names(model).items():
+            if parameter.dim() >= 2 and not self.knows(parameter):
+                self._add(parameter, names, modules)
 
     def is_model(self, module: nn.Module) -> bool:
         """Whether `module` is the model that was prepared."""
@@ -167,15 +169,16 @@ class Session:
         unique = next(
             n for n in itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1))) if n not in taken
         )
-        self._add(parameter, [unique], is_embedding=False)
+        self._add(parameter, [unique], {})
 
-    def _add(self, parameter: nn.Parameter, names: list[str], *, is_embedding: bool) -> None:
-        state = LinearState(names=names, parameter=ref(parameter))
+    def _add(self, parameter: nn.Parameter, names: list[str], modules: Mapping[str, nn.Module]) -> None:
+        reason, looks_linear = why_never_linear(parameter, names, modules)
+        state = LinearState(names=names, parameter=ref(parameter), looks_linear=looks_linear)
         pattern = next((p for p in self.config.skip for name in names if fnmatch.fnmatch(name, p)), None)
         if pattern is not None:
             state.refusal = f"its name matches skip={pattern!r}"
-        elif is_embedding:
-            state.refusal = "it is an embedding"
+        elif reason is not None:
+            state.refusal = reason
         elif self.recipe is not None:
             state.linear = find_linear(self.recipe, parameter, names, model_id=self.model_id)
         state.key = self._key_of(state)
@@ -370,6 +373,7 @@ class Session:
             state.name
             for state in self._states
             if state.refusal is None
+            and state.looks_linear
             and state.name not in self._refusals
             and (state.observer is None or not state.observer.tokens)
         ]
@@ -417,12 +421,20 @@ class Session:
                 weight_sample=weight_sample(parameter),
                 weight_checksums=Checksums.of(_oriented(parameter, state)) if self.rounds_weights else None,
             )
-        own = {state.name: self._why_not(state) for state in self._states if state.name not in linears}
+        left = [state for state in self._states if state.name not in linears]
+        own = {state.name: self._why_not(state) for state in left if state.looks_linear}
         refused = {**{name: reason for name, reason in self._refusals.items() if name not in linears}, **own}
         if not linears:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"calibration of {self.model_id} reached no linear layer ({reasons or 'it has none'})")
-        return Recipe(config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused), members
+        alone = self._left_alone(linears)
+        return Recipe(
+            config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused, left_alone=alone
+        ), members
+
+    def _left_alone(self, linears: Mapping[str, LinearRecipe]) -> tuple[int, int] | None:
+        model = None if self._model is None else self._model()
+        return None if model is None else left_alone(all_parameter_names(model), named_modules(model), linears)
 
     def _group_recipe(self, observer: ChannelObserver) -> GroupRecipe:
         """One group, its order and split still open."""
