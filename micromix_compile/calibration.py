@@ -83,15 +83,18 @@ def calibrate_each(
     observed = torch.compile(model, backend=backend)
     first = _FirstTokens(SENSITIVITY_TOKENS)
     session.takes_costs = False
-    with torch_compat.unlimited_recompiles():
-        with torch.no_grad():
-            for batch in track(batches, "calibrating", show=progress):
-                first.add(batch)
-                observe_batch(session, observed, batch)
-        if session.needs_costs:
-            with naming_out_of_memory(*SENSITIVITY_MEMORY):
-                _measure_costs(session, model, observed, first.batches, progress)
-    yield from session.recipes()
+    try:
+        with torch_compat.unlimited_recompiles():
+            with torch.no_grad():
+                for batch in track(batches, "calibrating", show=progress):
+                    first.add(batch)
+                    observe_batch(session, observed, batch)
+            if session.needs_costs:
+                with naming_out_of_memory(*SENSITIVITY_MEMORY):
+                    _measure_costs(session, model, observed, first.batches, progress)
+        yield from session.recipes(progress=progress)
+    finally:
+        session.release()
 
 
 def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:

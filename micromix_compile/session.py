@@ -27,6 +27,7 @@ from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import all_parameter_names, find_linear, model_id, named_modules
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
+from micromix_compile.progress import track
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.sensitivity import CostProbe
@@ -383,20 +384,28 @@ class Session:
 
         Raises ValueError if no linear was reached.
         """
-        self.recipe = next(self.recipes())
+        self.recipe = next(self.recipes(progress=True))
         for state in self._states:
             state.linear = self.recipe.linears.get(state.name)
             state.key = self._key_of(state)
         return self.recipe
 
-    def recipes(self) -> Iterator[Recipe]:
+    def release(self) -> None:
+        """Let go of all that was observed: second moments are K * K numbers a group."""
+        for probe in self.probes():
+            probe.release()
+        for state in self._states:
+            state.observer = state.probe = None
+
+    def recipes(self, *, progress: bool) -> Iterator[Recipe]:
         """What was observed, decided for each of `configs` in turn. Raises ValueError if no linear was reached."""
         observed, members = self._observed()
         for config in self.configs:
             recipe = assign(observed, config)
             if config.rounds_weights:
                 is_last = config is self.configs[-1]
-                recipe = dataclasses.replace(recipe, packed=self._round(recipe, members, keep_moments=not is_last))
+                packed = self._round(recipe, members, keep_moments=not is_last, progress=progress)
+                recipe = dataclasses.replace(recipe, packed=packed)
             yield recipe
 
     def _observed(self) -> tuple[Recipe, dict[str, list[LinearState]]]:
@@ -447,11 +456,11 @@ class Session:
         return GroupRecipe(name=observer.name, channel_perm=perm, split=(0, 0, perm.numel()), statistics=statistics)
 
     def _round(
-        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool
+        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool, progress: bool
     ) -> dict[str, PackedWeight]:
         """Round all weights, group by group; frees the second moments on the way unless they are still needed."""
         packed: dict[str, PackedWeight] = {}
-        for name, group in recipe.groups.items():
+        for name, group in track(recipe.groups.items(), "rounding weights", show=progress):
             observer = members[name][0].observer
             assert observer is not None, "a group has an observer"
             assert observer.moment is not None, "moments are kept where weights are rounded"
