@@ -82,15 +82,18 @@ def calibrate_each(
         raise ValueError(f"{session.model_id} holds packed linears: calibrate the model that they were made from")
     first = _FirstTokens(SENSITIVITY_TOKENS)
     session.takes_costs = False
-    with observing(model, partial(compile_observed, session)) as observed:
-        with torch.no_grad():
-            for batch in track(batches, "calibrating", show=progress):
-                first.add(batch)
-                observe_batch(session, observed, batch)
-        if session.needs_costs:
-            with naming_out_of_memory(*SENSITIVITY_MEMORY):
-                _measure_costs(session, model, observed, first.batches, progress)
-    yield from session.recipes()
+    try:
+        with observing(model, partial(compile_observed, session)) as observed:
+            with torch.no_grad():
+                for batch in track(batches, "calibrating", show=progress):
+                    first.add(batch)
+                    observe_batch(session, observed, batch)
+            if session.needs_costs:
+                with naming_out_of_memory(*SENSITIVITY_MEMORY):
+                    _measure_costs(session, model, observed, first.batches, progress)
+        yield from session.recipes(progress=progress)
+    finally:
+        session.release()
 
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -276,12 +279,11 @@ def _convert_when_done(session: Session, progress: CallProgress) -> bool:
     left = session.unobserved()
     recipe = session.convert()
     logger.warning(
-        "calibrated on %d batches; %s now runs quantized: %d linears, %.2f element bits, %.2f stored bits%s",
+        "calibrated on %d batches; %s now runs quantized: %d linears, %s%s",
         session.observed_batches,
         session.model_id,
         len(recipe.linears),
-        recipe.element_bits,
-        recipe.stored_bits,
+        recipe.bits_text,
         f"; {len(left)} were not reached and stay as they are ({left[0]}, ...)" if left else "",
     )
     return True

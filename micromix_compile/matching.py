@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Module names by Parameter identity, for every 2-dimensional weight; a tied weight has several names."""
+    return {parameter: names for parameter, names in all_parameter_names(model).items() if parameter.dim() == 2}
+
+
+def all_parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The same for every Parameter."""
     names: dict[nn.Parameter, list[str]] = {}  # tensors hash and compare by identity here
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.dim() == 2:
-            clean = _clean(name).removesuffix(".weight")
-            names.setdefault(parameter, []).append(clean)
+        names.setdefault(parameter, []).append(_clean(name).removesuffix(".weight"))
     return names
 
 

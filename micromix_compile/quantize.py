@@ -222,7 +222,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
                 described[name] = {**shape, "split": list(linear.split), "group": linear.group.name}
     share_orders(model, {name: str(d["group"]) for name, d in described.items()})
     _describe(model, recipe.config, described)
-    logger.info("quantized %d linears to %.2f stored bits", len(described), recipe.stored_bits)
+    logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
     return wrapped
 
 

@@ -144,6 +144,7 @@ class Recipe:
 
     model_id: the model it was made for. linears: by fully qualified name. refused: name -> why it stays as it is.
     packed: fully qualified name -> weight, for configs that round weights while calibrating; else empty.
+    left_alone: how many other parameters the model has, and their bytes, if it is known.
     """
 
     config: MicroMixConfig
@@ -151,6 +152,7 @@ class Recipe:
     linears: Mapping[str, LinearRecipe]
     refused: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+    left_alone: tuple[int, int] | None = None
 
     @property
     def groups(self) -> dict[str, GroupRecipe]:
@@ -184,6 +186,24 @@ class Recipe:
     def stored_bits(self) -> float:
         """Stored bits per weight."""
         return 8 * self.stored_bytes / max(self.parameters, 1)
+
+    @property
+    def model_parameters(self) -> int | None:
+        """All parameters of the model, linears and others; None where that was not recorded."""
+        return None if self.left_alone is None else self.parameters + self.left_alone[0]
+
+    @property
+    def model_bits(self) -> float | None:
+        """Stored bits a parameter of the whole model, whose other parameters keep their dtype; None as above."""
+        if self.left_alone is None:
+            return None
+        return 8 * (self.stored_bytes + self.left_alone[1]) / max(self.parameters + self.left_alone[0], 1)
+
+    @property
+    def bits_text(self) -> str:
+        """The averages for people: of the linears, and of the whole model if that is known."""
+        whole = "" if self.model_bits is None else f" ({self.model_bits:.2f} over all parameters of the model)"
+        return f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}"
 
     def stored_bytes_of(self, linear: LinearRecipe) -> int:
         """Bytes of one linear's packed weight with scales and padding."""
@@ -268,6 +288,7 @@ def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
         "groups": groups,
         "linears": linears,
         "refused": dict(recipe.refused),
+        **({} if recipe.left_alone is None else {"left_alone": list(recipe.left_alone)}),
     }
     digests = {name: _digest(value) for name, value in (*fields.items(), *tensors.items())}
     return tensors, {name: json.dumps(value) for name, value in (*fields.items(), ("digests", digests))}
@@ -329,7 +350,22 @@ def _check_and_build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Reci
     except (TypeError, ValueError) as error:
         raise _BadFieldError(f"config: {error}") from error
     packed = {fqn: _packed(linear, config, tensors) for fqn, linear in linears.items() if f"{fqn}.w_scale" in tensors}
-    return Recipe(config=config, model_id=fields["model_id"], linears=linears, refused=fields["refused"], packed=packed)
+    named = {"model_id": fields["model_id"], "refused": fields["refused"], "left_alone": _left_alone(fields)}
+    return Recipe(config=config, linears=linears, packed=packed, **named)
+
+
+def _left_alone(fields: dict[str, Any]) -> tuple[int, int] | None:
+    """Files of before lack it."""
+    if "left_alone" not in fields:
+        return None
+    numbers = fields["left_alone"]
+    if (
+        isinstance(numbers, list)
+        and len(numbers) == 2
+        and all(type(number) is int and number >= 0 for number in numbers)
+    ):
+        return numbers[0], numbers[1]
+    raise _BadFieldError(f"left_alone must be two integers >= 0, parameters and bytes, got {fields['left_alone']!r}")
 
 
 def _checksums(linear: dict[str, Any]) -> Checksums | None:

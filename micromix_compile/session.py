@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from micromix_compile.assignment import assign, channel_order, thresholds_to_count
+from micromix_compile.candidates import left_alone, why_never_linear
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.distributed import check_not_distributed, check_real
 from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.lowering import torch_compat
-from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
+from micromix_compile.matching import all_parameter_names, find_linear, model_id, named_modules
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
+from micromix_compile.progress import track
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.sensitivity import CostProbe
@@ -63,7 +65,8 @@ class LinearState:
     """One weight: what it is called, who observes its input, what was decided, its packed form.
 
     key: phase, split and group; the graphs that use the weight are guarded by it. file: what the recipe was read from,
-    if it was; they are guarded by its content, too. transposed: known from its first use.
+    if it was; they are guarded by its content, too. transposed: known from its first use. looks_linear: as long as no
+    graph was seen; otherwise it counts as a linear only where one uses it so.
     """
 
     names: list[str]
@@ -71,6 +74,7 @@ class LinearState:
     key: Key = ()
     file: RecipeFile | None = None
     refusal: str | None = None
+    looks_linear: bool = True
     transposed: bool | None = None
     observer: ChannelObserver | None = None
     probe: CostProbe | None = None
@@ -192,10 +196,9 @@ class Session:
     def _name_parameters(self, model: nn.Module) -> None:
         self._states[:] = [state for state in self._states if state.parameter() is not None]
         modules = named_modules(model)
-        for parameter, names in parameter_names(model).items():
-            if not self.knows(parameter):
-                owners = [modules.get(name) for name in names]
-                self._add(parameter, names, is_embedding=all(isinstance(owner, nn.Embedding) for owner in owners))
+        for parameter, names in all_parameter_names(model).items():
+            if parameter.dim() >= 2 and not self.knows(parameter):
+                self._add(parameter, names, modules)
 
     @property
     def model(self) -> nn.Module | None:
@@ -219,16 +222,17 @@ class Session:
         unique = next(
             n for n in itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1))) if n not in taken
         )
-        self._add(parameter, [unique], is_embedding=False)
+        self._add(parameter, [unique], {})
 
-    def _add(self, parameter: nn.Parameter, names: list[str], *, is_embedding: bool) -> None:
+    def _add(self, parameter: nn.Parameter, names: list[str], modules: Mapping[str, nn.Module]) -> None:
+        reason, looks_linear = why_never_linear(parameter, names, modules)
         file = self._source if isinstance(self._source, RecipeFile) else None
-        state = LinearState(names=names, parameter=ref(parameter), file=file)
+        state = LinearState(names=names, parameter=ref(parameter), file=file, looks_linear=looks_linear)
         pattern = next((p for p in self.config.skip for name in names if fnmatch.fnmatch(name, p)), None)
         if pattern is not None:
             state.refusal = f"its name matches skip={pattern!r}"
-        elif is_embedding:
-            state.refusal = "it is an embedding"
+        elif reason is not None:
+            state.refusal = reason
         elif self.recipe is not None:
             state.linear = find_linear(self.recipe, parameter, names, model_id=self.model_id)
         state.key = self._key_of(state)
@@ -428,6 +432,7 @@ class Session:
             state.name
             for state in self._states
             if state.refusal is None
+            and state.looks_linear
             and state.name not in self._refusals
             and (state.observer is None or not state.observer.tokens)
         ]
@@ -437,21 +442,28 @@ class Session:
 
         Raises ValueError if no linear was reached.
         """
-        self.recipe = next(self.recipes())
+        self.recipe = next(self.recipes(progress=True))
         for state in self._states:
             state.linear = self.recipe.linears.get(state.name)
             state.key = self._key_of(state)
         self.versions.clear()
         return self.recipe
 
-    def recipes(self) -> Iterator[Recipe]:
+    def release(self) -> None:
+        """Let go of all that was observed: second moments are K * K numbers a group."""
+        for probe in self.probes():
+            probe.release()
+        for state in self._states:
+            state.observer = state.probe = None
+
+    def recipes(self, *, progress: bool) -> Iterator[Recipe]:
         """What was observed, decided for each of `configs` in turn. Raises ValueError if no linear was reached."""
         observed, members = self._observed()
         for left, config in zip(reversed(range(len(self.configs))), self.configs, strict=True):
             recipe = assign(observed, config)
             if config.rounds_weights:
-                is_last = left == 0
-                recipe = dataclasses.replace(recipe, packed=self._round(recipe, members, keep_moments=not is_last))
+                packed = self._round(recipe, members, keep_moments=left > 0, progress=progress)
+                recipe = dataclasses.replace(recipe, packed=packed)
             yield recipe
 
     def _observed(self) -> tuple[Recipe, dict[str, list[LinearState]]]:
@@ -476,12 +488,20 @@ class Session:
                 weight_sample=weight_sample(parameter),
                 weight_checksums=Checksums.of(_oriented(parameter, state)) if self.rounds_weights else None,
             )
-        own = {state.name: self._why_not(state) for state in self._states if state.name not in linears}
+        left = [state for state in self._states if state.name not in linears]
+        own = {state.name: self._why_not(state) for state in left if state.looks_linear}
         refused = {**{name: reason for name, reason in self._refusals.items() if name not in linears}, **own}
         if not linears:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"calibration of {self.model_id} reached no linear layer ({reasons or 'it has none'})")
-        return Recipe(config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused), members
+        alone = self._left_alone(linears)
+        return Recipe(
+            config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused, left_alone=alone
+        ), members
+
+    def _left_alone(self, linears: Mapping[str, LinearRecipe]) -> tuple[int, int] | None:
+        model = None if self._model is None else self._model()
+        return None if model is None else left_alone(all_parameter_names(model), named_modules(model), linears)
 
     def _group_recipe(self, observer: ChannelObserver) -> GroupRecipe:
         """One group, its order and split still open."""
@@ -494,11 +514,11 @@ class Session:
         return GroupRecipe(name=observer.name, channel_perm=perm, split=(0, 0, perm.numel()), statistics=statistics)
 
     def _round(
-        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool
+        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool, progress: bool
     ) -> dict[str, PackedWeight]:
         """Round all weights, group by group; frees the second moments on the way unless they are still needed."""
         packed: dict[str, PackedWeight] = {}
-        for name, group in recipe.groups.items():
+        for name, group in track(recipe.groups.items(), "rounding weights", show=progress):
             observer = members[name][0].observer
             assert observer is not None, "a group has an observer"
             assert observer.moment is not None, "moments are kept where weights are rounded"
