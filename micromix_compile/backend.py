@@ -24,7 +24,7 @@ from micromix_compile.lowering import inductor, recompile_limit, torch_compat
 from micromix_compile.passes import CALIBRATE_PASSES, CONVERT_PASSES, POST_GRAD_PASSES, run_passes
 from micromix_compile.recipe import Recipe
 from micromix_compile.session import LinearState, RecipeFile, Session, close_graph, open_graph
-from micromix_compile.sessions import SessionKey, find_session, model_of, recipe_file, remember
+from micromix_compile.sessions import SessionKey, find_session, model_of, remember, watched_file
 from micromix_compile.target import target_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     _check_dump(ours.get("dump", ()))
     from_mode = torch_compat.mode_options(mode) if mode and mode != "default" else {}
     if isinstance(recipe, str | os.PathLike):
-        recipe = recipe_file(Path(recipe).absolute())
+        recipe = watched_file(Path(recipe).absolute())
     return Options(ours=ours, recipe=recipe, inductor={**from_mode, **given})
 
 

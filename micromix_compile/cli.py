@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from micromix_compile import texts, zoo
+from micromix_compile import files, texts, zoo
 from micromix_compile.config import (
     GRANULARITIES,
     POLICIES,
@@ -220,7 +220,7 @@ def quantize(
     """
     import micromix_compile as micromix
 
-    target = zoo.plain_path(out)
+    target = files.plain_path(out)
     if os.path.lexists(target) and not overwrite:
         raise UsageError(f"{out} exists; --overwrite replaces it")
     _check_output("--out", out, is_file=False)
@@ -231,7 +231,7 @@ def quantize(
     loaded = _load(model, dtype, device)
     _smooth(smooth, config, loaded, data, column, windows, window_length)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
-    with _status("packing"), zoo.replace_directory(target) as directory:
+    with _status("packing"), files.replace_directory(target) as directory:
         micromix.quantize_(loaded.model, recipe)
         loaded.model.save_pretrained(directory)
         loaded.tokenizer.save_pretrained(directory)
@@ -648,7 +648,6 @@ def _number(value: float | None, digits: int) -> str:
 
 def _write_json(path: Path, settings: dict[str, Any], results: Sequence[RowResult]) -> None:
     from micromix_compile import evaluation
-    from micromix_compile.recipe import write_atomically
 
     content = {
         **settings,
@@ -656,7 +655,7 @@ def _write_json(path: Path, settings: dict[str, Any], results: Sequence[RowResul
         "versions": evaluation.versions(),
         "hardware": evaluation.hardware(),
     }
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    files.write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _print_text(label: str, text: str) -> None:

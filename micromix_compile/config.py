@@ -42,6 +42,9 @@ DEFAULT_SKIP: Final = (
 
 GRANULARITIES: Final = (32, 64, 128)
 
+DEBUGGING: Final = ("dump", "dump_dir")
+"""Wishes for one run, which no file carries: someone else's recipe decides numbers, and writes nothing."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroMixConfig:
@@ -142,6 +145,21 @@ class MicroMixConfig:
     def option_names(cls) -> tuple[str, ...]:
         """The names of all options, in the order of their definition."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_file(cls, options: Mapping[str, Any]) -> MicroMixConfig:
+        """A config from what a file says. Options for debugging, which older files have, are left at their defaults.
+
+        Raises ValueError that names the option.
+        """
+        try:
+            return cls.from_mapping({name: value for name, value in options.items() if name not in DEBUGGING})
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    def to_file(self) -> dict[str, Any]:
+        """`to_dict` without the options for debugging; `from_file` reads it."""
+        return {name: value for name, value in self.to_dict().items() if name not in DEBUGGING}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_mapping` is its inverse."""

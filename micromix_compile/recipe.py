@@ -1,34 +1,26 @@
-"""What calibration decided, and the file that keeps it.
+"""What calibration decided. `recipe_file` keeps it.
 
 A recipe maps linear layers to the order and split of their input channels. Linears that read the same activation form a
-group: one order, one split, one set of statistics. The file is safetensors: tensors for orders and statistics, readable
-JSON metadata for the rest, and a SHA-256 digest for every part.
+group: one order, one split, one set of statistics.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from micromix_compile.config import MicroMixConfig
-from micromix_compile.fingerprint import Checksums
 from micromix_compile.formats import BLOCK_SIZE, elem_format
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
-FORMAT: Final = "micromix-recipe"
-SCHEMA_VERSION: Final = 2
+    from micromix_compile.config import MicroMixConfig
+    from micromix_compile.fingerprint import Checksums
 
 Split = tuple[int, int, int]
 
@@ -138,6 +130,12 @@ def weight_split(split: Split, weights: str) -> Split:
     return split if weights == "same" else (sum(split), 0, 0)
 
 
+def packed_shapes(n: int, split: Split) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a `PackedWeight` of n rows whose channels are split so."""
+    k4, k6, k8 = split
+    return (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, (k4 + k6 + k8) // BLOCK_SIZE)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Recipe:
     """Calibration's result for one model.
@@ -213,203 +211,13 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe to `path` through a temporary file: a failure leaves an older file whole."""
-        tensors, metadata = _to_file(self)
-        write_atomically(Path(path), serialize(tensors, metadata=metadata))
+        from micromix_compile import recipe_file
+
+        recipe_file.write(self, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe. Raises FileNotFoundError, or ValueError that names the path and the field that is wrong."""
-        return _from_file(Path(path))
+        from micromix_compile import recipe_file
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to a temporary file beside `path`, then rename it over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o666 & ~_umask())  # as an ordinary open would have left it
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _digest(content: object) -> str:
-    if isinstance(content, Tensor):
-        payload = content.contiguous().numpy().tobytes()
-    else:
-        payload = json.dumps(content, sort_keys=True).encode()
-    return hashlib.sha256(payload).hexdigest()
-
-
-def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Tensor] = {}
-    groups: list[dict[str, Any]] = []
-    for group in recipe.groups.values():
-        stats = group.statistics
-        tensors[f"{group.name}.channel_perm"] = group.channel_perm
-        tensors[f"{group.name}.abs_mean"] = stats.abs_mean
-        tensors[f"{group.name}.abs_max"] = stats.abs_max
-        below = [[t.ratio, t.signed, count] for t, count in stats.below.items()]
-        seen: dict[str, Any] = {
-            "elements": stats.elements,
-            "tokens": stats.tokens,
-            "batches": stats.batches,
-            "below": below,
-        }
-        if stats.costs is not None:
-            tensors[f"{group.name}.activation_costs"] = stats.costs.activations
-            tensors[f"{group.name}.weight_costs"] = stats.costs.weights
-            seen["costs_measured"] = stats.costs.measured
-        groups.append({"name": group.name, "split": list(group.split), **seen})
-    linears: list[dict[str, Any]] = []
-    for linear in recipe.linears.values():
-        tensors[f"{linear.fqn}.weight_sample"] = linear.weight_sample
-        shape = {"in_features": linear.in_features, "out_features": linear.out_features}
-        checksums = None if linear.weight_checksums is None else linear.weight_checksums.to_json()
-        linears.append({"fqn": linear.fqn, "group": linear.group.name, "weight_checksums": checksums, **shape})
-        if linear.fqn in recipe.packed:
-            tensors |= {
-                f"{linear.fqn}.{name}": part.cpu() for name, part in recipe.packed[linear.fqn]._asdict().items()
-            }
-    fields: dict[str, Any] = {
-        "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
-        "model_id": recipe.model_id,
-        "config": recipe.config.to_dict(),
-        "groups": groups,
-        "linears": linears,
-        "refused": dict(recipe.refused),
-        **({} if recipe.left_alone is None else {"left_alone": list(recipe.left_alone)}),
-    }
-    digests = {name: _digest(value) for name, value in (*fields.items(), *tensors.items())}
-    return tensors, {name: json.dumps(value) for name, value in (*fields.items(), ("digests", digests))}
-
-
-def _from_file(path: Path) -> Recipe:
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    try:
-        return _check_and_build({name: json.loads(text) for name, text in metadata.items()}, tensors)
-    except _BadFieldError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: metadata is not JSON ({error})") from error
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is missing") from error
-
-
-class _BadFieldError(ValueError):
-    """A field of a recipe file is missing or wrong."""
-
-
-def _check_and_build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Recipe:
-    if fields.get("format") != FORMAT:
-        raise _BadFieldError(f"format must be {FORMAT!r}, got {fields.get('format')!r}")
-    if fields.get("schema_version") != SCHEMA_VERSION:
-        raise _BadFieldError(f"schema_version must be {SCHEMA_VERSION}, got {fields.get('schema_version')!r}")
-    digests = fields.get("digests")
-    if not isinstance(digests, dict):
-        raise _BadFieldError("digests is missing")
-    for name, digest in digests.items():
-        if name not in fields and name not in tensors:
-            raise _BadFieldError(f"{name} is missing")
-        if _digest(fields[name] if name in fields else tensors[name]) != digest:
-            raise _BadFieldError(f"{name} was changed after the recipe was written")
-    unknown = sorted((set(fields) | set(tensors)) - set(digests) - {"digests"})
-    if unknown:
-        raise _BadFieldError(f"{unknown[0]} is not part of the recipe that was written")
-    groups = {group["name"]: _group(group, tensors) for group in fields["groups"]}
-    linears = {
-        linear["fqn"]: LinearRecipe(
-            fqn=linear["fqn"],
-            in_features=linear["in_features"],
-            out_features=linear["out_features"],
-            group=groups[linear["group"]],
-            weight_sample=tensors[f"{linear['fqn']}.weight_sample"],
-            weight_checksums=_checksums(linear),
-        )
-        for linear in fields["linears"]
-    }
-    try:
-        config = MicroMixConfig.from_mapping(fields["config"])
-    except (TypeError, ValueError) as error:
-        raise _BadFieldError(f"config: {error}") from error
-    packed = {fqn: _packed(linear, config, tensors) for fqn, linear in linears.items() if f"{fqn}.w_scale" in tensors}
-    named = {"model_id": fields["model_id"], "refused": fields["refused"], "left_alone": _left_alone(fields)}
-    return Recipe(config=config, linears=linears, packed=packed, **named)
-
-
-def _left_alone(fields: dict[str, Any]) -> tuple[int, int] | None:
-    """Files of before lack it."""
-    if "left_alone" not in fields:
-        return None
-    numbers = fields["left_alone"]
-    if (
-        isinstance(numbers, list)
-        and len(numbers) == 2
-        and all(type(number) is int and number >= 0 for number in numbers)
-    ):
-        return numbers[0], numbers[1]
-    raise _BadFieldError(f"left_alone must be two integers >= 0, parameters and bytes, got {fields['left_alone']!r}")
-
-
-def _checksums(linear: dict[str, Any]) -> Checksums | None:
-    fields = linear["weight_checksums"]
-    try:
-        return None if fields is None else Checksums.from_json(fields)
-    except (TypeError, ValueError) as error:
-        raise _BadFieldError(f"linears.{linear['fqn']}.weight_checksums: {error}") from error
-
-
-def _packed(linear: LinearRecipe, config: MicroMixConfig, tensors: dict[str, Tensor]) -> PackedWeight:
-    k4, k6, k8 = weight_split(linear.split, config.weights)
-    n, channels = linear.out_features, k4 + k6 + k8
-    shapes = ((n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, channels // BLOCK_SIZE))
-    packed = PackedWeight(*(tensors[f"{linear.fqn}.{name}"] for name in PackedWeight._fields))
-    for name, part, shape in zip(PackedWeight._fields, packed, shapes, strict=True):
-        if part.dtype != torch.uint8 or tuple(part.shape) != shape:
-            raise _BadFieldError(f"{linear.fqn}.{name} must be uint8 {shape}, got {part.dtype} {tuple(part.shape)}")
-    return packed
-
-
-def _group(group: dict[str, Any], tensors: dict[str, Tensor]) -> GroupRecipe:
-    name, perm = group["name"], tensors[f"{group['name']}.channel_perm"]
-    split = tuple(group["split"])
-    if len(split) != 3 or sum(split) != perm.numel() or any(k < 0 or k % BLOCK_SIZE for k in split):
-        raise _BadFieldError(f"groups.{name}.split must be three multiples of 32 with sum {perm.numel()}, got {split}")
-    statistics = ChannelStatistics(
-        abs_mean=tensors[f"{name}.abs_mean"],
-        abs_max=tensors[f"{name}.abs_max"],
-        elements=group["elements"],
-        tokens=group["tokens"],
-        batches=group["batches"],
-        below={Threshold(ratio=ratio, signed=signed): count for ratio, signed, count in group["below"]},
-        costs=_costs(group, tensors),
-    )
-    return GroupRecipe(name=name, channel_perm=perm, split=split, statistics=statistics)
-
-
-def _costs(group: dict[str, Any], tensors: dict[str, Tensor]) -> ChannelCosts | None:
-    if "costs_measured" not in group:
-        return None
-    name, channels = group["name"], tensors[f"{group['name']}.abs_mean"].numel()
-    activations, weights = (tensors[f"{name}.{side}_costs"] for side in ("activation", "weight"))
-    for part in (activations, weights):
-        if tuple(part.shape) != (len(COST_FORMATS), channels):
-            raise _BadFieldError(f"costs of {name} must be {(len(COST_FORMATS), channels)}, got {tuple(part.shape)}")
-    return ChannelCosts(activations=activations, weights=weights, measured=group["costs_measured"])
+        return recipe_file.read(Path(path))

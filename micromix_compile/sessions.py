@@ -72,7 +72,7 @@ def _is_layer_of(layer: nn.Module, model: nn.Module) -> bool:
 
 
 @cache
-def recipe_file(path: Path) -> RecipeFile:
+def watched_file(path: Path) -> RecipeFile:
     """The one that stands for `path`, absolute, in this process."""
     return RecipeFile(path)
 

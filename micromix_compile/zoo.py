@@ -10,8 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -19,6 +17,8 @@ import platformdirs
 import torch
 from filelock import FileLock
 from rich.console import Console
+
+from micromix_compile.files import replace_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,39 +100,6 @@ def is_packed(directory: Path) -> bool:
     config = json.loads((directory / "config.json").read_text("utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
     return bool(method == "micromix")
-
-
-def plain_path(path: Path) -> Path:
-    """`path`, absolute and without `..`: it keeps its meaning while the last directory in it is renamed.
-
-    Links among its parents are followed, because `link/..` is the parent of what the link names. The last part may be
-    a link still.
-    """
-    if path.name in ("", ".."):
-        return Path(os.path.realpath(path))
-    return Path(os.path.realpath(path.parent)) / path.name
-
-
-@contextlib.contextmanager
-def replace_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block succeeds.
-
-    If the block raises, `target` stays as it was. If another process was first, its directory is replaced.
-    """
-    target = plain_path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        fresh, old = Path(scratch) / "new", Path(scratch) / "old"
-        fresh.mkdir()
-        yield fresh
-        if os.path.lexists(target):  # a link to nowhere, too
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if os.path.lexists(old):
-                old.rename(target)
-            raise
 
 
 def _unpack_gguf(gguf: Path, directory: Path) -> None:

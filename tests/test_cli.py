@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import micromix_compile as micromix
-from micromix_compile import cli, texts, zoo
+from micromix_compile import cli, files, texts, zoo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -447,7 +447,7 @@ def test_replacing_a_directory_restores_the_old_one_if_the_rename_fails(
         return rename(self, to)
 
     monkeypatch.setattr(type(target), "rename", fail_for_new)
-    with pytest.raises(OSError, match="no"), zoo.replace_directory(target) as directory:
+    with pytest.raises(OSError, match="no"), files.replace_directory(target) as directory:
         (directory / "new").touch()
     assert [path.name for path in target.iterdir()] == ["old"]
 
@@ -465,7 +465,7 @@ def test_a_directory_is_replaced_however_its_path_is_written(
     (root / "link").symlink_to("some/inner/..")
     (root / "nowhere").symlink_to("missing")
     monkeypatch.chdir(root)
-    with zoo.replace_directory(type(root)(path.format(root=root.name))) as directory:
+    with files.replace_directory(type(root)(path.format(root=root.name))) as directory:
         (directory / "new").touch()
     assert {entry.name for entry in root.iterdir()} == {"some", "link", "nowhere"}
     assert [entry.name for entry in (root / path.rpartition("/")[2]).iterdir()] == ["new"]
@@ -475,9 +475,9 @@ def test_a_parent_directory_behind_a_link_is_the_one_that_the_system_finds(tmp_p
     """`link/..` is the parent of what the link names; a link in the last place stays one."""
     (tmp_path / "far" / "inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to("far/inner")
-    assert zoo.plain_path(tmp_path / "link" / ".." / "x") == tmp_path.resolve() / "far" / "x"
-    assert zoo.plain_path(tmp_path / "link" / "..") == tmp_path.resolve() / "far"
-    assert zoo.plain_path(tmp_path / "link") == tmp_path.resolve() / "link"
+    assert files.plain_path(tmp_path / "link" / ".." / "x") == tmp_path.resolve() / "far" / "x"
+    assert files.plain_path(tmp_path / "link" / "..") == tmp_path.resolve() / "far"
+    assert files.plain_path(tmp_path / "link") == tmp_path.resolve() / "link"
 
 
 def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(

@@ -1,8 +1,14 @@
 """The recipe file: what is saved comes back, what was changed is named."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import stat
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ import micromix_compile as micromix
 from micromix_compile import recipe as recipes
 from micromix_compile.assignment import assign, thresholds_to_count
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.files import write_atomically
 from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.recipe import (
     ChannelCosts,
@@ -228,3 +235,141 @@ def test_public_names_are_there() -> None:
     assert set(micromix.__all__) <= set(dir(micromix))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         micromix.nothing  # noqa: B018
+
+
+Fields = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
+
+
+def forge(path: Path, edit: Callable[[Fields, Tensors], object]) -> None:
+    """Edit a recipe's fields and tensors, and make the digests anew, as someone would who wants it to be accepted."""
+    with safe_open(path, framework="pt") as file:
+        fields = {name: json.loads(text) for name, text in file.metadata().items() if name != "digests"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    edit(fields, tensors)
+    payloads = {name: json.dumps(value, sort_keys=True).encode() for name, value in fields.items()}
+    payloads |= {
+        name: value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, value in tensors.items()
+    }
+    fields["digests"] = {name: hashlib.sha256(payload).hexdigest() for name, payload in payloads.items()}
+    save_file(tensors, path, metadata={name: json.dumps(value) for name, value in fields.items()})
+
+
+def put(*place: str | int, value: Any) -> Callable[[Fields, Tensors], object]:
+    """An edit that sets one value inside the fields."""
+
+    def edit(fields: Fields, _: Tensors) -> None:
+        inside: Any = fields
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = value
+
+    return edit
+
+
+def tensor(name: str, value: torch.Tensor) -> Callable[[Fields, Tensors], object]:
+    """An edit that sets one tensor."""
+    return lambda _, tensors: tensors.update({name: value})
+
+
+Q = "layers.0.q"
+SAME_CHANNEL_TWICE = torch.cat((torch.full((6,), -1), torch.zeros(90))).int()
+NO_PADDING = torch.arange(96, dtype=torch.int32)
+FORGERIES = {
+    "deep": (put("refused", value=json.loads("[" * 400 + "]" * 400)), "refused must be a mapping"),
+    "model_id": (put("model_id", value=7), "model_id must be a string, got 7"),
+    "refused": (put("refused", value={"lm_head": 1}), "refused.'lm_head'. must be a string, got 1"),
+    "groups": (put("groups", value={}), "groups must be a list, got {}"),
+    "group": (put("groups", 0, value=[]), r"groups\[0\] must be a mapping"),
+    "group field": (put("groups", 0, "more", value=1), r"groups\[0\].'more'. is not a field"),
+    "group name": (put("groups", 0, "name", value=""), "must be a string that is not empty, got ''"),
+    "tokens": (put("groups", 0, "tokens", value=-1), r"groups\[0\].'tokens'. must be an integer of 1 or more, got -1"),
+    "elements": (put("groups", 0, "elements", value=899), "elements must be 10 tokens of 90, got 899"),
+    "below": (put("groups", 0, "below", 0, value=[1, False]), r"below'.\[0\] must have 3 items"),
+    "below ratio": (put("groups", 0, "below", 0, 0, value=float("nan")), "must be a finite number, got nan"),
+    "below count": (put("groups", 0, "below", 0, 2, value=901), "no count above 900 elements"),
+    "split": (put("groups", 0, "split", value=[96, 0.0, 0]), r"split'.\[1\] must be an integer of 0 or more, got 0.0"),
+    "no such group": (put("linears", 0, "group", value="x"), "linears.layers.0.q.group must name a group, got 'x'"),
+    "no linears": (put("linears", value=[]), "layers.0.k.weight_sample belongs to no linear"),
+    "in_features": (put("linears", 0, "in_features", value=96), "in_features must be its group's 90, got 96"),
+    "out_features": (put("linears", 0, "out_features", value=True), "must be an integer of 1 or more, got True"),
+    "twice": (put("linears", 1, "fqn", value=Q), "linears has layers.0.q twice"),
+    "checksums": (put("linears", 0, "weight_checksums", "values", "float32", value=2**63), "a signed integer of 64"),
+    "config": (put("config", value=[]), "config must be a mapping, got .."),
+    "option": (put("config", "lam", value="1"), "config: lam must be a number, got '1'"),
+    "more fields": (put("extra", value=1), "extra belongs to no linear"),
+    "more tensors": (tensor("extra", torch.zeros(1)), "extra belongs to no linear"),
+    "order": (tensor(f"{Q}.channel_perm", SAME_CHANNEL_TWICE), "channel_perm must have each channel from 0 to 89 once"),
+    "no padding": (tensor(f"{Q}.channel_perm", NO_PADDING), "elements must be 10 tokens of 96, got 900"),
+    "order dtype": (tensor(f"{Q}.channel_perm", torch.zeros(96)), "channel_perm must be int32"),
+    "order shape": (tensor(f"{Q}.channel_perm", NO_PADDING[None]), r"must be int32 \(-1,\), got .* \(1, 96\)"),
+    "statistics": (tensor(f"{Q}.abs_mean", torch.full((90,), float("nan"))), "abs_mean must have no negative .* NaN"),
+    "statistics shape": (tensor(f"{Q}.abs_max", torch.zeros(91)), r"abs_max must be float32 \(90,\), got .* \(91,\)"),
+    "sample": (tensor(f"{Q}.weight_sample", torch.zeros(33)), r"weight_sample must be float32 \(32,\)"),
+    "float8": (tensor(f"{Q}.abs_mean", torch.zeros(90).to(torch.float8_e4m3fn)), "must be one of I32, F32, U8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "message"), FORGERIES.values(), ids=FORGERIES)
+def test_a_forged_recipe_is_refused_by_what_is_wrong_with_it(
+    tmp_path: Path, edit: Callable[[Fields, Tensors], object], message: str
+) -> None:
+    path = tmp_path / "r.safetensors"
+    make_recipe().save(path)
+    forge(path, edit)
+    with pytest.raises(ValueError, match=message) as error:
+        Recipe.load(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("linears", "[" * 100_000, "linears: metadata is nested too deeply"),
+        ("model_id", "9" * 5000, "model_id: metadata is not JSON"),
+        ("digests", '{"format": 7}', "digests.'format'. must be a string, got 7"),
+        ("digests", "[]", "digests must be a mapping"),
+    ],
+)
+def test_metadata_that_python_cannot_take_is_named(tmp_path: Path, field: str, text: str, message: str) -> None:
+    path = tmp_path / "r.safetensors"
+    make_recipe().save(path)
+    rewrite(path, field, text)
+    with pytest.raises(ValueError, match=message) as error:
+        Recipe.load(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_options_for_debugging_are_neither_written_nor_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recipe = make_recipe()
+    dumping = dataclasses.replace(recipe.config, dump=("all",), dump_dir="somewhere")
+    dataclasses.replace(recipe, config=dumping).save(path)
+    with safe_open(path, framework="pt") as file:
+        assert not {"dump", "dump_dir"} & set(json.loads(file.metadata()["config"]))
+    assert Recipe.load(path).config == recipe.config
+    forge(path, put("config", value=dumping.to_dict()))  # as older versions wrote it
+    assert Recipe.load(path).config == recipe.config
+
+
+def test_saving_never_touches_the_umask_of_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> int:
+        raise AssertionError("the umask belongs to the process")
+
+    monkeypatch.setattr(os, "umask", refuse)
+    make_recipe().save(tmp_path / "r")
+    monkeypatch.undo()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "r").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    write_atomically(pipe, b"content")
+    reader.join()
+    assert received == [b"content"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
