@@ -5,7 +5,8 @@
     recipe = micromix.calibrate(model, batches)
     fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
 
-Importing this package loads neither Inductor nor Triton; names below are imported at first use.
+Importing this package loads neither Inductor nor Triton; names below are imported at first use. transformers loads
+packed checkpoints wherever this package is imported, before it or after.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from micromix_compile import transformers_hook
+
 if TYPE_CHECKING:
     from micromix_compile.assignment import assign
     from micromix_compile.calibration import calibrate, calibrate_each
+    from micromix_compile.checkpoint import seal
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
@@ -30,6 +34,7 @@ __all__ = [
     "calibrate",
     "calibrate_each",
     "quantize_",
+    "seal",
     "smooth_",
 ]
 
@@ -41,6 +46,7 @@ _HOMES = {
     "calibrate": "calibration",
     "calibrate_each": "calibration",
     "quantize_": "quantize",
+    "seal": "checkpoint",
     "smooth_": "smoothing",
 }
 
@@ -53,3 +59,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+transformers_hook.install()
