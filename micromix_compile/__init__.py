@@ -5,7 +5,8 @@
     recipe = micromix.calibrate(model, batches)
     fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
 
-Importing this package loads neither Inductor nor Triton; names below are imported at first use.
+Importing this package loads neither Inductor nor Triton; names below are imported at first use. transformers loads
+packed checkpoints wherever this package is imported, before it or after.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from micromix_compile import transformers_hook
+
 if TYPE_CHECKING:
     from micromix_compile.assignment import assign
     from micromix_compile.calibration import calibrate, calibrate_each
+    from micromix_compile.checkpoint import seal
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
@@ -34,6 +38,7 @@ __all__ = [
     "quantize_",
     "recipe_of",
     "refresh",
+    "seal",
     "smooth_",
 ]
 
@@ -47,6 +52,7 @@ _HOMES = {
     "quantize_": "quantize",
     "recipe_of": "sessions",
     "refresh": "versions",
+    "seal": "checkpoint",
     "smooth_": "smoothing",
 }
 
@@ -59,3 +65,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+transformers_hook.install()

@@ -1,30 +1,61 @@
-"""Packed checkpoints in Hugging Face's format: importing this module lets `from_pretrained` read them.
+"""Packed checkpoints in Hugging Face's format: `save_pretrained` seals them, `from_pretrained` verifies and reads them.
 
     micromix.quantize_(model, recipe)
     model.save_pretrained(path)
 
-    import micromix_compile.hf
+    import micromix_compile
     model = AutoModelForCausalLM.from_pretrained(path)     # packed weights; BF16 ones are never held
 
 `quantize_` leaves a description of every packed linear in `model.config.quantization_config`; the tensors are ordinary
-safetensors.
+safetensors. `transformers_hook` imports this module where transformers is used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from micromix_compile import checkpoint
+from micromix_compile.checkpoint import QUANT_METHOD, SCHEMA_VERSION
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.quantize import QUANT_METHOD, SCHEMA_VERSION, MicroMixLinear, share_orders
+from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.quantize import MicroMixLinear, share_orders
+from micromix_compile.recipe_file import check_order
+from micromix_compile.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger("micromix_compile")
+
+_Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of each buffer of a packed linear."""
+
+_READ: Final = (1, SCHEMA_VERSION)
+_LINEARS: Final = Each(
+    {
+        "in_features": integer(1),
+        "out_features": integer(1),
+        "split": Rule(
+            "three multiples of 32",
+            lambda split: (
+                isinstance(split, list)
+                and len(split) == 3
+                and all(isinstance(k, int) and k >= 0 and k % BLOCK_SIZE == 0 for k in split)
+            ),
+        ),
+        "group": NAME,
+    }
+)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -33,52 +64,64 @@ class MicroMixQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **fields: Any) -> None:
         version = fields.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"quantization_config.schema_version must be {SCHEMA_VERSION}, got {version!r}")
-        for name in ("config", "linears"):
-            if not isinstance(fields.get(name), dict):
-                raise ValueError(f"quantization_config.{name} must be a mapping, got {fields.get(name)!r}")
+        if version not in _READ:
+            known = " or ".join(map(str, _READ))
+            raise ValueError(f"quantization_config.schema_version must be {known}, got {version!r}")
+        for name, wanted in (("config", MAPPING), ("linears", _LINEARS)):
+            check(fields.get(name), wanted, f"quantization_config.{name}")
         self.quant_method = QUANT_METHOD
         self.schema_version = version
-        self.config = MicroMixConfig.from_mapping(fields["config"]).to_dict()
+        self.config = MicroMixConfig.from_file(fields["config"]).to_file()
         self.linears = fields["linears"]
 
 
 @register_quantizer(QUANT_METHOD)
 class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts empty packed linears into a model before its weights are read, and shares their orders after."""
+    """Puts empty packed linears into a model before its weights are read, and looks after them once they are.
+
+    Raises ValueError if the checkpoint is not whole, see `checkpoint.verify`.
+    """
 
     requires_calibration = True
     quantization_config: MicroMixQuantizationConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        config = MicroMixConfig.from_mapping(self.quantization_config.config)
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if checkpoint_files:
+            checkpoint.verify(checkpoint_files)
+        else:
+            logger.warning("the tensors of a packed model come from no file: damage to them can't be seen")
+        config = MicroMixConfig.from_file(self.quantization_config.config)
         self.quantization_config.linears = _names_here(model, self.quantization_config.linears)
+        layouts = self._layouts = dict[str, _Layout]()
         for fqn, described in self.quantization_config.linears.items():
             parent, _, child = fqn.rpartition(".")
             try:
-                bias = getattr(model.get_submodule(fqn), "bias", None)
-                k4, k6, k8 = described["split"]
-                packed = MicroMixLinear(
-                    in_features=described["in_features"],
-                    out_features=described["out_features"],
-                    split=(k4, k6, k8),
-                    config=config,
-                    bias=None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
-                    device="meta",
-                )
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                packed = _empty_linear(model.get_submodule(fqn), described, config)
+            except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(f"quantization_config.linears[{fqn!r}] does not fit this model: {error!r}") from error
             setattr(model.get_submodule(parent), child, packed)
-            _stand_in_for_weight(packed)
+            layouts[fqn] = _layout(packed)
+            _await_tensors(packed, scale="weight_scale" if self.quantization_config.schema_version == 1 else "weight")
             getattr(model, "all_tied_weights_keys", {}).pop(f"{fqn}.weight", None)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        linears = {fqn: model.get_submodule(fqn) for fqn in self.quantization_config.linears}
+        first: dict[str, Tensor] = {}
+        for fqn, module in linears.items():
+            assert isinstance(module, MicroMixLinear), f"{fqn} was replaced before loading"
+            _take_tensors(module)
+            _check_loaded(fqn, module, self._layouts[fqn])
+            group = self.quantization_config.linears[fqn]["group"]
+            if not torch.equal(module.order.channel_perm, first.setdefault(group, module.order.channel_perm)):
+                raise ValueError(
+                    f"{fqn}.order.channel_perm must be the order of its group {group}: copy the checkpoint"
+                )
+        self.quantization_config.schema_version = SCHEMA_VERSION  # in which it is saved
         share_orders(model, {fqn: d["group"] for fqn, d in self.quantization_config.linears.items()})
-        for module in model.modules():
-            if isinstance(module, MicroMixLinear):
-                vars(module).pop("weight", None)
-                module.compact()
+        for module in linears.values():
+            module.compact()  # type: ignore[operator]
         return model
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
@@ -99,11 +142,68 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
         return dtype
 
 
-def _stand_in_for_weight(packed: MicroMixLinear) -> None:
-    """Until all is loaded: a model that gives its linears initial values asks for their weights."""
-    weight: Any = torch.empty(packed.out_features, packed.in_features, device="meta")
+def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMixConfig) -> MicroMixLinear:
+    """A packed linear for the place of `module`. Raises ValueError if its sizes are others."""
+    bias = getattr(module, "bias", None)
+    n, channels = described["out_features"], described["in_features"]
+    weight = getattr(module, "weight", None)
+    if weight is None or tuple(weight.shape) not in ((n, channels), (channels, n)):  # GPT-2's is (C, N)
+        raise ValueError(f"its weight must be {(n, channels)}, got {None if weight is None else tuple(weight.shape)}")
+    k4, k6, k8 = described["split"]
+    if k4 + k6 + k8 != channels + -channels % BLOCK_SIZE:
+        raise ValueError(f"split must sum to in_features in whole blocks, got {described['split']} for {channels}")
+    return MicroMixLinear(
+        in_features=channels,
+        out_features=n,
+        split=(k4, k6, k8),
+        config=config,
+        bias=None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
+        device="meta",
+    )
+
+
+def _layout(module: MicroMixLinear) -> _Layout:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in module.named_buffers()}
+
+
+def _check_loaded(fqn: str, module: MicroMixLinear, layout: _Layout) -> None:
+    """Raise ValueError unless all of a packed linear came from the checkpoint, in its shapes; names the tensor.
+
+    transformers fills with anything what it does not find, and some of its versions take any shape.
+    """
+    for name, tensor in module.named_buffers():
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise ValueError(f"the checkpoint has no {fqn}.{name} that fits: it is not whole, copy it anew")
+        if (tensor.dtype, tuple(tensor.shape)) != layout[name]:
+            wanted = f"{layout[name][0]} {layout[name][1]}"
+            raise ValueError(f"{fqn}.{name} must be {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
+    try:
+        check_order(module.order.channel_perm.cpu(), module.in_features, f"{fqn}.order.channel_perm")
+    except FieldError as error:
+        raise ValueError(f"the checkpoint is not whole: {error}") from error
+
+
+def _await_tensors(packed: MicroMixLinear, *, scale: str) -> None:
+    """Until all is loaded: the scales are a buffer of the name under which they are stored.
+
+    transformers asks for `weight` of a module before it sets one, and models that give their linears initial values ask
+    for it too: it is an attribute of the instance, which no other `weight` hides.
+    """
+    buffers = packed._buffers
+    stored = buffers.pop("weight_scale")
+    assert stored is not None, "a packed linear has scales"
+    buffers[scale] = stored
+    weight: Any = torch.empty_like(stored)
     weight._is_hf_initialized = packed._is_hf_initialized = True  # type: ignore[assignment]
     vars(packed)["weight"] = weight
+
+
+def _take_tensors(packed: MicroMixLinear) -> None:
+    """The end of `_await_tensors`."""
+    vars(packed).pop("weight")
+    buffers = packed._buffers
+    if "weight" in buffers:
+        buffers["weight_scale"] = buffers.pop("weight")
 
 
 def _names_here(model: nn.Module, linears: dict[str, Any]) -> dict[str, Any]:
@@ -120,3 +220,36 @@ def _names_here(model: nn.Module, linears: dict[str, Any]) -> dict[str, Any]:
         if names or not has_heads or fqn.startswith(prefix):
             found[names[0] if names else fqn] = described
     return found
+
+
+def _sealing(save: Any) -> Any:
+    """`PreTrainedModel.save_pretrained`, and a seal on what it wrote for a packed model.
+
+    Only afterwards are the names and the bytes known that are in the files: transformers renames and shards.
+    """
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        packed = checkpoint.is_ours(
+            {"quantization_config": _as_dict(getattr(self.config, "quantization_config", None))}
+        )
+        if not packed or getattr(self, "_hf_peft_config_loaded", False):  # adapters alone
+            return save(self, *args, **kwargs)
+        if given.arguments.get("push_to_hub"):
+            raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
+        result = save(self, *args, **kwargs)
+        if given.arguments.get("is_main_process", True):
+            checkpoint.seal(given.arguments["save_directory"])
+        return result
+
+    return save_pretrained
+
+
+def _as_dict(config: Any) -> Any:
+    return config.to_dict() if isinstance(config, QuantizationConfigMixin) else config
+
+
+PreTrainedModel.save_pretrained = _sealing(PreTrainedModel.save_pretrained)

@@ -144,6 +144,16 @@ def in_one_storage(parts: Sequence[Tensor], device: torch.device) -> list[Tensor
     return copies
 
 
+def with_own_storage(part: Tensor) -> Tensor:
+    """`part` of `in_one_storage` as a tensor whose storage begins and ends with it, in the same memory."""
+    storage = part.untyped_storage()
+    if part.device.type == "meta" or storage.nbytes() == part.numel():
+        return part
+    start = part.storage_offset()
+    own = torch.empty(0, dtype=part.dtype, device=part.device)
+    return own.set_(storage[start : start + part.numel()], 0, part.shape, part.stride())
+
+
 def _fp6_format(fp6: str) -> ElemFormat:
     if fp6 not in FP6_FORMATS:
         raise ValueError(f"fp6 must be one of {', '.join(FP6_FORMATS)}, got {fp6!r}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from micromix_compile import gpu_rounding, ops, packing, reference, rounding
 from micromix_compile.assignment import padded_channels
+from micromix_compile.checkpoint import QUANT_METHOD, SCHEMA_VERSION
 from micromix_compile.distributed import check_not_distributed
 from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.matching import match_linears, model_id, named_modules, parameter_names
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from micromix_compile.recipe import GroupRecipe, LinearRecipe
 
 logger = logging.getLogger("micromix_compile")
-
-QUANT_METHOD: Final = "micromix"
-SCHEMA_VERSION: Final = 1
 
 
 def pack_weight(weight: Tensor, group: GroupRecipe, config: MicroMixConfig) -> PackedWeight:
@@ -164,6 +162,25 @@ class MicroMixLinear(nn.Module):
         self.order.channel_perm = channel_perm
         self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale = packed
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As usual, but the scales are called `weight`, and tensors that share an allocation get storages of their own.
+
+        Whoever loads these tensors as a plain linear is stopped by the shape of `weight`. Formats that refuse tensors
+        that share memory would refuse all of one allocation. With keep_vars the buffers themselves are asked for.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars or "weight" in vars(self):  # the latter while transformers sets one tensor after the other
+            return
+        destination[f"{prefix}weight"] = destination.pop(f"{prefix}weight_scale")
+        for name in ("weight_q4", "weight_q6", "weight_q8", "weight"):
+            destination[f"{prefix}{name}"] = packing.with_own_storage(destination[f"{prefix}{name}"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As usual; the scales are `weight`, or `weight_scale` as older versions wrote them."""
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight_scale"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def compact(self) -> None:
         """Move the packed tensors into one allocation, see `packing.in_one_storage`."""
         parts = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
@@ -254,7 +271,7 @@ def share_orders(model: nn.Module, groups: Mapping[str, str]) -> None:
 def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:
     """Leave what a loader needs in a Hugging Face model's config."""
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_dict()}
+        fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_file()}
         model.config.quantization_config = {**fields, "linears": linears}  # type: ignore[union-attr]
 
 

@@ -7,7 +7,6 @@ once, into float32 safetensors in the user's cache directory.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -75,8 +74,6 @@ def load_model(
     """
     directory = default_model_dir(progress=progress) if name == DEFAULT_MODEL else _local_directory(name)
     _require("transformers", "pip install 'micromix-compile[hf]'")
-    if is_packed(directory):
-        importlib.import_module("micromix_compile.hf")  # registers the quantizer that reads packed checkpoints
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _status(f"loading {name}", progress):

@@ -105,10 +105,10 @@ def test_a_packed_checkpoint_loads_packed_with_the_same_outputs(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 7, "schema_version must be 1, got 7"),
+        (("schema_version",), 7, "schema_version must be 1 or 2, got 7"),
         (("linears",), None, "linears must be a mapping, got None"),
         (("config", "policy"), "best", "policy must be one of .* got 'best'"),
-        (("linears", "model.layers.0.mlp.up_proj", "split"), [32], r"linears\['model.layers.0.mlp.up_proj'\] does not"),
+        (("linears", "model.layers.0.mlp.up_proj", "split"), [32], "\\['split'\\] must be three multiples of 32, got"),
     ],
 )
 def test_an_edited_checkpoint_config_is_named(
