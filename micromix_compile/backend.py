@@ -21,7 +21,7 @@ from micromix_compile.distributed import check_not_distributed
 from micromix_compile.folded_ops import Kept
 from micromix_compile.heirloom import inherited_recipe, leave_heirloom
 from micromix_compile.lowering import inductor, recompile_limit, torch_compat
-from micromix_compile.passes import CALIBRATE_PASSES, CONVERT_PASSES, POST_GRAD_PASSES, run_passes
+from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, run_passes
 from micromix_compile.recipe import Recipe
 from micromix_compile.session import LinearState, RecipeFile, Session, close_graph, open_graph
 from micromix_compile.sessions import SessionKey, find_session, model_of, remember, watched_file
@@ -91,19 +91,11 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             f"unknown option {refused[0]!r}; the options of this backend are recipe, mode, "
             f"{', '.join(MicroMixConfig.option_names())}; those of Inductor pass through, but {inductor.POST_GRAD_HOOK}"
         )
-    _check_dump(ours.get("dump", ()))
+    MicroMixConfig(**ours)  # refuses values
     from_mode = torch_compat.mode_options(mode) if mode and mode != "default" else {}
     if isinstance(recipe, str | os.PathLike):
         recipe = watched_file(Path(recipe).absolute())
     return Options(ours=ours, recipe=recipe, inductor={**from_mode, **given})
-
-
-def _check_dump(dump: Sequence[str]) -> None:
-    """Raise ValueError unless there is a pass, or all, to each name; what is no sequence `MicroMixConfig` refuses."""
-    names = ["all", *(one.__name__ for one in (*CONVERT_PASSES, *CALIBRATE_PASSES, *POST_GRAD_PASSES))]
-    unknown = [name for name in dump if name not in names] if isinstance(dump, list | tuple) else []
-    if unknown:
-        raise ValueError(f"dump must list passes, {', '.join(dict.fromkeys(names))}, got {unknown[0]!r}")
 
 
 def micromix(
@@ -218,7 +210,7 @@ def compile_quantized(
         gm,
         [*example_inputs, *(node.meta["example_value"] for node in appended)],
         options=options,
-        post_grad_passes=POST_GRAD_PASSES,
+        post_grad_passes=dumping(POST_GRAD_PASSES, context.dump, context.dump_dir),
         settings=session.config.to_dict(),
     )
     position = {node: i for i, node in enumerate(placeholders)}
