@@ -92,11 +92,10 @@ def add_static_input(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
 def compile_with_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """torch.compile's own back half, with Inductor options patched in."""
+    """torch.compile's own back half, with Inductor options patched in; with gradients where they are enabled."""
     from torch._inductor.compile_fx import compile_fx
 
-    with torch.no_grad():
-        compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
     assert callable(compiled), "a graph that is not exported compiles to a function"
     return compiled
 

@@ -16,6 +16,7 @@ from micromix_compile.assignment import assign
 from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.folded_ops import Kept
+from micromix_compile.gradient import wants_gradients
 from micromix_compile.lowering import inductor, torch_compat
 from micromix_compile.passes import CALIBRATE_PASSES, CONVERT_PASSES, POST_GRAD_PASSES, run_passes
 from micromix_compile.recipe import Recipe
@@ -161,13 +162,15 @@ def compile_quantized(
         _check_target(session.config, example_inputs)
     elif context.sites and not session.is_packed:
         logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
-    compiled = inductor.compile_graph(
-        gm,
-        [*example_inputs, *(node.meta["example_value"] for node in appended)],
-        options=options,
-        post_grad_passes=POST_GRAD_PASSES,
-        settings=session.config.to_dict(),
-    )
+    gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
+    with torch.set_grad_enabled(gradients):
+        compiled = inductor.compile_graph(
+            gm,
+            [*example_inputs, *(node.meta["example_value"] for node in appended)],
+            options=options,
+            post_grad_passes=POST_GRAD_PASSES,
+            settings=session.config.to_dict(),
+        )
     position = {node: i for i, node in enumerate(placeholders)}
     inputs = [(position[weight], index) for weight, index in context.inputs]
     weights = sorted({i for i, _ in inputs})
@@ -191,7 +194,7 @@ def compile_quantized(
         session.count_call(states)
         if weights and torch.is_grad_enabled():
             _say_once("micromix runs without gradients: its outputs don't require grad")
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return compiled(*args, *more)
 
     return run

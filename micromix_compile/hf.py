@@ -57,7 +57,8 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
         for fqn, described in self.quantization_config.linears.items():
             parent, _, child = fqn.rpartition(".")
             try:
-                bias = getattr(model.get_submodule(fqn), "bias", None)
+                original: Any = model.get_submodule(fqn)
+                bias = getattr(original, "bias", None)
                 k4, k6, k8 = described["split"]
                 packed = MicroMixLinear(
                     in_features=described["in_features"],
@@ -66,6 +67,7 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
                     config=config,
                     bias=None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
                     device="meta",
+                    dtype=original.weight.dtype,
                 )
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"quantization_config.linears[{fqn!r}] does not fit this model: {error!r}") from error
@@ -91,8 +93,8 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed linears have no gradient."""
-        return False
+        """Adapters around packed linears train; these themselves have no gradient."""
+        return True
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Any dtype of activations works; what the checkpoint says is kept."""
@@ -102,7 +104,7 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
 def _stand_in_for_weight(packed: MicroMixLinear) -> None:
     """Until all is loaded: a model that gives its linears initial values asks for their weights."""
     weight: Any = torch.empty(packed.out_features, packed.in_features, device="meta")
-    weight._is_hf_initialized = packed._is_hf_initialized = True  # type: ignore[assignment]
+    weight._is_hf_initialized = packed._is_hf_initialized = True
     vars(packed)["weight"] = weight
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
 from micromix_compile import gpu_rounding, ops, packing, reference, rounding
 from micromix_compile.assignment import padded_channels
+from micromix_compile.dequantized import DequantizedWeight
 from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.gradient import packed_product
 from micromix_compile.matching import match_linears, model_id, named_modules, parameter_names
 from micromix_compile.recipe import PackedWeight, Recipe, Split, weight_split
 from micromix_compile.target import triton_family
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.recipe import GroupRecipe, LinearRecipe
@@ -118,11 +120,28 @@ class ChannelOrder(nn.Module):
         destination[f"{prefix}channel_perm"] = destination[f"{prefix}channel_perm"].clone()
 
 
-class MicroMixLinear(nn.Module):
+class _WeightReader:
+    """`module.weight` of a packed linear. What stands in its place while a checkpoint is loaded goes first.
+
+    No property, which nothing in the module's own namespace could stand in for.
+    """
+
+    def __get__(self, module: MicroMixLinear | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        loading = module._buffers.get("weight")
+        return module.dequantized() if loading is None else loading
+
+
+class MicroMixLinear(nn.Linear):
     """A linear layer that holds packed weights only.
 
     order: one module shared by all linears of a group. Buffers: weight_q4, weight_q6, weight_q8 and weight_scale as in
-    `PackedWeight`. bias: (N,) or None. forward: (..., C) float -> (..., N) of the same dtype.
+    `PackedWeight`. bias: (N,) or None. weight: (N, C), made from these whenever it is read, and read-only; weight_dtype
+    is its dtype, that of the weight which was packed, and follows conversions of the module.
+
+    forward: (..., C) float -> (..., N) of the same dtype. The gradient with respect to the input and the bias is that
+    of the dequantized weight; packed weights have none, so that adapters around them can be trained, not they.
     """
 
     weight_q4: Tensor
@@ -139,13 +158,15 @@ class MicroMixLinear(nn.Module):
         config: MicroMixConfig,
         bias: nn.Parameter | None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features = in_features
         self.out_features = out_features
         self.split = split
         self.fp6 = config.fp6
         self.scale_rounding = str(config.scale_rounding)
+        self.weight_dtype = dtype or torch.get_default_dtype()
         k4, k6, k8 = weight_split(split, config.weights)
         n, channels = out_features, sum(split)
         self.order = ChannelOrder(torch.empty(channels, dtype=torch.int32, device=device))
@@ -156,7 +177,40 @@ class MicroMixLinear(nn.Module):
             ("scale", (n, channels // 32)),
         ):
             self.register_buffer(f"weight_{name}", torch.empty(shape, dtype=torch.uint8, device=device))
-        self.bias = bias
+        self.register_parameter("bias", bias)
+
+    if not TYPE_CHECKING:
+        weight = _WeightReader()
+
+    def dequantized(self) -> Tensor:
+        """The weight (N, C) in the model's order of channels, as `weight_dtype`; its values are made when read."""
+        shape = (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():
+            return self._dequantize()  # an operation of the graph, which goes away where only the dtype is read
+        return DequantizedWeight(self._dequantize, shape, self.weight_dtype, self.weight_scale.device)
+
+    def _dequantize(self) -> Tensor:
+        weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale, self.order.channel_perm)
+        out: Tensor = torch.ops.micromix.dequantize_weight(*weight, self.in_features, self.fp6, self.weight_dtype)
+        return out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AttributeError for `weight`: forward would not use it."""
+        if name == "weight":
+            raise AttributeError("the weight of a packed linear can't be set: put an nn.Linear in its place")
+        super().__setattr__(name, value)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As usual. A buffer called `weight` hides the packed one as long as it is there."""
+        if name == "weight":
+            self._buffers.setdefault(name, None)
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        converted = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight_scale.device))
+        self.weight_dtype = converted.dtype
+        return self
 
     def load_packed(self, packed: PackedWeight, channel_perm: Tensor) -> None:
         """Take over packed tensors without a copy."""
@@ -174,14 +228,10 @@ class MicroMixLinear(nn.Module):
             raise ValueError(f"x must have {self.in_features} channels, got shape {tuple(x.shape)}")
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows = x.reshape(-1, self.in_features)
-        quantized = torch.ops.micromix.reorder_quantize(
-            rows, self.order.channel_perm, *self.split, self.fp6, self.scale_rounding
-        )
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
-        out = torch.ops.micromix.mixed_mx_mm(*quantized, *weight, self.bias, self.fp6, x.dtype)
-        result: Tensor = out.reshape(*x.shape[:-1], self.out_features)
-        return result
+        layout = (self.split, self.fp6, self.scale_rounding)
+        out = packed_product(x.reshape(-1, self.in_features), self.bias, self.order.channel_perm, weight, *layout)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -234,6 +284,7 @@ def _pack_module(module: nn.Module, linear: LinearRecipe, recipe: Recipe) -> Mic
         config=recipe.config,
         bias=nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, nn.Parameter) else None,
         device="meta",
+        dtype=weight.dtype,
     )
     matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
     packed.load_packed(packed_weight(matrix, linear, recipe), linear.group.channel_perm.to(weight.device))
