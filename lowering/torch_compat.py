@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.guards import GuardBuilder
@@ -98,11 +97,10 @@ def add_static_input(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
 def compile_with_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """torch.compile's own back half, with Inductor options patched in."""
+    """torch.compile's own back half, with Inductor options patched in; with gradients where they are enabled."""
     from torch._inductor.compile_fx import compile_fx
 
-    with torch.no_grad():
-        compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
     assert callable(compiled), "a graph that is not exported compiles to a function"
     return compiled
 

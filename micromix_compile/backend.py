@@ -19,6 +19,7 @@ from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.distributed import check_not_distributed
 from micromix_compile.folded_ops import Kept
+from micromix_compile.gradient import wants_gradients
 from micromix_compile.heirloom import inherited_recipe, leave_heirloom
 from micromix_compile.lowering import inductor, recompile_limit, torch_compat
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, run_passes
@@ -206,13 +207,15 @@ def compile_quantized(
         _check_target(session.config, example_inputs)
     elif context.sites and not session.is_packed:
         logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
-    compiled = inductor.compile_graph(
-        gm,
-        [*example_inputs, *(node.meta["example_value"] for node in appended)],
-        options=options,
-        post_grad_passes=dumping(POST_GRAD_PASSES, context.dump, context.dump_dir),
-        settings=session.config.to_dict(),
-    )
+    gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
+    with torch.set_grad_enabled(gradients):
+        compiled = inductor.compile_graph(
+            gm,
+            [*example_inputs, *(node.meta["example_value"] for node in appended)],
+            options=options,
+            post_grad_passes=dumping(POST_GRAD_PASSES, context.dump, context.dump_dir),
+            settings=session.config.to_dict(),
+        )
     position = {node: i for i, node in enumerate(placeholders)}
     inputs = [(position[weight], index) for weight, index in context.inputs]
     weights = sorted({i for i, _ in inputs})
@@ -236,7 +239,7 @@ def compile_quantized(
         session.count_call(states)
         if weights and torch.is_grad_enabled():
             _say_once("micromix runs without gradients: its outputs don't require grad")
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return compiled(*args, *more)
 
     return run
