@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from micromix_compile import gpu_rounding, ops, packing, reference, rounding
 from micromix_compile.assignment import padded_channels
+from micromix_compile.candidates import how_to_leave_training
 from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.matching import match_linears, model_id, named_modules, parameter_names
 from micromix_compile.recipe import PackedWeight, Recipe, Split, weight_split
@@ -199,7 +200,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     wrapped = model
     model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's
     if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() before quantize_")
+        raise ValueError(f"{type(model).__name__} is in training mode: {how_to_leave_training(model)}")
     names = parameter_names(model)
     modules = named_modules(model)
     if already := [fqn for fqn in recipe.linears if isinstance(modules.get(fqn), MicroMixLinear)]:
