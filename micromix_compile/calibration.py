@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import torch_compat
-from micromix_compile.memory import naming_out_of_memory
+from micromix_compile.memory import OBSERVING, SENSITIVITY, naming_out_of_memory
 from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
 from micromix_compile.sensitivity import lacks_gradient, pull_back
@@ -30,12 +30,6 @@ logger = logging.getLogger("micromix_compile")
 
 SENSITIVITY_TOKENS: Final = 4096
 """Tokens of the first batches that are also run backward."""
-
-SENSITIVITY_MEMORY: Final = (
-    "measuring sensitivity, which runs batches forward and backward",
-    "take shorter batches or fewer sequences in each, or a policy other than 'budget', which needs no gradient",
-)
-"""The step, and what would take less memory."""
 
 
 def calibrate(
@@ -85,12 +79,12 @@ def calibrate_each(
     session.takes_costs = False
     try:
         with torch_compat.unlimited_recompiles():
-            with torch.no_grad():
+            with naming_out_of_memory(*OBSERVING), torch.no_grad():
                 for batch in track(batches, "calibrating", show=progress):
                     first.add(batch)
                     observe_batch(session, observed, batch)
             if session.needs_costs:
-                with naming_out_of_memory(*SENSITIVITY_MEMORY):
+                with naming_out_of_memory(*SENSITIVITY):
                     _measure_costs(session, model, observed, first.batches, progress)
         yield from session.recipes(progress=progress)
     finally:

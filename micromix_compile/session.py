@@ -25,6 +25,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import all_parameter_names, find_linear, model_id, named_modules
+from micromix_compile.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
 from micromix_compile.progress import track
@@ -411,7 +412,8 @@ class Session:
             recipe = assign(observed, config)
             if config.rounds_weights:
                 is_last = config is self.configs[-1]
-                packed = self._round(recipe, members, keep_moments=not is_last, progress=progress)
+                with naming_out_of_memory(*ROUNDING):
+                    packed = self._round(recipe, members, keep_moments=not is_last, progress=progress)
                 recipe = dataclasses.replace(recipe, packed=packed)
             yield recipe
 
