@@ -22,7 +22,7 @@ def why_never_linear(
 
     names: what `modules`, by name, call it. Where nobody would, as with a class token, it is no linear left out.
     """
-    owners = [modules.get(name) for name in names]
+    owners = [modules.get("" if name == "weight" else name) for name in names]  # the model may be the layer
     if all(isinstance(owner, nn.Embedding) for owner in owners):
         return "it is an embedding", True
     if any(isinstance(owner, _ConvNd) for owner in owners):
