@@ -47,7 +47,7 @@ def calibrate(
         Tokens where a 2-dimensional attention_mask is 0 are not counted.
     Returns a `Recipe`. The model is not changed. Raises ValueError if the model is in training mode, if no batch or no
     linear was reached, if an activation holds a NaN (naming the linear and the batch), or if all is packed already;
-    TypeError for other batches.
+    TypeError for other batches; torch.OutOfMemoryError that names the step and what takes less memory.
     """
     return next(calibrate_each(model, batches, [config or MicroMixConfig()], progress=progress))
 
