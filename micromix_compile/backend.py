@@ -22,7 +22,7 @@ from micromix_compile.folded_ops import Kept
 from micromix_compile.gradient import wants_gradients
 from micromix_compile.heirloom import inherited_recipe, leave_heirloom
 from micromix_compile.lowering import inductor, recompile_limit, torch_compat
-from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, run_passes
+from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, input_devices, run_passes
 from micromix_compile.recipe import Recipe
 from micromix_compile.session import LinearState, RecipeFile, Session, close_graph, open_graph
 from micromix_compile.sessions import SessionKey, find_session, model_of, remember, watched_file
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
 
+
+_folds = folded_ops.runs_folded
+"""Whether products with such a weight are to be folded."""
 
 PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, folded_ops.folded_mm)
 
@@ -198,13 +201,13 @@ def compile_quantized(
     """Rewrite the graph's linears and compile it with Inductor; packed weights are looked up for every call."""
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    context.folds = not session.config.exact and _folds(example_inputs)
+    context.folds = None if session.config.exact else _folds
     run_passes(gm, CONVERT_PASSES, context)
     close_graph(session, context)
     appended = gm.graph.find_nodes(op="placeholder")[len(placeholders) :]
     products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
     if products:
-        _check_target(session.config, example_inputs)
+        _check_target(session.config, input_devices(products))
     elif context.sites and not session.is_packed:
         logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
     gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
@@ -245,23 +248,15 @@ def compile_quantized(
     return run
 
 
-def _folds(example_inputs: Sequence[Any]) -> bool:
-    """Whether the graph runs on one device, and that device folded products."""
-    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor) and value.dim()]
-    one_device = len({value.device for value in tensors}) == 1
-    return one_device and folded_ops.runs_folded(tensors[0])
-
-
-def _check_target(config: MicroMixConfig, example_inputs: Sequence[Any]) -> None:
-    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
-    on_gpu = [value.device for value in tensors if value.device.type != "cpu"]
-    target = target_of(on_gpu[0] if on_gpu else tensors[0].device)
-    if target.emulated is None:
-        return
-    message = f"the linears run as plain PyTorch operations on {target.name}: {target.emulated}"
-    if config.strict:
-        raise RuntimeError(f"strict=True: {message}")
-    _say_once(message)
+def _check_target(config: MicroMixConfig, devices: Sequence[torch.device]) -> None:
+    """Say where linears on `devices` run as plain PyTorch. Raises RuntimeError instead if strict."""
+    for target in map(target_of, devices):
+        if target.emulated is None:
+            continue
+        message = f"the linears run as plain PyTorch operations on {target.name}: {target.emulated}"
+        if config.strict:
+            raise RuntimeError(f"strict=True: {message}")
+        _say_once(message)
 
 
 def _say_once(message: str) -> None:

@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering import recompile_limit, torch_compat
-from micromix_compile.memory import naming_out_of_memory
+from micromix_compile.memory import OBSERVING, SENSITIVITY, naming_out_of_memory
 from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
 from micromix_compile.sensitivity import lacks_gradient, pull_back
@@ -35,12 +35,6 @@ logger = logging.getLogger("micromix_compile")
 SENSITIVITY_TOKENS: Final = 4096
 """Tokens of the first batches that are also run backward."""
 
-SENSITIVITY_MEMORY: Final = (
-    "measuring sensitivity, which runs batches forward and backward",
-    "take shorter batches or fewer sequences in each, or a policy other than 'budget', which needs no gradient",
-)
-"""The step, and what would take less memory."""
-
 
 def calibrate(
     model: nn.Module,
@@ -57,7 +51,7 @@ def calibrate(
         Tokens where a 2-dimensional attention_mask is 0 are not counted.
     Returns a `Recipe`. The model is not changed. Raises ValueError if the model is in training mode, if no batch or no
     linear was reached, if an activation holds a NaN (naming the linear and the batch), or if all is packed already;
-    TypeError for other batches.
+    TypeError for other batches; torch.OutOfMemoryError that names the step and what takes less memory.
     """
     return next(calibrate_each(model, batches, [config or MicroMixConfig()], progress=progress))
 
@@ -84,12 +78,12 @@ def calibrate_each(
     session.takes_costs = False
     try:
         with observing(model, partial(compile_observed, session)) as observed:
-            with torch.no_grad():
+            with naming_out_of_memory(*OBSERVING), torch.no_grad():
                 for batch in track(batches, "calibrating", show=progress):
                     first.add(batch)
                     observe_batch(session, observed, batch)
             if session.needs_costs:
-                with naming_out_of_memory(*SENSITIVITY_MEMORY):
+                with naming_out_of_memory(*SENSITIVITY):
                     _measure_costs(session, model, observed, first.batches, progress)
         yield from session.recipes(progress=progress)
     finally:

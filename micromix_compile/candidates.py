@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+
+
+logger = logging.getLogger("micromix_compile")
 
 
 def why_never_linear(
@@ -18,11 +22,15 @@ def why_never_linear(
 
     names: what `modules`, by name, call it. Where nobody would, as with a class token, it is no linear left out.
     """
-    owners = [modules.get(name) for name in names]
+    owners = [modules.get("" if name == "weight" else name) for name in names]  # the model may be the layer
     if all(isinstance(owner, nn.Embedding) for owner in owners):
         return "it is an embedding", True
     if any(isinstance(owner, _ConvNd) for owner in owners):
         return "it is a convolution", False
+    if not parameter.numel():
+        return f"its weight {tuple(parameter.shape)} is empty", True
+    if parameter.is_meta:
+        return "its weight is on the meta device, which holds no values: load it first", True
     if parameter.dim() == 2:
         is_named = any("weight" in name.rpartition(".")[2] for name in names) or are_experts(names, modules)
         return None, is_named or any(owner is not None for owner in owners)
@@ -36,6 +44,26 @@ def are_experts(names: Sequence[str], modules: Mapping[str, nn.Module]) -> bool:
     holders = [modules.get(holder) for name in names for holder in (name, name.rpartition(".")[0])]
     texts = (*names, *(type(holder).__name__ for holder in holders if holder is not None))
     return any("expert" in text.lower() for text in texts)
+
+
+def say_left_out(refusals: Mapping[str, str], linears: Collection[str], *, strict: bool) -> None:
+    """Log what a graph uses of the recipe's `linears` in a way that leaves them as they are.
+
+    Raises RuntimeError instead if `strict`.
+    """
+    for name, reason in refusals.items():
+        if name.partition(" (")[0] in linears:
+            message = f"{name} has a recipe and runs unquantized in a part of the model: {reason}"
+            if strict:
+                raise RuntimeError(f"strict=True: {message}")
+            logger.warning(message)
+
+
+def how_to_leave_training(model: nn.Module) -> str:
+    """What to do about a model in training mode; that of torch.export cannot be switched."""
+    if isinstance(model, fx.GraphModule):
+        return "a graph that was exported or traced keeps its mode, so take the model that it was made from"
+    return "call model.eval() first"
 
 
 def left_alone(

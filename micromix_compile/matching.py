@@ -73,6 +73,8 @@ def find_linear(recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *
     for name in names:
         linear = recipe.linears.get(name)
         if linear is not None:
+            if parameter.is_meta:
+                raise ValueError(f"{name} of {model_id} is on the meta device, which holds no values: load it first")
             _check_same_weight(recipe, linear, parameter, model_id)
             return linear
     tails = {

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+OBSERVING: Final = (
+    "calibrating, which runs batches forward and keeps K * K numbers a group of linears",
+    "take shorter batches or fewer sequences in each, or weight_rounding='nearest' with scale_search=False, which "
+    "keeps no such numbers",
+)
+SENSITIVITY: Final = (
+    "measuring sensitivity, which runs batches forward and backward",
+    "take shorter batches or fewer sequences in each, or a policy other than 'budget', which needs no gradient",
+)
+ROUNDING: Final = (
+    "rounding weights",
+    "take weight_rounding='nearest' with scale_search=False, which rounds no weight while calibrating",
+)
+"""Steps, each with what would take less memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,7 +22,8 @@ class ChannelObserver:
     """Accumulates a `ChannelStatistics` over calls of `update`.
 
     name: the linear it observes, for errors. in_features: C. thresholds: what to count. with_moment: also keep the
-    second moment, C * C numbers. layout: what is known of the model's linears.
+    second moment, C * C numbers. with_squares: refuse what float32 cannot square and sum, as for a moment. layout:
+    what is known of the model's linears.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ChannelObserver:
         thresholds: Sequence[Threshold],
         *,
         with_moment: bool = False,
+        with_squares: bool = False,
         layout: TokenLayout | None = None,
     ) -> None:
         self.name = name
@@ -39,6 +41,7 @@ class ChannelObserver:
         self.moment: Tensor | None = None
         """(C, C) float32: the sum of x x^T over the tokens seen, on the device of x; None before the first."""
         self._with_moment = with_moment
+        self._with_squares = with_squares or with_moment
         self.batches = 0
         self.tokens = 0
         self._abs_mean = torch.zeros(in_features, dtype=torch.float32, device="cpu")
@@ -80,12 +83,17 @@ class ChannelObserver:
         values = rows.to(torch.float32)
         magnitude = values.abs()
         mean = magnitude.mean(0).cpu()
+        if not bool(mean.isfinite().all()):  # its sum may be an infinity where it is none itself
+            mean = magnitude.mean(0, dtype=torch.float64).to("cpu", torch.float32)
         if not bool(mean.isfinite().all()):
             channel = int((~mean.isfinite()).nonzero()[0])
             raise ValueError(
                 f"calibration batch {self.batches}: the input of {self.name} holds a NaN or an infinity "
                 f"(channel {channel})"
             )
+        abs_max = magnitude.amax(0).cpu()
+        if self._with_squares:
+            self._check_squares(abs_max, self.tokens + rows.shape[0])
         row_max = magnitude.amax(1, keepdim=True)
         for threshold in self._below:
             compared = values if threshold.signed else magnitude
@@ -95,8 +103,17 @@ class ChannelObserver:
                 self.moment = values.new_zeros(values.shape[1], values.shape[1])
             self.moment = self.moment.to(values.device).addmm_(values.T, values)
         torch.maximum(self._abs_mean, mean, out=self._abs_mean)
-        torch.maximum(self._abs_max, magnitude.amax(0).cpu(), out=self._abs_max)
+        torch.maximum(self._abs_max, abs_max, out=self._abs_max)
         self.tokens += rows.shape[0]
+
+    def _check_squares(self, abs_max: Tensor, tokens: int) -> None:
+        limit = (torch.finfo(torch.float32).max / tokens) ** 0.5
+        if float(abs_max.max()) > limit:
+            raise ValueError(
+                f"calibration batch {self.batches}: the input of {self.name} reaches {float(abs_max.max()):.3g} "
+                f"(channel {int(abs_max.argmax())}), but float32 sums squares of {tokens} tokens up to {limit:.3g}; "
+                f"policies but 'budget' with weight_rounding='nearest' and scale_search=False need no squares"
+            )
 
     def order(self) -> Tensor:
         """(C,) int64: the channels seen so far, ascending by mean |x|."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from micromix_compile import gpu_rounding, ops, packing, reference, rounding
 from micromix_compile.assignment import padded_channels
+from micromix_compile.candidates import how_to_leave_training
 from micromix_compile.checkpoint import QUANT_METHOD, SCHEMA_VERSION
 from micromix_compile.dequantized import DequantizedWeight
 from micromix_compile.distributed import check_not_distributed
@@ -274,7 +275,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     wrapped = model
     model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's
     if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() before quantize_")
+        raise ValueError(f"{type(model).__name__} is in training mode: {how_to_leave_training(model)}")
     check_not_distributed(model)
     names = parameter_names(model)
     modules = named_modules(model)

@@ -118,6 +118,11 @@ class CostProbe:
                 of_weights[row] += squared * self._energy / tokens
         if self.gradients:
             activations = self._error / (2 * tokens)
+        if not bool(activations.isfinite().all() and of_weights.isfinite().all()):
+            raise ValueError(
+                f"the sensitivity of {next(iter(weights), 'a linear')} is not finite: a gradient or an output holds a "
+                f"NaN or an infinity, or float32 cannot hold its square; policies but 'budget' need no sensitivities"
+            )
         return ChannelCosts(
             activations=activations.to(torch.float32), weights=of_weights.to(torch.float32), measured=self.gradients
         )

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from micromix_compile.assignment import assign, channel_order, thresholds_to_count
-from micromix_compile.candidates import left_alone, why_never_linear
+from micromix_compile.candidates import how_to_leave_training, left_alone, say_left_out, why_never_linear
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.distributed import check_not_distributed, check_real
 from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import all_parameter_names, find_linear, model_id, named_modules
+from micromix_compile.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
 from micromix_compile.progress import track
@@ -267,6 +268,8 @@ class Session:
     def note_refusals(self, refusals: Mapping[str, str]) -> None:
         """Remember why candidates in a graph were left alone."""
         self._refusals.update(refusals)
+        if self.recipe is not None:
+            say_left_out(refusals, self.recipe.linears, strict=self.config.strict)
         if self._model is None or self.is_packed or self.recipe is not None:
             return
         if refusals and all(s.refusal or s.name in self._refusals for s in self._states):
@@ -323,7 +326,12 @@ class Session:
         if observer is None:
             counted = tuple(dict.fromkeys(t for config in self.configs for t in thresholds_to_count(config)))
             observer = ChannelObserver(
-                states[0].name, x.shape[-1], counted, with_moment=self.rounds_weights, layout=self._layout
+                states[0].name,
+                x.shape[-1],
+                counted,
+                with_moment=self.rounds_weights,
+                with_squares=self.needs_costs,
+                layout=self._layout,
             )
         for state in states:
             state.observer = observer
@@ -462,7 +470,8 @@ class Session:
         for left, config in zip(reversed(range(len(self.configs))), self.configs, strict=True):
             recipe = assign(observed, config)
             if config.rounds_weights:
-                packed = self._round(recipe, members, keep_moments=left > 0, progress=progress)
+                with naming_out_of_memory(*ROUNDING):
+                    packed = self._round(recipe, members, keep_moments=left > 0, progress=progress)
                 recipe = dataclasses.replace(recipe, packed=packed)
             yield recipe
 
@@ -529,6 +538,8 @@ class Session:
         return packed
 
     def _why_not(self, state: LinearState) -> str:
+        if state.observer is not None and not state.observer.tokens:
+            return "its input had no token that counts: all were masked, or there was none"
         return state.refusal or self._refusals.get(state.name) or "calibration did not reach it"
 
     # Coverage
@@ -570,7 +581,7 @@ def check_not_training(model: nn.Module) -> None:
     if model.training:
         raise ValueError(
             f"{type(model).__name__} is in training mode, where dropout falsifies calibration and quantized linears "
-            f"have no gradient: call model.eval() first"
+            f"have no gradient: {how_to_leave_training(model)}"
         )
 
 

@@ -17,6 +17,7 @@ from micromix_compile.passes.pass_manager import (
     PassContext,
     SmoothableSite,
     dumping,
+    input_devices,
     run_passes,
 )
 from micromix_compile.passes.rewrite_linears import rewrite_linears
@@ -38,5 +39,6 @@ __all__ = [
     "PassContext",
     "SmoothableSite",
     "dumping",
+    "input_devices",
     "run_passes",
 ]

@@ -31,7 +31,9 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = dict(zip(placeholders, context.example_inputs, strict=True))
     orientation: dict[fx.Node, bool] = {}
+    depth = 0
     for node in gm.graph.nodes:
+        depth += _entered_transforms(node)
         operands = _operands(node)
         if operands is None:
             continue
@@ -40,6 +42,8 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
         if transposed and _is_transpose(operand) and isinstance(inputs.get(operand.args[0]), nn.Parameter):
             weight, transposed = operand.args[0], False  # type: ignore[assignment]
         name, reason = _refusal(weight, x, bias, inputs, context)
+        if reason is None and depth:
+            name, reason = f"{name} (torch.func)", "it runs under a transform of torch.func, such as vmap"
         if reason is None and (
             orientation.setdefault(weight, transposed) != transposed
             or context.owner.is_used_otherwise(inputs[weight], transposed=transposed)
@@ -55,6 +59,12 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
         )
         context.sites.append(site)
     return len(context.sites)
+
+
+def _entered_transforms(node: fx.Node) -> int:
+    """1 where a graph enters a transform of torch.func, -1 where it leaves one."""
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:

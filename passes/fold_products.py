@@ -29,14 +29,17 @@ _BIAS = 8
 
 
 def fold_products(gm: fx.GraphModule, context: PassContext) -> int:
-    """Rewrite each quantize all of whose users are bfloat16 products; fills `context.folded`. Returns how many."""
-    if not context.folds:
+    """Rewrite each quantize all of whose users are bfloat16 products; fills `context.folded`. Returns how many.
+
+    The device of the weights decides for each: a graph may have inputs, or linears, on several.
+    """
+    if context.folds is None:
         return 0
     folded: dict[fx.Node, tuple[fx.Node, ...]] = {}
     rewritten = 0
     for quantize in [node for node in gm.graph.nodes if is_quantize(node)]:
         products = _products(quantize)
-        if products:
+        if products and context.folds(_example(products[0].args[4])):
             _rewrite(gm.graph, context, quantize, products, folded)
             rewritten += 1
     return rewritten

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
@@ -115,8 +117,9 @@ class PassContext:
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     smoothable: filled by find_smoothable.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
-    folds: products are to be folded (see `fold_products`). folded: filled by it: for one or more appended inputs, in
-        order, the inputs that they are made from, and the function that makes them, anew when the last changes.
+    folds: whether products with a weight, of which it gets a tensor, are to be folded (see `fold_products`); None for
+        none. folded: filled by it: for one or more appended inputs, in order, the inputs that they are made from, and
+        the function that makes them, anew when the last changes.
     """
 
     owner: Owner
@@ -127,7 +130,7 @@ class PassContext:
     refusals: dict[str, str] = field(default_factory=dict)
     smoothable: list[SmoothableSite] = field(default_factory=list)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
-    folds: bool = False
+    folds: Callable[[Tensor], bool] | None = None
     folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)
 
 
@@ -207,6 +210,13 @@ def _may_mutate(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS
     return in_place_operator or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def input_devices(nodes: Iterable[fx.Node]) -> list[torch.device]:
+    """The distinct devices of the graph's inputs, such as packed weights, that `nodes` read."""
+    inputs = (node for reader in nodes for node in reader.all_input_nodes if node.op == "placeholder")
+    examples = (node.meta.get("example_value") for node in inputs)
+    return list(dict.fromkeys(example.device for example in examples if isinstance(example, torch.Tensor)))
 
 
 def copy_meta(source: fx.Node, target: fx.Node) -> fx.Node:

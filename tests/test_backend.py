@@ -410,7 +410,7 @@ def test_a_model_without_linears_is_told_why() -> None:
         ValueError, match=r"Sequential has no linear layer to quantize \(0: its name matches skip='0'\)"
     ):
         micromix.calibrate(model, [torch.randn(2, 64)], MicroMixConfig(skip=("0",)))
-    with pytest.raises(BackendCompilerFailed, match="no 2-dimensional weight"):
+    with pytest.raises(BackendCompilerFailed, match="weight: it is a convolution"):
         torch.compile(nn.Conv1d(1, 1, 1).eval(), backend="micromix")(torch.randn(1, 1, 4))
 
 
@@ -489,6 +489,35 @@ def test_strict_refuses_plain_pytorch(monkeypatch: pytest.MonkeyPatch, caplog: p
     with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
         compiled_with(net, recipe)(torch.randn(2, 5, 64))
     assert len(re.findall("plain PyTorch operations", caplog.text)) == 1
+
+
+def test_a_position_on_another_device_leaves_linears_what_their_own_device_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The graph has a 0-dimensional input and a table, whose devices are not asked; "meta" is no linear's device."""
+    net, asked, folding = make_net(torch.bfloat16, layers=1), [], []
+
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, scale: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x * scale), table.clone()
+
+    x, scale, table = torch.randn(2, 5, 64).bfloat16(), torch.tensor(2.0), torch.empty(3, device="meta")
+    model = Positioned().eval()
+    recipe = micromix.calibrate(net, [x])
+    original = backend_module.target_of
+    monkeypatch.setattr(backend_module, "target_of", lambda device: asked.append(device) or original(device))
+    monkeypatch.setattr(backend_module, "_folds", lambda weight: folding.append(weight.device.type) or True)
+    with torch.no_grad():
+        out, _ = compiled_with(model, recipe)(x, scale, table)
+        micromix.quantize_(net, recipe)
+        expected = net(2 * x)
+    assert asked == [torch.device("cpu")]
+    assert (out - expected).float().abs().mean() <= 2.0**-7 * expected.float().abs().mean()
+    assert folding == ["cpu", "cpu"]  # once for each activation
 
 
 def test_layers_that_fall_out_of_compilation_are_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -178,7 +178,7 @@ def test_an_input_without_tokens_does_not_stop_calibration() -> None:
     model = Expert().eval()
     recipe = micromix.calibrate(model, [torch.randn(4, 64)])
     assert list(recipe.linears) == ["main"]
-    assert recipe.refused == {"idle": "calibration did not reach it"}
+    assert recipe.refused == {"idle": "its input had no token that counts: all were masked, or there was none"}
 
 
 def test_training_mode_is_refused_later_too() -> None:

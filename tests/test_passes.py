@@ -22,6 +22,7 @@ from micromix_compile.passes import (
     POST_GRAD_PASSES,
     PassContext,
     find_linears,
+    input_devices,
     insert_observers,
     run_passes,
 )
@@ -357,7 +358,7 @@ def folded_graph(model: nn.Module, *inputs: Tensor, folds: bool = True, **option
     session = session_with(model=model, recipe=recipe)
 
     def fold(gm: fx.GraphModule, context: PassContext) -> int:
-        context.folds = folds
+        context.folds = lambda _: folds
         return fold_products(gm, context)
 
     session.passes = (find_linears, rewrite_linears, share_activations, fold)  # type: ignore[attr-defined]
@@ -396,7 +397,7 @@ def test_a_packed_model_is_quantized_by_short_orders_once_for_each_activation() 
     packed = micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()]))
 
     def fold(gm: fx.GraphModule, context: PassContext) -> int:
-        context.folds = True
+        context.folds = lambda _: True
         return fold_products(gm, context)
 
     session = session_with(share_activations, fold, model=packed)
@@ -430,7 +431,7 @@ def test_a_quantize_with_another_reader_stays() -> None:
     quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
     graph.output(graph.call_function(operator.getitem, (quantize, 3)))
     gm = fx.GraphModule({}, graph)
-    context = PassContext(owner=None, example_inputs=(), folds=True)  # type: ignore[arg-type]
+    context = PassContext(owner=None, example_inputs=(), folds=lambda _: True)  # type: ignore[arg-type]
     assert fold_products(gm, context) == 0
     assert quantize in gm.graph.nodes
 
@@ -478,6 +479,47 @@ def test_joint_products_are_contiguous_as_single_ones_are(monkeypatch: pytest.Mo
     assert (k - want[1]).abs().max() <= 2.0**-7 * want[1].abs().max()
 
 
+def product(graph: fx.Graph, device: str) -> fx.Node:
+    """A linear of its own input whose tensors are on a device."""
+    shapes = {"w4": (8, 16), "w6": (3, 8, 0), "w8": (8, 32), "scale": (8, 2)}
+    x, perm = graph.placeholder(f"x_{device}"), graph.placeholder(f"perm_{device}")
+    perm.meta["example_value"] = torch.empty(64, dtype=torch.int16, device=device)
+    weights = [graph.placeholder(f"{name}_{device}") for name in shapes]
+    for node, shape in zip(weights, shapes.values(), strict=True):
+        node.meta["example_value"] = torch.empty(shape, dtype=torch.uint8, device=device)
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    parts = [graph.call_function(operator.getitem, (quantize, j)) for j in range(4)]
+    return graph.call_function(ops.mixed_mx_mm, (*parts, *weights, None, "e2m3", torch.bfloat16))
+
+
+class Inputs:
+    """An owner that can add inputs, and no more."""
+
+    def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
+        with graph.inserting_before(next(iter(graph.nodes))):
+            node = graph.placeholder(name)
+        node.meta["example_value"] = example
+        return node
+
+
+def test_each_linears_own_device_decides_whether_it_folds() -> None:
+    """One device folds and the other doesn't, as a GPU beside a CPU; "meta" stands for the former."""
+    graph = fx.Graph()
+    products = [product(graph, device) for device in ("cpu", "meta")]
+    positions = graph.placeholder("positions")
+    positions.meta["example_value"] = torch.arange(3)
+    graph.output((*products, positions))
+    assert input_devices(products) == [torch.device("cpu"), torch.device("meta")]
+    gm = fx.GraphModule({}, graph)
+    context = PassContext(owner=Inputs(), example_inputs=(), folds=lambda weight: weight.is_meta)  # type: ignore[arg-type]
+    assert fold_products(gm, context) == 1
+    gm.graph.lint()
+    joint = [node for node in gm.graph.nodes if node.target is folded_ops.folded_mm]
+    assert input_devices(joint) == [torch.device("meta")]
+    exact = [node for node in gm.graph.nodes if node.target is ops.mixed_mx_mm]
+    assert input_devices(exact) == [torch.device("cpu")]
+
+
 @pytest.mark.parametrize("change", ["fp6", "moved weights", "bias dtype"])
 def test_what_products_do_not_share_keeps_them_apart(change: str) -> None:
     graph = fx.Graph()
@@ -508,12 +550,7 @@ def test_what_products_do_not_share_keeps_them_apart(change: str) -> None:
     graph.output(tuple(products))
     gm = fx.GraphModule({}, graph)
 
-    class Inputs:
-        def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
-            with graph.inserting_before(next(iter(graph.nodes))):
-                return graph.placeholder(name)
-
-    context = PassContext(owner=Inputs(), example_inputs=(), folds=True)  # type: ignore[arg-type]
+    context = PassContext(owner=Inputs(), example_inputs=(), folds=lambda _: True)  # type: ignore[arg-type]
     fold_products(gm, context)
     gm.graph.lint()
     joint = [node for node in gm.graph.nodes if node.target is folded_ops.folded_mm]

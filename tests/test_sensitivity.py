@@ -13,9 +13,10 @@ from models import Net, make_net
 from torch import Tensor, nn
 
 import micromix_compile as micromix
-from micromix_compile import reference, sensitivity
+from micromix_compile import reference, sensitivity, session
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.formats import ScaleRounding
+from micromix_compile.observer import ChannelObserver
 from micromix_compile.recipe import COST_FORMATS, ChannelCosts
 from micromix_compile.sensitivity import CostProbe, pull_back, rounding_errors
 
@@ -206,6 +207,20 @@ TOO_LARGE = 2**50
 def test_out_of_memory_is_no_missing_gradient(failure: Callable[[], Tensor]) -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"while measuring sensitivity.*shorter batches.*'budget'"):
         costs_of(FailsWithGradients(failure).eval(), [torch.randn(2, 9, 64)])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("step", ["calibrating", "rounding weights"])
+def test_out_of_memory_names_the_step_and_what_takes_less(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **__: object) -> Tensor:
+        return torch.zeros(TOO_LARGE)
+
+    owner, name = (ChannelObserver, "_add_sample") if step == "calibrating" else (session, "round_weights")
+    monkeypatch.setattr(owner, name, allocate)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=rf"while {step}.*weight_rounding='nearest' with scale_search=False"
+    ):
+        micromix.calibrate(make_net(layers=1), [torch.randn(2, 9, 64)], MicroMixConfig(policy="mxfp8"))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

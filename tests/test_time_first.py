@@ -58,6 +58,18 @@ def test_padding_leaves_the_statistics_those_of_the_unpadded_run(make: Any) -> N
         torch.testing.assert_close(seen.abs_mean, alone[fqn].abs_mean, rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_time_first_model_is_its_packed_one() -> None:
+    model, batch = xlnet(), padded([torch.randint(1, 99, (1, length)) for length in LENGTHS], 9)
+    recipe = micromix.calibrate(model, [batch])
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe, "fallback_by_default": True})
+    with torch.no_grad():
+        plain, compiled = model(**batch)[0], fast(**batch)[0]
+        micromix.quantize_(model, recipe)
+        packed = model(**batch)[0]
+    assert not torch.equal(packed, plain)
+    torch.testing.assert_close(compiled, packed, rtol=1e-4, atol=1e-4)
+
+
 def test_costs_of_a_time_first_model_do_not_depend_on_its_padding() -> None:
     model, batch = xlnet(), padded([torch.randint(1, 99, (1, length)) for length in LENGTHS], 9)
     changed = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])}
