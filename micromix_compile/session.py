@@ -26,6 +26,7 @@ from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
+from micromix_compile.passes.open_attention import say_unopened
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.sensitivity import CostProbe
@@ -518,7 +519,11 @@ def open_graph(
 
 
 def close_graph(session: Session, context: PassContext) -> None:
-    """Guard what the graph was built on. Raises ValueError if it turns out that nothing can be quantized."""
-    session.note_refusals(context.refusals)
+    """Guard what the graph was built on.
+
+    Raises ValueError if it turns out that nothing can be quantized, or, if strict, if a fused operation hides linears.
+    """
+    say_unopened(context.unopened, strict=session.config.strict)
+    session.note_refusals({**context.refusals, **context.unopened})
     for site in context.sites:
         torch_compat.guard_attribute(site.weight, session.state_attribute, "key")

@@ -19,6 +19,8 @@ ADDMM_TARGETS = (torch.addmm, torch.ops.aten.addmm.default)
 MATMUL_TARGETS = (torch.mm, torch.matmul, operator.matmul, torch.ops.aten.mm.default)
 MATMUL_METHODS = ("matmul", "mm", "__matmul__")
 
+CUTS = ("chunk", "getitem", "narrow", "select", "slice", "split", "split_with_sizes", "tensor_split", "unbind")
+
 _KEYWORDS = {"mat1": "input", "mat2": "weight", "other": "weight"}
 
 
@@ -94,6 +96,18 @@ def _is_transpose(node: fx.Node) -> bool:
     return swapped == (1, 0) or (swapped == (0, 1) and node.target in ("transpose", torch.transpose))
 
 
+def _cut_from(weight: fx.Node) -> fx.Node:
+    """What `weight` is a part of, or itself."""
+    while _cuts(weight) and weight.args and isinstance(weight.args[0], fx.Node):
+        weight = weight.args[0]
+    return weight
+
+
+def _cuts(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name.partition(".")[0] in CUTS
+
+
 def _refusal(
     weight: fx.Node, x: fx.Node, bias: fx.Node | None, inputs: dict[fx.Node, object], context: PassContext
 ) -> tuple[str, str | None]:
@@ -101,6 +115,9 @@ def _refusal(
     parameter = inputs.get(weight)
     if weight.op == "get_attr":
         return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
+    whole = inputs.get(_cut_from(weight))
+    if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 2:
+        return context.owner.name_of(whole), "it is cut into parts, which are weights of their own"
     if not isinstance(parameter, nn.Parameter):
         return weight.name, "its weight is computed in the graph, not a Parameter"
     if parameter.dim() < 2:

@@ -111,6 +111,7 @@ class PassContext:
     example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     smoothable: filled by find_smoothable.
+    unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
     folds: products are to be folded (see `fold_products`). folded: filled by it: for one or more appended inputs, in
         order, the inputs that they are made from, and the function that makes them, anew when the last changes.
@@ -123,6 +124,7 @@ class PassContext:
     sites: list[LinearSite] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
     smoothable: list[SmoothableSite] = field(default_factory=list)
+    unopened: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
     folds: bool = False
     folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)
