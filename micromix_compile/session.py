@@ -26,6 +26,7 @@ from micromix_compile.lowering import torch_compat
 from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
+from micromix_compile.passes.find_linears import why_no_plain_weight
 from micromix_compile.passes.open_attention import say_unopened
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
@@ -176,6 +177,8 @@ class Session:
             state.refusal = f"its name matches skip={pattern!r}"
         elif is_embedding:
             state.refusal = "it is an embedding"
+        elif special := why_no_plain_weight(parameter):
+            state.refusal = special
         elif self.recipe is not None:
             state.linear = find_linear(self.recipe, parameter, names, model_id=self.model_id)
         state.key = self._key_of(state)

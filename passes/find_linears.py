@@ -6,8 +6,9 @@ import operator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from micromix_compile.passes.mutations import memory_of, written_memory
 from micromix_compile.passes.pass_manager import LinearSite, PassContext
 from micromix_compile.reference import FLOAT_DTYPES
 
@@ -32,6 +33,7 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = dict(zip(placeholders, context.example_inputs, strict=True))
+    written = written_memory(gm.graph)
     orientation: dict[fx.Node, bool] = {}
     for node in gm.graph.nodes:
         operands = _operands(node)
@@ -42,6 +44,8 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
         if transposed and _is_transpose(operand) and isinstance(inputs.get(operand.args[0]), nn.Parameter):
             weight, transposed = operand.args[0], False  # type: ignore[assignment]
         name, reason = _refusal(weight, x, bias, inputs, context)
+        if reason is None and memory_of(weight) in written:
+            reason = "its weight is written to in the graph that uses it"
         if reason is None and (
             orientation.setdefault(weight, transposed) != transposed
             or context.owner.is_used_otherwise(inputs[weight], transposed=transposed)
@@ -84,6 +88,8 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | 
 
 def _is_transpose(node: fx.Node) -> bool:
     """Whether `node` transposes a matrix; what has more dimensions is no linear's weight anyway."""
+    if str(node.target).removesuffix(".default") == "aten.numpy_T":  # of `.T` from torch 2.15 on
+        return True
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("T", "mT")
     if node.kwargs or node.target not in ("t", torch.t, "transpose", torch.transpose, "permute", torch.permute):
@@ -94,6 +100,13 @@ def _is_transpose(node: fx.Node) -> bool:
     dims = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
     swapped = tuple(dim % 2 for dim in dims if isinstance(dim, int))
     return swapped == (1, 0) or (swapped == (0, 1) and node.target in ("transpose", torch.transpose))
+
+
+def why_no_plain_weight(weight: Tensor) -> str | None:
+    """Why a tensor subclass (quantized, sharded, ...) is no weight to quantize; None for a plain Parameter."""
+    if type(weight) in (nn.Parameter, Tensor):
+        return None
+    return f"its weight is a {type(weight).__module__}.{type(weight).__qualname__}, not a plain Parameter"
 
 
 def _cut_from(weight: fx.Node) -> fx.Node:
@@ -123,6 +136,8 @@ def _refusal(
     if parameter.dim() < 2:
         return weight.name, "its weight is a vector"
     name = context.owner.name_of(parameter)
+    if special := why_no_plain_weight(parameter):
+        return name, special
     if parameter.dim() != 2:
         return name, f"its weight has {parameter.dim()} dimensions, not 2"
     if parameter.dtype not in FLOAT_DTYPES:

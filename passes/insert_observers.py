@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta, mutation_epochs
+from micromix_compile.passes.mutations import mutation_epochs
+from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta
 
 if TYPE_CHECKING:
     from torch import fx

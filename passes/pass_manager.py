@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("micromix_compile")
 
-IN_PLACE_OPERATORS = frozenset(
-    {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
-    | {"ilshift", "irshift", "imatmul"}
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSite:
@@ -162,32 +157,6 @@ def _dump(gm: fx.GraphModule, context: PassContext, name: str, moment: str) -> N
     path = folder / f"{index:04d}.{moment}.{name}.txt"
     path.write_text(f"{gm.graph}\n\n{gm.code}\n")
     logger.info("graph %s %s: %s", moment, name, path)
-
-
-def mutation_epochs(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Per node, how many nodes before it may write to a tensor.
-
-    A Dynamo graph is not functional: the same node is the same value only within one epoch.
-    """
-    epochs: dict[fx.Node, int] = {}
-    epoch = 0
-    for node in graph.nodes:
-        epochs[node] = epoch
-        epoch += _may_mutate(node)
-    return epochs
-
-
-def _may_mutate(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS
-    return in_place_operator or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def copy_meta(source: fx.Node, target: fx.Node) -> fx.Node:
