@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from micromix_compile.fingerprint import same_sample, weight_sample
+from micromix_compile.passes.find_linears import why_no_plain_weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -106,6 +107,8 @@ def _same_weight(linear: LinearRecipe, parameter: Tensor, sample: Tensor) -> boo
 
 def _check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Parameter, model_id: str) -> None:
     both = f"the recipe was made for {recipe.model_id}, and this model is {model_id}"
+    if special := why_no_plain_weight(parameter):
+        raise ValueError(f"{linear.fqn} can't be quantized: {special}")
     expected = (linear.out_features, linear.in_features)
     if sorted(parameter.shape) != sorted(expected):
         raise ValueError(f"{both}: {linear.fqn} is {expected} there and {tuple(parameter.shape)} here")

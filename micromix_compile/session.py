@@ -32,6 +32,8 @@ from micromix_compile.matching import all_parameter_names, find_linear, model_id
 from micromix_compile.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
+from micromix_compile.passes.find_linears import why_no_plain_weight
+from micromix_compile.passes.open_attention import say_unopened
 from micromix_compile.progress import track
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
@@ -234,6 +236,8 @@ class Session:
             state.refusal = f"its name matches skip={pattern!r}"
         elif reason is not None:
             state.refusal = reason
+        elif special := why_no_plain_weight(parameter):
+            state.refusal = special
         elif self.recipe is not None:
             state.linear = find_linear(self.recipe, parameter, names, model_id=self.model_id)
         state.key = self._key_of(state)
@@ -610,8 +614,12 @@ def open_graph(
 
 
 def close_graph(session: Session, context: PassContext) -> None:
-    """Guard what the graph was built on. Raises ValueError if it turns out that nothing can be quantized."""
-    session.note_refusals(context.refusals)
+    """Guard what the graph was built on.
+
+    Raises ValueError if it turns out that nothing can be quantized, or, if strict, if a fused operation hides linears.
+    """
+    say_unopened(context.unopened, strict=session.config.strict)
+    session.note_refusals({**context.refusals, **context.unopened})
     for site in context.sites:
         torch_compat.guard_attribute(site.weight, session.state_attribute, "key")
     if context.sites and session.state(context.sites[0].parameter).file is not None:

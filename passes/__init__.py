@@ -10,6 +10,7 @@ from micromix_compile.passes.fuse_residual import fuse_residual
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.fuse_silu_mul import fuse_silu_mul
 from micromix_compile.passes.insert_observers import insert_observers
+from micromix_compile.passes.open_attention import open_attention
 from micromix_compile.passes.pass_manager import (
     LinearPlan,
     LinearSite,
@@ -23,9 +24,9 @@ from micromix_compile.passes.pass_manager import (
 from micromix_compile.passes.rewrite_linears import rewrite_linears
 from micromix_compile.passes.share_activations import share_activations
 
-SMOOTH_PASSES = (find_linears, find_smoothable)
-CALIBRATE_PASSES = (find_linears, insert_observers)
-CONVERT_PASSES = (find_linears, rewrite_linears, share_activations, fold_products)
+SMOOTH_PASSES = (open_attention, find_linears, find_smoothable)
+CALIBRATE_PASSES = (open_attention, find_linears, insert_observers)
+CONVERT_PASSES = (open_attention, find_linears, rewrite_linears, share_activations, fold_products)
 POST_GRAD_PASSES = (fuse_rms_norm, fuse_residual, fuse_silu_mul)
 
 __all__ = [

@@ -6,8 +6,9 @@ import operator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from micromix_compile.passes.mutations import memory_of, written_memory
 from micromix_compile.passes.pass_manager import LinearSite, PassContext
 from micromix_compile.reference import FLOAT_DTYPES
 
@@ -18,6 +19,8 @@ LINEAR_TARGETS = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.ate
 ADDMM_TARGETS = (torch.addmm, torch.ops.aten.addmm.default)
 MATMUL_TARGETS = (torch.mm, torch.matmul, operator.matmul, torch.ops.aten.mm.default)
 MATMUL_METHODS = ("matmul", "mm", "__matmul__")
+
+CUTS = ("chunk", "getitem", "narrow", "select", "slice", "split", "split_with_sizes", "tensor_split", "unbind")
 
 _KEYWORDS = {"mat1": "input", "mat2": "weight", "other": "weight"}
 
@@ -30,6 +33,7 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     inputs = dict(zip(placeholders, context.example_inputs, strict=True))
+    written = written_memory(gm.graph)
     orientation: dict[fx.Node, bool] = {}
     depth = 0
     for node in gm.graph.nodes:
@@ -44,6 +48,8 @@ def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
         name, reason = _refusal(weight, x, bias, inputs, context)
         if reason is None and depth:
             name, reason = f"{name} (torch.func)", "it runs under a transform of torch.func, such as vmap"
+        if reason is None and memory_of(weight) in written:
+            reason = "its weight is written to in the graph that uses it"
         if reason is None and (
             orientation.setdefault(weight, transposed) != transposed
             or context.owner.is_used_otherwise(inputs[weight], transposed=transposed)
@@ -92,6 +98,8 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | 
 
 def _is_transpose(node: fx.Node) -> bool:
     """Whether `node` transposes a matrix; what has more dimensions is no linear's weight anyway."""
+    if str(node.target).removesuffix(".default") == "aten.numpy_T":  # of `.T` from torch 2.15 on
+        return True
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("T", "mT")
     if node.kwargs or node.target not in ("t", torch.t, "transpose", torch.transpose, "permute", torch.permute):
@@ -116,6 +124,25 @@ def _computed_name(weight: fx.Node, inputs: dict[fx.Node, object], context: Pass
     return name if parameter.dim() > 2 else f"{name} (computed)"
 
 
+def why_no_plain_weight(weight: Tensor) -> str | None:
+    """Why a tensor subclass (quantized, sharded, ...) is no weight to quantize; None for a plain Parameter."""
+    if type(weight) in (nn.Parameter, Tensor):
+        return None
+    return f"its weight is a {type(weight).__module__}.{type(weight).__qualname__}, not a plain Parameter"
+
+
+def _cut_from(weight: fx.Node) -> fx.Node:
+    """What `weight` is a part of, or itself."""
+    while _cuts(weight) and weight.args and isinstance(weight.args[0], fx.Node):
+        weight = weight.args[0]
+    return weight
+
+
+def _cuts(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name.partition(".")[0] in CUTS
+
+
 def _refusal(
     weight: fx.Node, x: fx.Node, bias: fx.Node | None, inputs: dict[fx.Node, object], context: PassContext
 ) -> tuple[str, str | None]:
@@ -123,11 +150,16 @@ def _refusal(
     parameter = inputs.get(weight)
     if weight.op == "get_attr":
         return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
+    whole = inputs.get(_cut_from(weight))
+    if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 2:
+        return context.owner.name_of(whole), "it is cut into parts, which are weights of their own"
     if not isinstance(parameter, nn.Parameter):
         return _computed_name(weight, inputs, context), "its weight is computed in the graph, not a Parameter"
     if parameter.dim() < 2:
         return weight.name, "its weight is a vector"
     name = context.owner.name_of(parameter)
+    if special := why_no_plain_weight(parameter):
+        return name, special
     if parameter.dim() != 2:
         return name, f"its weight has {parameter.dim()} dimensions, not 2"
     if parameter.dtype not in FLOAT_DTYPES:

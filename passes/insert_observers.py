@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta, mutation_epochs
+from micromix_compile.passes.mutations import mutation_epochs
+from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta
 
 if TYPE_CHECKING:
     from torch import fx

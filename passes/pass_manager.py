@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("micromix_compile")
 
-IN_PLACE_OPERATORS = frozenset(
-    {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
-    | {"ilshift", "irshift", "imatmul"}
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSite:
@@ -116,6 +111,7 @@ class PassContext:
     example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     smoothable: filled by find_smoothable.
+    unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
     folds: whether products with a weight, of which it gets a tensor, are to be folded (see `fold_products`); None for
         none. folded: filled by it: for one or more appended inputs, in order, the inputs that they are made from, and
@@ -129,6 +125,7 @@ class PassContext:
     sites: list[LinearSite] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
     smoothable: list[SmoothableSite] = field(default_factory=list)
+    unopened: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
     folds: Callable[[Tensor], bool] | None = None
     folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)
@@ -184,32 +181,6 @@ def _run_post_grad(graph_pass: PostGradPass, dump: Sequence[str], dump_dir: str,
     _dump(graph, dump, dump_dir, f"after.{name}")
     logger.debug("post-grad pass: %s %d", name, matches)
     return matches
-
-
-def mutation_epochs(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Per node, how many nodes before it may write to a tensor.
-
-    A Dynamo graph is not functional: the same node is the same value only within one epoch.
-    """
-    epochs: dict[fx.Node, int] = {}
-    epoch = 0
-    for node in graph.nodes:
-        epochs[node] = epoch
-        epoch += _may_mutate(node)
-    return epochs
-
-
-def _may_mutate(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS
-    return in_place_operator or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def input_devices(nodes: Iterable[fx.Node]) -> list[torch.device]:

@@ -48,12 +48,14 @@ def _replace(
     graph: fx.Graph, site: LinearSite, x: fx.Node, plan: LinearPlan, perm: fx.Node, weights: list[fx.Node]
 ) -> fx.Node:
     node = site.node
-    example = node.meta["example_value"]
+    example, given = node.meta["example_value"], site.x.meta.get("example_value")
     with graph.inserting_before(node):
 
         def call(target: object, *args: object) -> fx.Node:
             return copy_meta(node, graph.call_function(target, args))  # type: ignore[arg-type]
 
+        if isinstance(given, torch.Tensor) and given.dtype != example.dtype:  # autocast: as packed modules, cast first
+            x = call(aten.to.dtype, x, example.dtype)
         rows = call(aten.reshape.default, x, [-1, site.in_features])
         layout = (perm, *plan.split, plan.fp6, plan.scale_rounding)
         quantized = call(ops.reorder_quantize, rows, *layout)

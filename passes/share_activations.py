@@ -5,12 +5,12 @@ Identical custom ops are not merged by the compiler, and q, k and v would quanti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from micromix_compile import ops
-from micromix_compile.passes.pass_manager import mutation_epochs
+from micromix_compile.passes.mutations import mutation_epochs
 
 if TYPE_CHECKING:
     from torch import fx
@@ -42,7 +42,11 @@ def is_quantize(node: fx.Node) -> bool:
 
 
 def _activation(x: object) -> object:
-    """The tensor under a reshape to rows; the channel count in `layout` tells different row widths apart."""
+    """The tensor under a reshape to rows, and the dtype if it is cast (under autocast).
+
+    The channel count in `layout` tells different row widths apart.
+    """
     is_method = getattr(x, "op", None) == "call_method" and x.target == "reshape"  # type: ignore[attr-defined]
     is_reshape = is_method or getattr(x, "target", None) is torch.ops.aten.reshape.default
-    return x.args[0] if is_reshape else x  # type: ignore[attr-defined]
+    inner: Any = x.args[0] if is_reshape else x  # type: ignore[attr-defined]
+    return inner.args if getattr(inner, "target", None) is torch.ops.aten.to.dtype else inner

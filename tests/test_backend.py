@@ -439,7 +439,9 @@ def test_what_is_packed_is_not_packed_or_calibrated_again_and_takes_no_recipe() 
 
 
 def test_a_dump_of_no_pass_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"dump must list passes, all, find_linears, .*, got 'find_linear'"):
+    with pytest.raises(
+        ValueError, match=r"dump must list passes, all, open_attention, find_linears, .*, got 'find_linear'"
+    ):
         parse_options(None, {"dump": ["rewrite_linears", "find_linear"]})
 
 

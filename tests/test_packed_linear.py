@@ -18,10 +18,7 @@ from micromix_compile.config import MicroMixConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT asks for it
-    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning",  # Dynamo does so
-)
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
 NEAREST = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
 

@@ -210,12 +210,7 @@ def make_encoder(*, batch_first: bool = True) -> nn.TransformerEncoder:
 
 def packed_encoder() -> nn.TransformerEncoder:
     encoder = make_encoder()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        recipe = micromix.calibrate(encoder, [torch.randn(2, 6, 64)], NEAREST)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    return micromix.quantize_(encoder, recipe)
+    return micromix.quantize_(encoder, micromix.calibrate(encoder, [torch.randn(2, 6, 64)], NEAREST))
 
 
 def padding(rows: int) -> Tensor:
