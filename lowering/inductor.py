@@ -50,6 +50,7 @@ class PostGradPasses(CustomGraphPass):
 
     def __init__(self, passes: Sequence[Callable[[fx.Graph], int]], settings: Mapping[str, Any]) -> None:
         self._passes = tuple(passes)
+        self._dumps = bool(settings.get("dump"))
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -64,8 +65,13 @@ class PostGradPasses(CustomGraphPass):
         for graph_pass in self._passes:
             graph_pass(graph)
 
-    def uuid(self) -> str:
-        """Changes with any source file of the package and with the settings."""
+    def uuid(self) -> str | None:
+        """Changes with any source file of the package and with the settings.
+
+        None, with which Inductor leaves its caches alone, where graphs are dumped: from a cache no pass would run.
+        """
+        if self._dumps:
+            return None
         return f"{fingerprint(Path(micromix_compile.__file__).parent)}-{self._settings}"
 
 

@@ -6,19 +6,20 @@ import contextlib
 import copy
 import re
 import sys
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
+from torch._dynamo import eval_frame
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
     from types import FrameType
 
     from torch._guards import Source
@@ -35,6 +36,10 @@ def source_name(placeholder: fx.Node) -> str:
     source = source_of(placeholder)
     if source is None:
         return placeholder.name
+    return _text_of(source)
+
+
+def _text_of(source: Source) -> str:
     name = source.name  # a method up to 2.11, a property since
     return str(name() if callable(name) else name)
 
@@ -92,21 +97,26 @@ def add_static_input(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
 def compile_with_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """torch.compile's own back half, with Inductor options patched in."""
+    """torch.compile's own back half, with Inductor options patched in; with gradients where they are enabled."""
     from torch._inductor.compile_fx import compile_fx
 
-    with torch.no_grad():
-        compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
     assert callable(compiled), "a graph that is not exported compiles to a function"
     return compiled
 
 
-def unlimited_recompiles() -> AbstractContextManager[None]:
-    """Within it Dynamo never gives a function up: each calibration of one model adds to its code's count."""
-    patch: AbstractContextManager[None] = torch._dynamo.config.patch(
-        recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
-    )
-    return patch
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within it, modules of `model` that were compiled in place (`module.compile()`) run as they are."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    calls = [module._compiled_call_impl for module in compiled]
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = call
 
 
 def inductor_options() -> frozenset[str]:
@@ -136,20 +146,79 @@ def mode_options(mode: str) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode))
 
 
-def enclosing_modules() -> list[nn.Module]:
-    """The modules whose methods are running on this thread's stack, innermost first."""
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What one call of torch.compile covers, seen from a frame that runs in it.
+
+    compiled: the module that it was given, or the owner of the method; else the outermost module that runs inside.
+    running: modules that run inside, innermost first. around: those that run around it, likewise.
+    """
+
+    compiled: nn.Module | None
+    running: Sequence[nn.Module]
+    around: Sequence[nn.Module]
+
+
+def running_region() -> Region:
+    """The region that this thread runs or compiles, found by the frame of torch.compile's own wrapper."""
     frame: FrameType | None = sys._getframe()
-    found: list[nn.Module] = []
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if (
-            isinstance(owner, nn.Module)
-            and not isinstance(owner, fx.GraphModule)
-            and all(owner is not module for module in found)
-        ):
-            found.append(owner)
+    running: list[nn.Module] = []
+    compiled: nn.Module | None = None
+    while frame is not None and not _is_compile_wrapper(frame):
+        _add_module(running, frame)
         frame = frame.f_back
+    if frame is not None:
+        function = frame.f_locals["fn"]
+        owner = getattr(function, "__self__", getattr(function, "__wrapped__", function))
+        compiled = original_module(owner) if isinstance(owner, nn.Module) else None
+    around: list[nn.Module] = []
+    while frame is not None:
+        _add_module(around, frame)
+        frame = frame.f_back
+    if compiled is None and running:
+        compiled = running[-1]
+    return Region(compiled, running, [module for module in around if module is not compiled])
+
+
+def _is_compile_wrapper(frame: FrameType) -> bool:
+    code = frame.f_code
+    return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__ and "fn" in frame.f_locals
+
+
+def _add_module(found: list[nn.Module], frame: FrameType) -> None:
+    """Note the module whose method `frame` runs."""
+    if "self" not in frame.f_code.co_varnames:
+        return  # a frame keeps alive what was read of it, so others' variables are not
+    owner = frame.f_locals.get("self")
+    if not isinstance(owner, nn.Module) or isinstance(owner, fx.GraphModule):
+        return
+    module = original_module(owner)
+    if all(module is not other for other in found):
+        found.append(module)
+
+
+def source_modules(placeholders: Iterable[fx.Node]) -> list[nn.Module]:
+    """The outermost modules through which the frame that is being compiled reaches these graph inputs."""
+    frame = InstructionTranslator.current_tx().output.root_tx
+    scope = {"L": frame.f_locals, "G": frame.f_globals}
+    found: list[nn.Module] = []
+    for node in placeholders:
+        source, module = source_of(node), None
+        while source is not None:
+            value = _value_of(source, scope)
+            module = original_module(value) if isinstance(value, nn.Module) else module
+            source = getattr(source, "base", None)
+        if module is not None and all(module is not other for other in found):
+            found.append(module)
     return found
+
+
+def _value_of(source: Source, scope: dict[str, Any]) -> object:
+    """What a source stands for; None for sources that speak of more than values that the frame reaches."""
+    try:
+        return eval(_text_of(source), dict(scope))
+    except (AttributeError, KeyError, IndexError, NameError, NotImplementedError, SyntaxError, TypeError):
+        return None
 
 
 def original_module(module: nn.Module) -> nn.Module:

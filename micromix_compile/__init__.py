@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
+    from micromix_compile.sessions import recipe_of
     from micromix_compile.smoothing import smooth_
+    from micromix_compile.versions import refresh
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "calibrate",
     "calibrate_each",
     "quantize_",
+    "recipe_of",
+    "refresh",
     "seal",
     "smooth_",
 ]
@@ -46,6 +50,8 @@ _HOMES = {
     "calibrate": "calibration",
     "calibrate_each": "calibration",
     "quantize_": "quantize",
+    "recipe_of": "sessions",
+    "refresh": "versions",
     "seal": "checkpoint",
     "smooth_": "smoothing",
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -15,25 +17,30 @@ from micromix_compile import folded_ops, ops
 from micromix_compile.assignment import assign
 from micromix_compile.calibration import compile_observed
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.distributed import check_not_distributed
 from micromix_compile.folded_ops import Kept
-from micromix_compile.lowering import inductor, torch_compat
-from micromix_compile.passes import CALIBRATE_PASSES, CONVERT_PASSES, POST_GRAD_PASSES, run_passes
+from micromix_compile.gradient import wants_gradients
+from micromix_compile.heirloom import inherited_recipe, leave_heirloom
+from micromix_compile.lowering import inductor, recompile_limit, torch_compat
+from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, run_passes
 from micromix_compile.recipe import Recipe
-from micromix_compile.session import LinearState, Session, close_graph, open_graph
+from micromix_compile.session import LinearState, RecipeFile, Session, close_graph, open_graph
+from micromix_compile.sessions import SessionKey, find_session, model_of, remember, watched_file
 from micromix_compile.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import fx
+    from torch._guards import CompileId
+
+    from micromix_compile.lowering.torch_compat import Region
 
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
 
 
 PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, folded_ops.folded_mm)
-
-SessionKey = tuple[tuple[str, ...], MicroMixConfig, object]
 
 PACKED_OPTIONS = frozenset({"strict", "exact", "dump", "dump_dir", "calibration_batches", "calibration_tokens"})
 """Those of ours that a model that is packed already may get: the others ask for another one."""
@@ -44,20 +51,24 @@ class Options:
     """What torch.compile was given, sorted: fields of `MicroMixConfig`, the recipe, Inductor's."""
 
     ours: Mapping[str, Any]
-    recipe: Recipe | str | None
+    recipe: Recipe | RecipeFile | None
     inductor: Mapping[str, Any]
 
     @property
     def key(self) -> SessionKey:
         """Equal for calls that belong to one session. What is left out may mean a default or the recipe's choice."""
-        source = id(self.recipe) if isinstance(self.recipe, Recipe) else self.recipe
+        recipe = self.recipe
+        source = (str(recipe.path), recipe.digest) if isinstance(recipe, RecipeFile) else recipe and id(recipe)
         return tuple(sorted(self.ours)), MicroMixConfig(**self.ours), source
 
-    def make_session(self) -> Session:
-        """A session that quantizes by the recipe, or calibrates first if there is none."""
+    def make_session(self, inherited: Recipe | None = None) -> Session:
+        """A session that quantizes by the recipe, or calibrates first if there is none.
+
+        inherited: a recipe that was made under these options, which takes the place of calibrating.
+        """
         if self.recipe is None:
-            return Session(MicroMixConfig(**self.ours))
-        recipe = self.recipe if isinstance(self.recipe, Recipe) else Recipe.load(self.recipe)
+            return Session(inherited.config if inherited else MicroMixConfig(**self.ours), inherited)
+        recipe = Recipe.load(self.recipe.path) if isinstance(self.recipe, RecipeFile) else self.recipe
         config = MicroMixConfig.from_mapping({**recipe.config.to_dict(), **self.ours})
         assigned = assign(recipe, config) if config != recipe.config else recipe
         return Session(assigned.config, assigned, source=self.recipe)
@@ -81,23 +92,11 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             f"unknown option {refused[0]!r}; the options of this backend are recipe, mode, "
             f"{', '.join(MicroMixConfig.option_names())}; those of Inductor pass through, but {inductor.POST_GRAD_HOOK}"
         )
-    _check_dump(ours.get("dump", ()))
+    MicroMixConfig(**ours)  # refuses values
     from_mode = torch_compat.mode_options(mode) if mode and mode != "default" else {}
-    path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else recipe
-    return Options(ours=ours, recipe=path, inductor={**from_mode, **given})
-
-
-def _check_dump(dump: Sequence[str]) -> None:
-    """Raise ValueError unless there is a pass, or all, to each name; what is no sequence `MicroMixConfig` refuses."""
-    names = ["all", *(one.__name__ for one in (*CONVERT_PASSES, *CALIBRATE_PASSES, *POST_GRAD_PASSES))]
-    unknown = [name for name in dump if name not in names] if isinstance(dump, list | tuple) else []
-    if unknown:
-        raise ValueError(f"dump must list passes, {', '.join(dict.fromkeys(names))}, got {unknown[0]!r}")
-
-
-_model_sessions: WeakKeyDictionary[nn.Module, WeakValueDictionary[SessionKey, Session]] = WeakKeyDictionary()
-_function_sessions: WeakKeyDictionary[Session, SessionKey] = WeakKeyDictionary()
-"""Sessions live as long as a graph that was compiled under them, and take their packed weights with them."""
+    if isinstance(recipe, str | os.PathLike):
+        recipe = watched_file(Path(recipe).absolute())
+    return Options(ours=ours, recipe=recipe, inductor={**from_mode, **given})
 
 
 def micromix(
@@ -111,38 +110,86 @@ def micromix(
 
     With a recipe in the options the linears are quantized at once. Without one the first calls calibrate, eagerly, and
     then the model converts itself. Raises ValueError or TypeError for options, models and recipes that don't fit.
+    Weights that change later are packed anew, unless the change leaves no trace: see `refresh`.
     """
     parsed = parse_options(mode, options)
-    modules = torch_compat.enclosing_modules()
-    session = _session_of_model(modules, parsed) if modules else _session_of_weights(example_inputs, parsed)
+    session = _session_of(gm, example_inputs, parsed)
+    session.versions.add(recompile_limit.current_compile_id())
     if session.recipe is None and not session.is_packed:
-        return compile_observed(session, gm, example_inputs, convert_by_itself=True)
+        return compile_observed(session, gm, example_inputs, on_converted=partial(_leave_heirloom, key=parsed.key))
     return compile_quantized(session, gm, example_inputs, parsed.inductor)
 
 
-def _session_of_model(modules: Sequence[nn.Module], parsed: Options) -> Session:
-    """The session of the model whose forward pass is being compiled: `modules`, innermost first, are running."""
-    for module in modules:
-        if parsed.key in _model_sessions.get(module, {}):
-            return _model_sessions[module][parsed.key]
-    model = torch_compat.original_module(modules[-1])
-    session = parsed.make_session()
+def _session_of(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> Session:
+    """The session that a graph belongs to, made if there is none yet."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    weights = {n: v for n, v in zip(placeholders, example_inputs, strict=True) if isinstance(v, nn.Parameter)}
+    region = torch_compat.running_region()
+    if region.compiled is None:
+        reached = torch_compat.source_modules(weights)
+        region = dataclasses.replace(region, compiled=reached[0] if len(reached) == 1 else None)
+    session = find_session(parsed.key, list(weights.values()), region)
+    if session is None:
+        session = _new_session(parsed, region)
+        remember(parsed.key, session)
+    return session
+
+
+def _new_session(parsed: Options, region: Region) -> Session:
+    model = model_of(region)
+    if model is None:
+        return parsed.make_session()
+    check_not_distributed(model, region.around)
+    session = parsed.make_session(inherited_recipe(model, parsed.key))
     session.prepare(model)
     idle = sorted(set(parsed.ours) - PACKED_OPTIONS) + ["recipe"] * (parsed.recipe is not None)
     if session.takes_no_options and idle:
         raise ValueError(f"{session.model_id} holds packed linears, on which the option {idle[0]} has no effect")
-    return _model_sessions.setdefault(model, WeakValueDictionary()).setdefault(parsed.key, session)
-
-
-def _session_of_weights(example_inputs: Sequence[Any], parsed: Options) -> Session:
-    """The session of a function that was compiled outside any module: the one that knows its weights, or a new one."""
-    weights = [value for value in example_inputs if isinstance(value, nn.Parameter)]
-    for session, key in list(_function_sessions.items()):
-        if key == parsed.key and any(session.knows(weight) for weight in weights):
-            return session
-    session = parsed.make_session()
-    _function_sessions[session] = parsed.key
     return session
+
+
+def _leave_heirloom(session: Session, *, key: SessionKey) -> None:
+    if session.model is not None:
+        leave_heirloom(session.model, key, session)
+
+
+class _PerSession:
+    """Versions count towards the recompile limit beside those of their session only."""
+
+    def check(self) -> None:
+        """Refuse models that are spread over processes, of which Dynamo may compile nothing at all."""
+        region = torch_compat.running_region()
+        if region.compiled is not None:
+            check_not_distributed(region.compiled, region.around)
+
+    def counted(self, backend: Any) -> frozenset[CompileId] | None:
+        """Those of the session of what is running; None where a function has no module to know it by."""
+        region = torch_compat.running_region()
+        if region.compiled is None:
+            return None
+        session = find_session(_options_of(backend).key, [], region)
+        return frozenset() if session is None else frozenset(session.versions)
+
+    def gave_up(self, backend: Any, function: str, limit: str) -> None:
+        """Say that what runs next is not quantized, or refuse to run it."""
+        region, parsed = torch_compat.running_region(), _options_of(backend)
+        model = "a function" if region.compiled is None else type(region.compiled).__name__
+        message = (
+            f"torch.compile gave up on {model} at {limit} (in {function}): its linears run UNQUANTIZED for inputs that "
+            f"no compiled version fits; compile with dynamic=True, or raise the limit"
+        )
+        session = find_session(parsed.key, [], region)
+        if (MicroMixConfig(**parsed.ours) if session is None else session.config).strict:
+            raise RuntimeError(f"strict=True: {message}")
+        logger.warning(message)
+
+
+def _options_of(backend: Any) -> Options:
+    given = getattr(backend, "kwargs", {})
+    return parse_options(given.get("mode"), given.get("options"))
+
+
+recompile_limit.count_apart(micromix, _PerSession())
 
 
 def compile_quantized(
@@ -160,13 +207,15 @@ def compile_quantized(
         _check_target(session.config, example_inputs)
     elif context.sites and not session.is_packed:
         logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
-    compiled = inductor.compile_graph(
-        gm,
-        [*example_inputs, *(node.meta["example_value"] for node in appended)],
-        options=options,
-        post_grad_passes=POST_GRAD_PASSES,
-        settings=session.config.to_dict(),
-    )
+    gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
+    with torch.set_grad_enabled(gradients):
+        compiled = inductor.compile_graph(
+            gm,
+            [*example_inputs, *(node.meta["example_value"] for node in appended)],
+            options=options,
+            post_grad_passes=dumping(POST_GRAD_PASSES, context.dump, context.dump_dir),
+            settings=session.config.to_dict(),
+        )
     position = {node: i for i, node in enumerate(placeholders)}
     inputs = [(position[weight], index) for weight, index in context.inputs]
     weights = sorted({i for i, _ in inputs})
@@ -190,7 +239,7 @@ def compile_quantized(
         session.count_call(states)
         if weights and torch.is_grad_enabled():
             _say_once("micromix runs without gradients: its outputs don't require grad")
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return compiled(*args, *more)
 
     return run

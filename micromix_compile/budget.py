@@ -100,7 +100,8 @@ def _counts(most: int, granularity: int) -> list[int]:
 def _points(group: Candidates, granularity: int) -> list[_Point]:
     channels = group.costs.shape[1]
     assert channels % BLOCK_SIZE == 0, "the order is padded to whole blocks"
-    upto = torch.cat((torch.zeros(3, 1, dtype=torch.float64), group.costs.double().cpu().cumsum(1)), dim=1)
+    costs = group.costs.to("cpu", torch.float64)
+    upto = torch.cat((costs.new_zeros(3, 1), costs.cumsum(1)), dim=1)
     four, six, eight = upto.tolist()
     points = []
     for split in allowed_splits(channels, granularity):

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.lowering import torch_compat
+from micromix_compile.lowering import recompile_limit, torch_compat
+from micromix_compile.memory import naming_out_of_memory
 from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
-from micromix_compile.sensitivity import pull_back
+from micromix_compile.sensitivity import lacks_gradient, pull_back
 from micromix_compile.session import Session, close_graph, open_graph
+from micromix_compile.token_layout import token_mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import fx, nn
+    from torch import fx
+    from torch._guards import CompileId
 
     from micromix_compile.recipe import Recipe
 
@@ -28,6 +34,12 @@ logger = logging.getLogger("micromix_compile")
 
 SENSITIVITY_TOKENS: Final = 4096
 """Tokens of the first batches that are also run backward."""
+
+SENSITIVITY_MEMORY: Final = (
+    "measuring sensitivity, which runs batches forward and backward",
+    "take shorter batches or fewer sequences in each, or a policy other than 'budget', which needs no gradient",
+)
+"""The step, and what would take less memory."""
 
 
 def calibrate(
@@ -68,27 +80,66 @@ def calibrate_each(
     session.prepare(model)
     if session.is_packed and not session.has_candidates:
         raise ValueError(f"{session.model_id} holds packed linears: calibrate the model that they were made from")
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_observed(session, gm, example_inputs, convert_by_itself=False)
-
-    observed = torch.compile(model, backend=backend)
     first = _FirstTokens(SENSITIVITY_TOKENS)
     session.takes_costs = False
-    with torch_compat.unlimited_recompiles():
-        with torch.no_grad():
-            for batch in track(batches, "calibrating", show=progress):
-                first.add(batch)
-                observe_batch(session, observed, batch)
-        if session.needs_costs:
-            _measure_costs(session, model, observed, first.batches, progress)
-    yield from session.recipes()
+    try:
+        with observing(model, partial(compile_observed, session)) as observed:
+            with torch.no_grad():
+                for batch in track(batches, "calibrating", show=progress):
+                    first.add(batch)
+                    observe_batch(session, observed, batch)
+            if session.needs_costs:
+                with naming_out_of_memory(*SENSITIVITY_MEMORY):
+                    _measure_costs(session, model, observed, first.batches, progress)
+        yield from session.recipes(progress=progress)
+    finally:
+        session.release()
+
+
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+"""One observation of a model at a time: to measure costs, Parameters stop asking for gradients meanwhile."""
+
+
+@contextlib.contextmanager
+def observing(
+    model: nn.Module, compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+) -> Iterator[Callable[..., Any]]:
+    """`model` as a function whose graphs `compile_graph` compiles; what was compiled of it before is left alone.
+
+    However often it is called, neither this nor any other use of torch.compile comes nearer to Dynamo's limits. Other
+    threads wait.
+    """
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(gm, example_inputs)
+
+    recompile_limit.count_apart(backend, _Unlimited())
+    with _turns.setdefault(model, threading.RLock()), torch_compat.uncompiled(model):
+        try:
+            yield torch.compile(model, backend=backend)
+        finally:
+            recompile_limit.forget(backend)
+
+
+class _Unlimited:
+    """What is compiled to be run eagerly costs little, and does not last."""
+
+    def check(self) -> None:
+        """The model was looked at before."""
+
+    def counted(self, backend: Any) -> frozenset[CompileId]:
+        """None."""
+        return frozenset()
+
+    def gave_up(self, backend: Any, function: str, limit: str) -> None:
+        """Nothing exceeds a limit where nothing counts, but one of zero."""
+        raise RuntimeError(f"calibration can't run {function}: {limit}")
 
 
 def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:
     """The output of one batch through the observed model."""
     positional, named = _arguments(batch)
-    session.token_mask = named.get("attention_mask")
+    session.token_mask = token_mask_of(positional, named)
     try:
         return observed(*positional, **named)
     except BackendCompilerFailed as error:
@@ -130,6 +181,8 @@ def _measure_costs(
                     probe.release()
         return
     except RuntimeError as error:
+        if not lacks_gradient(error):
+            raise
         logger.warning(
             "%s has no usable gradient (%s): each linear's own output decides where bits go, which is less accurate",
             session.model_id,
@@ -167,11 +220,16 @@ def _arguments(batch: Mapping[str, Any] | Tensor) -> tuple[tuple[Tensor, ...], d
 
 
 def compile_observed(
-    session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any], *, convert_by_itself: bool
+    session: Session,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    on_converted: Callable[[Session], None] | None = None,
 ) -> Callable[..., Any]:
     """The graph as it is, run eagerly, with observers in it.
 
-    convert_by_itself: the session converts once it has seen enough, and reads the attention mask from the graph.
+    on_converted: called when the session converts, which it does by itself where this is given, once it has seen
+    enough; it then reads the attention mask from the graph.
     """
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -180,16 +238,18 @@ def compile_observed(
     names = [torch_compat.source_name(node) for node in placeholders]
     masks = [i for i, name in enumerate(names) if "attention_mask" in name and _is_token_mask(example_inputs[i])]
     starts_pass = _starts_pass(session, names)
-    progress = CallProgress("micromix calibrates", show=convert_by_itself)
+    progress = CallProgress("micromix calibrates", show=on_converted is not None)
 
     def run(*args: Any) -> Any:
         session.check_not_training()
-        if convert_by_itself and (masks or starts_pass):
+        if on_converted is not None and (masks or starts_pass):
             session.token_mask = args[masks[0]] if masks else None
         with torch.set_grad_enabled(session.takes_gradients):
             result = gm.forward(*args)
-        if convert_by_itself and observed and session.recipe is None:
-            _convert_when_done(session, progress)
+        if on_converted is not None and observed:
+            with session.lock:
+                if session.recipe is None and _convert_when_done(session, progress):
+                    on_converted(session)
         return result
 
     return run
@@ -199,7 +259,7 @@ def _starts_pass(session: Session, names: Sequence[str]) -> bool:
     """Whether a graph with these inputs is the beginning of the model's forward pass, not its rest after a break."""
     if any("input_ids" in name or "inputs_embeds" in name for name in names):
         return True
-    running = torch_compat.enclosing_modules()
+    running = torch_compat.running_region().running
     return bool(running) and session.is_model(running[0]) and not any("___stack" in name for name in names)
 
 
@@ -207,19 +267,23 @@ def _is_token_mask(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
-def _convert_when_done(session: Session, progress: CallProgress) -> None:
-    """Convert once every linear has seen enough, or one has gone a batch further: some may never be reached."""
+def _convert_when_done(session: Session, progress: CallProgress) -> bool:
+    """Convert once every linear has seen enough, or one has gone a batch further: some may never be reached.
+
+    Returns whether it did.
+    """
     progress.update(session.observed_batches, session.config.calibration_batches)
-    if session.has_seen_enough():
-        progress.stop()
-        left = session.unobserved()
-        recipe = session.convert()
-        logger.warning(
-            "calibrated on %d batches; %s now runs quantized: %d linears, %.2f element bits, %.2f stored bits%s",
-            session.observed_batches,
-            session.model_id,
-            len(recipe.linears),
-            recipe.element_bits,
-            recipe.stored_bits,
-            f"; {len(left)} were not reached and stay as they are ({left[0]}, ...)" if left else "",
-        )
+    if not session.has_seen_enough():
+        return False
+    progress.stop()
+    left = session.unobserved()
+    recipe = session.convert()
+    logger.warning(
+        "calibrated on %d batches; %s now runs quantized: %d linears, %s%s",
+        session.observed_batches,
+        session.model_id,
+        len(recipe.linears),
+        recipe.bits_text,
+        f"; {len(left)} were not reached and stay as they are ({left[0]}, ...)" if left else "",
+    )
+    return True

@@ -660,9 +660,8 @@ def _generate_quantized(
 
 
 def _summary(recipe: Recipe) -> str:
-    bits = f"{recipe.element_bits:.2f} element bits, {recipe.stored_bits:.2f} stored bits"
     padded = f", {len(recipe.padded)} padded to whole blocks of 32 channels" if recipe.padded else ""
-    return f"{len(recipe.linears)} linears, {bits}, {recipe.stored_bytes / 2**20:.1f} MiB{padded}"
+    return f"{len(recipe.linears)} linears, {recipe.bits_text}, {recipe.stored_bytes / 2**20:.1f} MiB{padded}"
 
 
 def _table(results: Sequence[RowResult], title: str) -> Table:

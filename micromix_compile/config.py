@@ -29,6 +29,12 @@ MIN_TARGET_BITS: Final = 4
 MAX_TARGET_BITS: Final = 16
 """Above 8 only padding and small layers' scales are left to pay for; nothing takes more than twice that."""
 
+DUMPED: Final = (
+    *("find_linears", "insert_observers", "rewrite_linears", "share_activations", "fold_products"),
+    *("fuse_rms_norm", "fuse_residual", "fuse_silu_mul"),
+)
+"""The passes, by name, whose graphs can be dumped."""
+
 DEFAULT_SKIP: Final = (
     "*lm_head",
     "*embed_out",
@@ -71,7 +77,8 @@ class MicroMixConfig:
     seed: of the random output directions in which "budget" measures how much each channel matters.
     calibration_batches, calibration_tokens: the one-line form converts itself after so many batches or tokens,
         whichever comes first.
-    dump: names of passes ("all" for each) whose graph before and after is written to `dump_dir`.
+    dump: names of passes ("all" for each) whose graph before and after is written to `dump_dir`; Inductor's
+        caches are not used then.
 
     Raises ValueError or TypeError that names the field, its value and what is accepted.
     """
@@ -122,6 +129,9 @@ class MicroMixConfig:
         for name in ("skip", "dump"):
             _strings(name, getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in self.dump:
+            if name not in ("all", *DUMPED):
+                raise ValueError(f"dump must list passes, all, {', '.join(DUMPED)}, got {name!r}")
         for name in ("strict", "exact", "scale_search"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -103,7 +103,7 @@ def evaluate(
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows must be (W >= 1, T >= 2), got {tuple(windows.shape)}")
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64, device="cpu")
     for window in track(windows.split(1), label, show=progress):
         logits = _logits(model, window)
         expected = None if reference is None else _logits(reference, window)
@@ -127,7 +127,7 @@ def _compare(logits: Tensor, expected: Tensor | None, targets: Tensor) -> Tensor
 
     logits, expected: (T - 1, V) of any float dtype. targets: (T - 1,) int64.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64, device="cpu")
     for start in range(0, targets.numel(), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         log_q = logits[rows].float().log_softmax(-1)
@@ -155,7 +155,7 @@ def linear_sqnr(model: nn.Module, packed: nn.Module, windows: Tensor) -> dict[st
             exact = output.to(torch.float32)
             noise = linear(args[0]).to(torch.float32) - exact
             energies = torch.stack((exact.square().sum(), noise.square().sum())).to("cpu", torch.float64)
-            sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + energies
+            sums[name] = sums[name] + energies if name in sums else energies
 
         return hook
 

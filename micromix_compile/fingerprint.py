@@ -27,7 +27,7 @@ _FACTORS: Final = (-7046029254386353131, -4417276706812531889, -4658895280553007
 def weight_sample(weight: Tensor) -> Tensor:
     """(32,) float32: evenly spaced elements of `weight`, by which a recipe recognizes it in any float dtype."""
     flat = weight.detach().flatten()
-    index = torch.linspace(0, flat.numel() - 1, SAMPLE_SIZE, dtype=torch.float64).to(torch.int64)
+    index = torch.linspace(0, flat.numel() - 1, SAMPLE_SIZE, dtype=torch.float64, device="cpu").to(torch.int64)
     return flat[index.to(flat.device)].to(device="cpu", dtype=torch.float32)
 
 

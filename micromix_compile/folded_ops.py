@@ -16,17 +16,18 @@ plain PyTorch.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from micromix_compile import folding, gpu, gpu_folded, ops, reference, target
+from micromix_compile.adapters import watch_merges
 from micromix_compile.folding import LOCKS, FoldedActivation, factor_shape, fold_width
 from micromix_compile.formats import ScaleRounding
 from micromix_compile.gpu_folded import MAX_GROUP, FoldedWeight, Residual
 from micromix_compile.recipe import order_dtype
+from micromix_compile.versions import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,14 +60,11 @@ folded_mm: Callable[..., list[Tensor]] = torch.ops.micromix.folded_mm.default
 
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By scales or orders: their version, and what was made from them, which all graphs share."""
+"""By scales or orders: a snapshot of them, and what was made from them, which all graphs share."""
 
 
 def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, *, fp6: str) -> tuple[Tensor, Tensor]:
-    """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change.
-
-    A change in place through `.data`, or of an inference tensor, leaves no trace and is not seen.
-    """
+    """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change."""
 
     def make() -> tuple[Tensor, Tensor]:
         row_scale = folding.weight_row_scale(w4, w6, w8, w_scale, fp6)
@@ -81,17 +79,12 @@ def short_order(channel_perm: Tensor) -> tuple[Tensor]:
 
 
 def _keep(key: Tensor, make: Callable[[], _Made]) -> _Made:
-    version = _version(key)
     kept = _kept.get(key)
-    if kept is None or kept[0] != version:
-        kept = (version, make())
+    if kept is None or not kept[0].holds(key):
+        kept = (Snapshot(key), make())
         _kept[key] = kept
     made: _Made = kept[1]
     return made
-
-
-def _version(key: Tensor) -> tuple[int, int]:
-    return 0 if key.is_inference() else key._version, key.data_ptr()
 
 
 class Kept(Generic[_Value]):
@@ -102,16 +95,15 @@ class Kept(Generic[_Value]):
 
     def __init__(self, make: Callable[..., _Value]) -> None:
         self._make = make
-        self._last: tuple[list[tuple[ref[Tensor], tuple[int, int]]], _Value] | None = None
+        self._last: tuple[list[Snapshot], _Value] | None = None
 
     def of(self, keys: Sequence[Tensor], *args: Any) -> _Value:
         """make(*args), which depends on `keys`, of which there are as many at each call."""
+        watch_merges()
         last = self._last
-        if last is None or any(
-            one() is not key or version != _version(key) for (one, version), key in zip(last[0], keys, strict=True)
-        ):
+        if last is None or not all(one.holds_in_graph(key) for one, key in zip(last[0], keys, strict=True)):
             self._last = last = None  # weights of before are let go before others are made
-            last = ([(ref(key), _version(key)) for key in keys], self._make(*args))
+            last = ([Snapshot(key) for key in keys], self._make(*args))
             self._last = last  # one assignment: another thread may run the same graph with another layer's weights
         return last[1]
 

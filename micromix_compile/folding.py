@@ -88,10 +88,10 @@ def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
     up to `fold_width`. w_fp4: all weights are MXFP4, whatever the activations' formats.
     """
     k4, k6, k8 = (sum(split), 0, 0) if w_fp4 else split
-    halves = torch.arange(k4).reshape(-1, 4, 2, 4).transpose(1, 2).flatten()
-    planes = torch.nn.functional.pad(torch.arange(k4, k4 + k6), (0, k6 % _PAIR), value=-1)
+    halves = torch.arange(k4, device="cpu").reshape(-1, 4, 2, 4).transpose(1, 2).flatten()
+    planes = torch.nn.functional.pad(torch.arange(k4, k4 + k6, device="cpu"), (0, k6 % _PAIR), value=-1)
     planes = planes.reshape(-1, 2, 4, BLOCK_SIZE // 4).transpose(1, 2).flatten()
-    order = torch.cat((halves, planes, torch.arange(k4 + k6, k4 + k6 + k8)))
+    order = torch.cat((halves, planes, torch.arange(k4 + k6, k4 + k6 + k8, device="cpu")))
     return torch.nn.functional.pad(order, (0, fold_width(split, w_fp4=w_fp4) - len(order)), value=-1)
 
 

@@ -135,8 +135,8 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed linears have no gradient."""
-        return False
+        """Adapters around packed linears train; these themselves have no gradient."""
+        return True
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Any dtype of activations works; what the checkpoint says is kept."""
@@ -160,6 +160,7 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
         config=config,
         bias=None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
         device="meta",
+        dtype=weight.dtype,
     )
 
 
@@ -195,7 +196,7 @@ def _await_tensors(packed: MicroMixLinear, *, scale: str) -> None:
     assert stored is not None, "a packed linear has scales"
     buffers[scale] = stored
     weight: Any = torch.empty_like(stored)
-    weight._is_hf_initialized = packed._is_hf_initialized = True  # type: ignore[assignment]
+    weight._is_hf_initialized = packed._is_hf_initialized = True
     vars(packed)["weight"] = weight
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from micromix_compile.fingerprint import same_sample, weight_sample
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Module names by Parameter identity, for every 2-dimensional weight; a tied weight has several names."""
+    return {parameter: names for parameter, names in all_parameter_names(model).items() if parameter.dim() == 2}
+
+
+def all_parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The same for every Parameter."""
     names: dict[nn.Parameter, list[str]] = {}  # tensors hash and compare by identity here
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.dim() == 2:
-            clean = _clean(name).removesuffix(".weight")
-            names.setdefault(parameter, []).append(clean)
+        names.setdefault(parameter, []).append(_clean(name).removesuffix(".weight"))
     return names
 
 
@@ -62,20 +66,35 @@ def match_linears(
 
 
 def find_linear(recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *, model_id: str) -> LinearRecipe | None:
-    """The recipe's linear for one weight, None if it has none. Raises ValueError if the weight is another model's."""
+    """The recipe's linear for one weight, None if it has none.
+
+    Raises ValueError if the weight is another model's, or if it can't be told from others of the recipe.
+    """
     for name in names:
         linear = recipe.linears.get(name)
         if linear is not None:
             _check_same_weight(recipe, linear, parameter, model_id)
             return linear
-    tails = [
-        linear
-        for fqn, linear in recipe.linears.items()
+    tails = {
+        fqn: max(_common_tail(fqn, name) for name in names)
+        for fqn in recipe.linears
         if any(fqn.endswith(f".{name}") or name.endswith(f".{fqn}") for name in names)
-    ]
+    }
     sample = weight_sample(parameter) if tails else None
-    fitting = [linear for linear in tails if sample is not None and _same_weight(linear, parameter, sample)]
-    return fitting[0] if len(fitting) == 1 else None
+    fitting = [fqn for fqn in tails if sample is not None and _same_weight(recipe.linears[fqn], parameter, sample)]
+    nearest = [fqn for fqn in fitting if tails[fqn] == max(tails[other] for other in fitting)]
+    if len(nearest) > 1:
+        raise ValueError(
+            f"{names[-1]} of {model_id} fits several linears of the recipe ({', '.join(nearest)}), whose weights are "
+            f"equal: compile the module that holds it under its full name"
+        )
+    return recipe.linears[nearest[0]] if nearest else None
+
+
+def _common_tail(fqn: str, name: str) -> int:
+    """How many parts of two dotted names are equal, from their ends."""
+    pairs = zip(reversed(fqn.split(".")), reversed(name.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _same_weight(linear: LinearRecipe, parameter: Tensor, sample: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from micromix_compile.recipe import ChannelStatistics, Threshold
+from micromix_compile.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,45 +15,64 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from micromix_compile.recipe import ChannelCosts
+    from micromix_compile.token_layout import Tokens
 
 
 class ChannelObserver:
     """Accumulates a `ChannelStatistics` over calls of `update`.
 
     name: the linear it observes, for errors. in_features: C. thresholds: what to count. with_moment: also keep the
-    second moment, C * C numbers.
+    second moment, C * C numbers. layout: what is known of the model's linears.
     """
 
     def __init__(
-        self, name: str, in_features: int, thresholds: Sequence[Threshold], *, with_moment: bool = False
+        self,
+        name: str,
+        in_features: int,
+        thresholds: Sequence[Threshold],
+        *,
+        with_moment: bool = False,
+        layout: TokenLayout | None = None,
     ) -> None:
         self.name = name
+        self._layout = layout or TokenLayout()
         self.moment: Tensor | None = None
         """(C, C) float32: the sum of x x^T over the tokens seen, on the device of x; None before the first."""
         self._with_moment = with_moment
         self.batches = 0
         self.tokens = 0
-        self._abs_mean = torch.zeros(in_features)
-        self._abs_max = torch.zeros(in_features)
+        self._abs_mean = torch.zeros(in_features, dtype=torch.float32, device="cpu")
+        self._abs_max = torch.zeros(in_features, dtype=torch.float32, device="cpu")
         self._below: dict[Threshold, int] = dict.fromkeys(thresholds, 0)
 
-    def update(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+    def update(self, x: Tensor, token_mask: Tensor | None = None, source: Tensor | None = None) -> None:
         """Count one batch.
 
-        x: (..., C) float, its first dimension the samples if it has three or more. token_mask: (B, T) attention mask of
-            the forward pass: tokens where it is 0 are padding and are not counted. x of (B * T, C) is taken apart
-            into samples by it; a mask of another size is ignored.
+        x: (..., C) float. token_mask: (B, T) attention mask of the forward pass: tokens where it is 0 are padding and
+            are not counted; x may be (B, T, C), (T, B, C) or either flattened (see `token_layout`). source: what x was
+            flattened from, whose shape counts.
         Raises ValueError if a counted token holds a NaN or an infinity.
         """
-        if x.dim() == 2 and token_mask is not None and x.shape[0] == token_mask.numel():
-            x = x.unflatten(0, token_mask.shape)
-        samples = x.detach() if x.dim() >= 3 else x.detach().unsqueeze(0)
-        fits = token_mask is not None and token_mask.shape == samples.shape[:-1]
-        masks = [None] * samples.shape[0] if token_mask is None or not fits else token_mask.to(x.device, torch.bool)
-        for sample, keep in zip(samples, masks, strict=True):
+        shape, keep, time_first = self._read(x, token_mask, source)
+        keep = None if keep is None or bool(keep.all()) else keep
+        samples = x.detach().reshape(*shape, x.shape[-1])
+        if time_first:
+            samples, keep = samples.transpose(0, 1), None if keep is None else keep.T
+        if samples.dim() < 3:
+            samples, keep = samples.unsqueeze(0), None if keep is None else keep.unsqueeze(0)
+        masks = [None] * samples.shape[0] if keep is None else keep.to(x.device)
+        for sample, kept in zip(samples, masks, strict=True):
             rows = sample.reshape(-1, sample.shape[-1])
-            self._add_sample(rows if keep is None else rows[keep])
+            self._add_sample(rows if kept is None else rows[kept])
         self.batches += 1
+
+    def kept(self, x: Tensor, token_mask: Tensor | None, source: Tensor | None = None) -> Tensor | None:
+        """What of x (..., C), an input or an output of its linears, is no padding: bool (rows,), None if all counts."""
+        keep = self._read(x, token_mask, source).keep
+        return None if keep is None else keep.reshape(-1)
+
+    def _read(self, x: Tensor, token_mask: Tensor | None, source: Tensor | None) -> Tokens:
+        return self._layout.read(self.name, (x if source is None else source).shape[:-1], token_mask)
 
     def _add_sample(self, rows: Tensor) -> None:
         if not rows.shape[0]:

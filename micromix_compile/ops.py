@@ -4,6 +4,7 @@
     micromix::rms_norm_reorder_quantize(x, weight, eps, channel_perm, ...)       -> (q4, q6, q8, scale)
     micromix::silu_mul_reorder_quantize(gate, up, channel_perm, ...)             -> (q4, q6, q8, scale)
     micromix::mixed_mx_mm(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype) -> (M, N)
+    micromix::dequantize_weight(w4, w6, w8, w_scale, channel_perm, channels, fp6, dtype)  -> (N, C)
 
 Layouts are in `packing`, arithmetic in `reference`. Here each op gets its schema, its shapes for tracing, and its plain
 PyTorch implementation for any device. On a CPU the first call loads `native`, whose kernels then take the ops over; on
@@ -37,11 +38,16 @@ _lib.define(
     "mixed_mx_mm(Tensor x4, Tensor x6, Tensor x8, Tensor x_scale, Tensor w4, Tensor w6, Tensor w8, Tensor w_scale, "
     "Tensor? bias, str fp6, ScalarType out_dtype) -> Tensor"
 )
+_lib.define(
+    "dequantize_weight(Tensor w4, Tensor w6, Tensor w8, Tensor w_scale, Tensor channel_perm, SymInt channels, str fp6, "
+    "ScalarType dtype) -> Tensor"
+)
 
 reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.reorder_quantize.default
 rms_norm_reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.rms_norm_reorder_quantize.default
 silu_mul_reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.silu_mul_reorder_quantize.default
 mixed_mx_mm: Callable[..., Tensor] = torch.ops.micromix.mixed_mx_mm.default
+dequantize_weight: Callable[..., Tensor] = torch.ops.micromix.dequantize_weight.default
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,6 +120,17 @@ def _mixed_mx_mm(
     return reference.mixed_mx_mm(x, w4, w6, w8, w_scale, bias, fp6=fp6, out_dtype=out_dtype)
 
 
+def _dequantize_weight(
+    w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, channel_perm: Tensor, channels: int, fp6: str,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    values = reference.dequantize_weight(w4, w6, w8, w_scale, fp6).to(dtype)
+    place = channel_perm.to(torch.int64)
+    place = torch.where(place < 0, channels, place)  # padding goes behind the last channel
+    out = values.new_zeros(values.shape[0], channels + 1).index_copy_(1, place, values)
+    return out[:, :channels].contiguous()
+
+
 def _fake_reorder_quantize(
     x: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
 ) -> Quantized:
@@ -151,11 +168,19 @@ def _fake_mixed_mx_mm(
     return x_scale.new_empty((x_scale.shape[0], w_scale.shape[0]), dtype=out_dtype)
 
 
+def _fake_dequantize_weight(
+    w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, channel_perm: Tensor, channels: int, fp6: str,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return w_scale.new_empty((w_scale.shape[0], channels), dtype=dtype)
+
+
 for _name, _kernel, _fake in (
     ("reorder_quantize", _reorder_quantize, _fake_reorder_quantize),
     ("rms_norm_reorder_quantize", _rms_norm_reorder_quantize, _fake_rms_norm_reorder_quantize),
     ("silu_mul_reorder_quantize", _silu_mul_reorder_quantize, _fake_silu_mul_reorder_quantize),
     ("mixed_mx_mm", _mixed_mx_mm, _fake_mixed_mx_mm),
+    ("dequantize_weight", _dequantize_weight, _fake_dequantize_weight),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"micromix::{_name}", _fake, lib=_lib)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from micromix_compile import gpu_rounding, ops, packing, reference, rounding
 from micromix_compile.assignment import padded_channels
 from micromix_compile.checkpoint import QUANT_METHOD, SCHEMA_VERSION
+from micromix_compile.dequantized import DequantizedWeight
+from micromix_compile.distributed import check_not_distributed
 from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.gradient import packed_product
 from micromix_compile.matching import match_linears, model_id, named_modules, parameter_names
 from micromix_compile.recipe import PackedWeight, Recipe, Split, weight_split
+from micromix_compile.replacing import leave_fast_paths, replace, take_over, why_not_replaced
 from micromix_compile.target import triton_family
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.recipe import GroupRecipe, LinearRecipe
@@ -116,11 +120,28 @@ class ChannelOrder(nn.Module):
         destination[f"{prefix}channel_perm"] = destination[f"{prefix}channel_perm"].clone()
 
 
-class MicroMixLinear(nn.Module):
+class _WeightReader:
+    """`module.weight` of a packed linear. What stands in its place while a checkpoint is loaded goes first.
+
+    No property, which nothing in the module's own namespace could stand in for.
+    """
+
+    def __get__(self, module: MicroMixLinear | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        loading = module._buffers.get("weight")
+        return module.dequantized() if loading is None else loading
+
+
+class MicroMixLinear(nn.Linear):
     """A linear layer that holds packed weights only.
 
     order: one module shared by all linears of a group. Buffers: weight_q4, weight_q6, weight_q8 and weight_scale as in
-    `PackedWeight`. bias: (N,) or None. forward: (..., C) float -> (..., N) of the same dtype.
+    `PackedWeight`. bias: (N,) or None. weight: (N, C), made from these whenever it is read, and read-only; weight_dtype
+    is its dtype, that of the weight which was packed, and follows conversions of the module.
+
+    forward: (..., C) float -> (..., N) of the same dtype. The gradient with respect to the input and the bias is that
+    of the dequantized weight; packed weights have none, so that adapters around them can be trained, not they.
     """
 
     weight_q4: Tensor
@@ -137,13 +158,15 @@ class MicroMixLinear(nn.Module):
         config: MicroMixConfig,
         bias: nn.Parameter | None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features = in_features
         self.out_features = out_features
         self.split = split
         self.fp6 = config.fp6
         self.scale_rounding = str(config.scale_rounding)
+        self.weight_dtype = dtype or torch.get_default_dtype()
         k4, k6, k8 = weight_split(split, config.weights)
         n, channels = out_features, sum(split)
         self.order = ChannelOrder(torch.empty(channels, dtype=torch.int32, device=device))
@@ -154,7 +177,40 @@ class MicroMixLinear(nn.Module):
             ("scale", (n, channels // 32)),
         ):
             self.register_buffer(f"weight_{name}", torch.empty(shape, dtype=torch.uint8, device=device))
-        self.bias = bias
+        self.register_parameter("bias", bias)
+
+    if not TYPE_CHECKING:
+        weight = _WeightReader()
+
+    def dequantized(self) -> Tensor:
+        """The weight (N, C) in the model's order of channels, as `weight_dtype`; its values are made when read."""
+        shape = (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():
+            return self._dequantize()  # an operation of the graph, which goes away where only the dtype is read
+        return DequantizedWeight(self._dequantize, shape, self.weight_dtype, self.weight_scale.device)
+
+    def _dequantize(self) -> Tensor:
+        weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale, self.order.channel_perm)
+        out: Tensor = torch.ops.micromix.dequantize_weight(*weight, self.in_features, self.fp6, self.weight_dtype)
+        return out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AttributeError for `weight`, unless a buffer is called so: forward would not use it."""
+        if name == "weight" and name not in self._buffers:
+            raise AttributeError("the weight of a packed linear can't be set: put an nn.Linear in its place")
+        super().__setattr__(name, value)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As usual. A buffer called `weight` hides the packed one as long as it is there."""
+        if name == "weight":
+            self._buffers.setdefault(name, None)
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        converted = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight_scale.device))
+        self.weight_dtype = converted.dtype
+        return self
 
     def load_packed(self, packed: PackedWeight, channel_perm: Tensor) -> None:
         """Take over packed tensors without a copy."""
@@ -191,14 +247,10 @@ class MicroMixLinear(nn.Module):
             raise ValueError(f"x must have {self.in_features} channels, got shape {tuple(x.shape)}")
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows = x.reshape(-1, self.in_features)
-        quantized = torch.ops.micromix.reorder_quantize(
-            rows, self.order.channel_perm, *self.split, self.fp6, self.scale_rounding
-        )
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
-        out = torch.ops.micromix.mixed_mx_mm(*quantized, *weight, self.bias, self.fp6, x.dtype)
-        result: Tensor = out.reshape(*x.shape[:-1], self.out_features)
-        return result
+        layout = (self.split, self.fp6, self.scale_rounding)
+        out = packed_product(x.reshape(-1, self.in_features), self.bias, self.order.channel_perm, weight, *layout)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -209,56 +261,112 @@ class MicroMixLinear(nn.Module):
 def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by `MicroMixLinear` in place; the original weights are freed. Returns `model`.
 
-    Weights that something else still uses (tied embeddings) stay alive through that user. A Hugging Face model can be
-    saved with save_pretrained afterwards. Raises ValueError if the recipe was made for another model, naming both, or
-    if one of its linears is packed already.
+    Weights that something else still uses (tied embeddings) stay alive through that user. Hooks of a replaced linear
+    move to the packed one. A linear that would lose something stays as it is: one with an overridden forward, a
+    parametrization, a class of its own or more than a weight and a bias, and what nn.MultiheadAttention reads past its
+    linears. The log says so, and `model.micromix_refused`, a dict of names and reasons, lists them. A Hugging Face
+    model can be saved with save_pretrained afterwards.
+
+    Raises ValueError if the recipe was made for another model, naming both, if one of its linears is packed already,
+    or if one has to stay and the recipe's config is strict. The model is as it was then: nothing is replaced before
+    everything is packed, for which there must be memory.
     """
     wrapped = model
     model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() before quantize_")
+    check_not_distributed(model)
     names = parameter_names(model)
     modules = named_modules(model)
     if already := [fqn for fqn in recipe.linears if isinstance(modules.get(fqn), MicroMixLinear)]:
         raise ValueError(f"{model_id(model)} is packed already: {already[0]} is a MicroMixLinear")
     matched = match_linears(recipe, names, model_id=model_id(model))
-    described: dict[str, dict[str, Any]] = {}
-    with torch.no_grad():
-        for parameter, linear in matched:
-            own = [name for name in names[parameter] if name in modules and is_linear_module(modules[name])]
-            if not own:
-                logger.warning("%s is no nn.Linear: it stays as it is", linear.fqn)
-                continue
-            packed = _pack_module(modules[own[0]], linear, recipe)
-            for name in own:
-                parent, _, child = name.rpartition(".")
-                setattr(modules[parent], child, packed)
-                shape = {"in_features": linear.in_features, "out_features": linear.out_features}
-                described[name] = {**shape, "split": list(linear.split), "group": linear.group.name}
-    share_orders(model, {name: str(d["group"]) for name, d in described.items()})
+    places, refused = _places([(names[parameter], linear) for parameter, linear in matched], modules)
+    _say_refused(refused, strict=recipe.config.strict)
+    replacements = _packed_modules(places, modules, recipe)
+    replace(modules, replacements)
+    described = {name: _description(linear) for name, linear in places.items()}
+    share_orders(model, {name: linear.group.name for name, linear in places.items()})
     _describe(model, recipe.config, described)
-    logger.info("quantized %d linears to %.2f stored bits", len(described), recipe.stored_bits)
+    model.micromix_refused = refused
+    logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
     return wrapped
 
 
-def _pack_module(module: nn.Module, linear: LinearRecipe, recipe: Recipe) -> MicroMixLinear:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, nn.Parameter), "a linear module has a weight"
-    packed = MicroMixLinear(
+def _places(
+    matched: Sequence[tuple[Sequence[str], LinearRecipe]], modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, LinearRecipe], dict[str, str]]:
+    """By name: the linears to replace, and why others stay. An embedding that is tied to a linear stays as a matter
+    of course."""
+    places: dict[str, LinearRecipe] = {}
+    refused: dict[str, str] = {}
+    for names, linear in matched:
+        for name in names:
+            reason = why_not_replaced(name, modules)
+            if reason is None:
+                places[name] = linear
+            elif not isinstance(modules.get(name), nn.Embedding):
+                refused[name] = reason
+    return places, refused
+
+
+def _say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
+    """Raise ValueError if `strict`, and something is refused."""
+    if refused and strict:
+        raise ValueError(f"strict=True: {'; '.join(f'{name} stays as it is: {why}' for name, why in refused.items())}")
+    for name, reason in refused.items():
+        logger.warning("%s stays as it is: %s", name, reason)
+
+
+def _packed_modules(
+    places: Mapping[str, LinearRecipe], modules: Mapping[str, nn.Module], recipe: Recipe
+) -> dict[str, nn.Module]:
+    """The packed linear for each name. Modules keep apart, as their biases do; a tied weight is packed once."""
+    made: dict[nn.Module, MicroMixLinear] = {}
+    packed: dict[tuple[int, bool], PackedWeight] = {}
+    with torch.no_grad():
+        for name, linear in places.items():
+            module = modules[name]
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter), "a linear module has a weight"
+            matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
+            key = id(weight), isinstance(module, nn.Linear)
+            if key not in packed:
+                packed[key] = packed_weight(matrix, linear, recipe)
+            if module not in made:
+                made[module] = _pack_module(module, weight, packed[key], linear, recipe.config)
+    return {name: made[modules[name]] for name in places}
+
+
+def _pack_module(
+    module: nn.Module, weight: nn.Parameter, packed: PackedWeight, linear: LinearRecipe, config: MicroMixConfig
+) -> MicroMixLinear:
+    bias = module.bias
+    made = MicroMixLinear(
         in_features=linear.in_features,
         out_features=linear.out_features,
         split=linear.split,
-        config=recipe.config,
+        config=config,
         bias=nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, nn.Parameter) else None,
         device="meta",
+        dtype=weight.dtype,
     )
-    matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
-    packed.load_packed(packed_weight(matrix, linear, recipe), linear.group.channel_perm.to(weight.device))
-    return packed.train(module.training)
+    made.load_packed(packed, linear.group.channel_perm.to(weight.device))
+    take_over(made, module)
+    return made
+
+
+def _description(linear: LinearRecipe) -> dict[str, Any]:
+    shape = {"in_features": linear.in_features, "out_features": linear.out_features}
+    return {**shape, "split": list(linear.split), "group": linear.group.name}
 
 
 def share_orders(model: nn.Module, groups: Mapping[str, str]) -> None:
-    """Let the packed linears of a group, name -> group, hold one order: sharing is how one quantize serves them all."""
+    """Let the packed linears of a group, name -> group, hold one order: sharing is how one quantize serves them all.
+
+    Also has fused paths of torch.nn around them left.
+    """
+    leave_fast_paths(model, MicroMixLinear)
     first: dict[str, ChannelOrder] = {}
     for name, group in groups.items():
         module = model.get_submodule(name)
@@ -271,9 +379,3 @@ def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_file()}
         model.config.quantization_config = {**fields, "linears": linears}  # type: ignore[union-attr]
-
-
-def is_linear_module(module: nn.Module) -> bool:
-    """nn.Linear, or of Hugging Face's the Conv1D of GPT-2, whose weight is (C, N), or Falcon's linear."""
-    named = type(module).__name__ in ("Conv1D", "FalconLinear")
-    return type(module) is nn.Linear or (named and isinstance(getattr(module, "weight", None), nn.Parameter))

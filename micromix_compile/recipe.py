@@ -37,7 +37,7 @@ class PackedWeight(NamedTuple):
     w_scale: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChannelCosts:
     """What each channel costs in each of `COST_FORMATS`: predicted divergence of the model's output, nats a token.
 
@@ -59,7 +59,7 @@ class Threshold:
     signed: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChannelStatistics:
     """What the observers saw of one activation with C channels.
 
@@ -82,7 +82,7 @@ def order_dtype(channels: int) -> torch.dtype:
     return torch.int16 if channels <= torch.iinfo(torch.int16).max + 1 else torch.int32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GroupRecipe:
     """Order and split of one activation, shared by the linears that read it.
 
@@ -100,7 +100,7 @@ class GroupRecipe:
         return self.channel_perm.to(device, order_dtype(self.channel_perm.numel()))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LinearRecipe:
     """One linear layer of the recipe. For weight_sample, (32,) float32, and weight_checksums see `fingerprint`.
 
@@ -136,12 +136,13 @@ def packed_shapes(n: int, split: Split) -> tuple[tuple[int, ...], ...]:
     return (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, (k4 + k6 + k8) // BLOCK_SIZE)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Recipe:
     """Calibration's result for one model.
 
     model_id: the model it was made for. linears: by fully qualified name. refused: name -> why it stays as it is.
     packed: fully qualified name -> weight, for configs that round weights while calibrating; else empty.
+    left_alone: how many other parameters the model has, and their bytes, if it is known.
     """
 
     config: MicroMixConfig
@@ -149,6 +150,7 @@ class Recipe:
     linears: Mapping[str, LinearRecipe]
     refused: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+    left_alone: tuple[int, int] | None = None
 
     @property
     def groups(self) -> dict[str, GroupRecipe]:
@@ -182,6 +184,24 @@ class Recipe:
     def stored_bits(self) -> float:
         """Stored bits per weight."""
         return 8 * self.stored_bytes / max(self.parameters, 1)
+
+    @property
+    def model_parameters(self) -> int | None:
+        """All parameters of the model, linears and others; None where that was not recorded."""
+        return None if self.left_alone is None else self.parameters + self.left_alone[0]
+
+    @property
+    def model_bits(self) -> float | None:
+        """Stored bits a parameter of the whole model, whose other parameters keep their dtype; None as above."""
+        if self.left_alone is None:
+            return None
+        return 8 * (self.stored_bytes + self.left_alone[1]) / max(self.parameters + self.left_alone[0], 1)
+
+    @property
+    def bits_text(self) -> str:
+        """The averages for people: of the linears, and of the whole model if that is known."""
+        whole = "" if self.model_bits is None else f" ({self.model_bits:.2f} over all parameters of the model)"
+        return f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}"
 
     def stored_bytes_of(self, linear: LinearRecipe) -> int:
         """Bytes of one linear's packed weight with scales and padding."""

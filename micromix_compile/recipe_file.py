@@ -90,6 +90,7 @@ _FIELDS: Final = {
     "groups": [_GROUP],
     "linears": [_LINEAR],
     "refused": Each(STRING),
+    "left_alone": OrNull((integer(0), integer(0))),  # files of before lack it
 }
 """In the order in which they are checked."""
 
@@ -150,6 +151,7 @@ def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
         "groups": groups,
         "linears": linears,
         "refused": dict(recipe.refused),
+        "left_alone": None if recipe.left_alone is None else list(recipe.left_alone),
     }
     digests = {name: _digest(value) for name, value in (*fields.items(), *tensors.items())}
     return tensors, {name: json.dumps(value) for name, value in (*fields.items(), ("digests", digests))}
@@ -208,6 +210,7 @@ def _check_digests(fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def _build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Recipe:
+    fields = {"left_alone": None, **fields}
     for name, wanted in _FIELDS.items():
         if name not in fields:
             raise FieldError(f"{name} is missing")
@@ -226,7 +229,14 @@ def _build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Recipe:
     extra = sorted(set(fields) - set(_FIELDS) | lonely | parts.left)
     if extra:
         raise FieldError(f"{named(extra[0])} belongs to no linear of the recipe")
-    return Recipe(config=config, model_id=fields["model_id"], linears=linears, refused=fields["refused"], packed=packed)
+    return Recipe(
+        config=config,
+        model_id=fields["model_id"],
+        linears=linears,
+        refused=fields["refused"],
+        packed=packed,
+        left_alone=None if fields["left_alone"] is None else tuple(fields["left_alone"]),
+    )
 
 
 def _check_unique(place: str, names: list[str]) -> None:

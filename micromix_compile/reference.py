@@ -6,6 +6,7 @@ tensors, runs on any device, and follows OCP MX v1.0 (element encodings: 5.3; do
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,9 @@ def decode(code: Tensor, fmt: ElemFormat) -> Tensor:
     step = exponent.clamp(min=1) + (E8M0_BIAS - fmt.bias - fmt.mantissa_bits)
     value = significand * (step << 23).view(torch.float32)
     if fmt.max_code < (1 << (fmt.bits - 1)) - 1:
-        special = torch.where((magnitude == fmt.max_code + 1) & (mantissa == 0), torch.inf, torch.nan)
+        special = torch.where(
+            (magnitude == fmt.max_code + 1) & (mantissa == 0), torch.inf, torch.full_like(value, torch.nan)
+        )
         value = torch.where(magnitude > fmt.max_code, special, value)
     return torch.where(sign == 1, -value, value)
 
@@ -83,7 +86,7 @@ def scale_byte(amax: Tensor, fmt: ElemFormat, scale_rounding: ScaleRounding) -> 
     rounding = ScaleRounding(scale_rounding)
     bits = amax.view(torch.int32) & 0x7FFFFFFF  # a NaN may carry a sign
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
-    max_mantissa = int(torch.tensor(fmt.max_value).view(torch.int32)) & 0x7FFFFF
+    max_mantissa = int((2 * math.frexp(fmt.max_value)[0] - 1) * 2**23)
     half_step = 1 << (22 - fmt.mantissa_bits)
     if rounding == ScaleRounding.FLOOR:
         carry = torch.zeros_like(exponent)

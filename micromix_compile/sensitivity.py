@@ -12,6 +12,7 @@ Where gradients cannot be had, both errors are measured at the output of each li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile.formats import BLOCK_SIZE, ScaleRounding, elem_format
+from micromix_compile.memory import is_out_of_memory
 from micromix_compile.recipe import COST_FORMATS, ChannelCosts
 from micromix_compile.reference import scale_byte, scale_value
 from micromix_compile.rounding import round_elements
@@ -37,8 +39,8 @@ class CostProbe:
         self.gradients = gradients
         self._scale_rounding = scale_rounding
         self._tokens = 0
-        self._error = torch.zeros(len(COST_FORMATS), in_features, dtype=torch.float64)
-        self._energy = torch.zeros(in_features, dtype=torch.float64)
+        self._error = torch.zeros(len(COST_FORMATS), in_features, dtype=torch.float64, device="cpu")
+        self._energy = torch.zeros(in_features, dtype=torch.float64, device="cpu")
         self._output_energy: dict[str, Tensor] = {}  # per linear (N,): of gradients, or of the outputs themselves
         self._leaves: list[Tensor] = []
 
@@ -145,18 +147,27 @@ def pull_back(output: object, token_mask: Tensor | None, generator: torch.Genera
 
     A language model's output (a mapping with "logits") is asked for its Fisher information: the gradient of -log p(y)
     with y drawn from the model. Any other float output is taken as the mean of a unit normal distribution.
-    token_mask: (B, T); tokens where it is 0 don't count.
+    token_mask: (B, T); tokens where it is 0 don't count, be the output (B, T, ...) or (T, B, ...).
     """
     values, is_logits = _output_tensor(output)
     if values is None or not values.requires_grad:
         return False
     with torch.no_grad():
         direction = _fisher_direction(values, generator) if is_logits else _normal_like(values, generator)
-        if token_mask is not None and token_mask.shape == direction.shape[: token_mask.dim()]:
-            mask = token_mask.to(direction.device, direction.dtype)
+        mask = token_mask if token_mask is None or token_mask.shape == direction.shape[:2] else token_mask.mT
+        if mask is not None and mask.shape == direction.shape[: mask.dim()]:
+            mask = mask.to(direction.device, direction.dtype)
             direction *= mask.reshape(*mask.shape, *[1] * (direction.dim() - mask.dim()))
     values.backward(direction)
     return True
+
+
+_OF_GRADIENTS = re.compile(r"grad|backward|derivative|in-?place|inference tensor", re.IGNORECASE)
+
+
+def lacks_gradient(error: RuntimeError) -> bool:
+    """Whether torch says by `error` that a model cannot be run backward, not that memory or something else fails."""
+    return not is_out_of_memory(error) and _OF_GRADIENTS.search(str(error)) is not None
 
 
 def _output_tensor(output: object) -> tuple[Tensor | None, bool]:
@@ -173,11 +184,13 @@ def _fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     direction = logits.to(torch.float32).softmax(-1)
     rows = direction.reshape(-1, direction.shape[-1])
     # Drawn on the CPU from the inverse of the distribution function, so that every device draws alike.
-    uniform = torch.rand(rows.shape[0], 1, generator=generator).to(rows.device)
+    uniform = torch.rand(rows.shape[0], 1, generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
     drawn = torch.searchsorted(rows.cumsum(-1), uniform).clamp(max=rows.shape[1] - 1)
     rows.scatter_add_(1, drawn, torch.full_like(drawn, -1.0, dtype=rows.dtype))
     return rows.reshape(direction.shape).to(logits.dtype)
 
 
 def _normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
+    return torch.randn(values.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+        values.device, values.dtype
+    )

@@ -7,10 +7,13 @@ torch.compile compile again by itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
+import hashlib
 import itertools
 import logging
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,20 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from micromix_compile.assignment import assign, channel_order, thresholds_to_count
+from micromix_compile.candidates import left_alone, why_never_linear
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.distributed import check_not_distributed, check_real
 from micromix_compile.fingerprint import Checksums, weight_sample
 from micromix_compile.lowering import torch_compat
-from micromix_compile.matching import find_linear, model_id, named_modules, parameter_names
+from micromix_compile.matching import all_parameter_names, find_linear, model_id, named_modules
 from micromix_compile.observer import ChannelObserver
 from micromix_compile.passes import LinearPlan, PassContext
+from micromix_compile.progress import track
 from micromix_compile.quantize import MicroMixLinear, packed_weight, round_weights
 from micromix_compile.recipe import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.sensitivity import CostProbe
+from micromix_compile.token_layout import TokenLayout
+from micromix_compile.versions import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import fx
+    from torch._guards import CompileId
 
     from micromix_compile.recipe import PackedWeight
 
@@ -54,19 +64,23 @@ COVERAGE_CALLS = frozenset({3, 10, 30, 100, 300, 1000})
 class LinearState:
     """One weight: what it is called, who observes its input, what was decided, its packed form.
 
-    key: phase, split and group; the graphs that use the weight are guarded by it. transposed: known from its first use.
+    key: phase, split and group; the graphs that use the weight are guarded by it. file: what the recipe was read from,
+    if it was; they are guarded by its content, too. transposed: known from its first use. looks_linear: as long as no
+    graph was seen; otherwise it counts as a linear only where one uses it so.
     """
 
     names: list[str]
     parameter: ref[nn.Parameter]
     key: Key = ()
+    file: RecipeFile | None = None
     refusal: str | None = None
+    looks_linear: bool = True
     transposed: bool | None = None
     observer: ChannelObserver | None = None
     probe: CostProbe | None = None
     linear: LinearRecipe | None = None
     packed: PackedTensors | None = None
-    version: tuple[int, int] | None = None
+    snapshot: Snapshot | None = None
     calls: int = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -78,11 +92,36 @@ class LinearState:
         """The name it goes by; a tied weight is called after its last use, which is the linear."""
         return self.names[-1]
 
+    @property
+    def recipe_digest(self) -> str:
+        """Of the recipe's file as it is now."""
+        return "" if self.file is None else self.file.digest
+
+
+@dataclass(slots=True, eq=False)
+class RecipeFile:
+    """A recipe given by its path, and known by its content: a file that is written anew is another recipe."""
+
+    path: Path
+    _stamp: tuple[int, ...] = ()
+    _digest: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file as it is now; of a file that can't be read any more, as it was."""
+        with contextlib.suppress(OSError):
+            status = self.path.stat()
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if stamp != self._stamp:
+                self._digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+                self._stamp = stamp
+        return self._digest
+
 
 class Session:
     """One model's state while it is calibrated and after. It is what the passes call their owner.
 
-    source: what the recipe was made from, kept alive so that its identity can name the session.
+    source: what the recipe was made from: an object, kept alive so that its identity can name the session, or a file.
     also: further configs that recipes are to be made for from the same calibration.
     """
 
@@ -99,9 +138,13 @@ class Session:
         self.configs = (config, *also)
         self.recipe = recipe
         self.model_id = "a function"
-        self.token_mask: Tensor | None = None  # (B, T), of the forward pass that is being observed
+        self.lock = threading.RLock()  # of what is observed, and of the change from calibrating to quantized
+        self.versions: set[CompileId] = set()
+        """What Dynamo has compiled in the present phase."""
+        self._pass = threading.local()
         self.state_attribute = f"_micromix_{number}"
         self._source = source
+        self._layout = TokenLayout()
         self._model: ref[nn.Module] | None = None
         self._refusals: dict[str, str] = {}
         self.takes_statistics = True
@@ -114,16 +157,27 @@ class Session:
         self._enough_at: int | None = None
         finalize(self, _forget, self._states, self.state_attribute)
 
+    @property
+    def token_mask(self) -> Tensor | None:
+        """(B, T): the attention mask of the forward pass that this thread observes."""
+        return getattr(self._pass, "token_mask", None)
+
+    @token_mask.setter
+    def token_mask(self, mask: Tensor | None) -> None:
+        self._pass.token_mask = mask
+
     # Names
 
     def prepare(self, model: nn.Module) -> None:
         """Name every 2-dimensional weight of `model` and put it into the present phase.
 
-        Raises ValueError if nothing in `model` can be quantized, or if the recipe is for another model.
+        Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, or if its weights
+        are spread over processes.
         """
         self.model_id = model_id(model)
         self._model = ref(model)
         check_not_training(model)
+        check_not_distributed(model)
         self._name_parameters(model)
         self.is_packed = any(isinstance(module, MicroMixLinear) for module in model.modules())
         if self.is_packed:
@@ -142,38 +196,43 @@ class Session:
     def _name_parameters(self, model: nn.Module) -> None:
         self._states[:] = [state for state in self._states if state.parameter() is not None]
         modules = named_modules(model)
-        for parameter, names in parameter_names(model).items():
-            if not self.knows(parameter):
-                owners = [modules.get(name) for name in names]
-                self._add(parameter, names, is_embedding=all(isinstance(owner, nn.Embedding) for owner in owners))
+        for parameter, names in all_parameter_names(model).items():
+            if parameter.dim() >= 2 and not self.knows(parameter):
+                self._add(parameter, names, modules)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that was prepared, while it lives."""
+        return None if self._model is None else self._model()
 
     def is_model(self, module: nn.Module) -> bool:
         """Whether `module` is the model that was prepared."""
-        return self._model is not None and self._model() is module
+        return self.model is module
 
     def adopt(self, parameter: nn.Parameter, name: str) -> None:
         """Take in a weight that is new: one that replaced another in the model, or one that belongs to no module.
 
         The latter gets the name by which its function reads it. Raises ValueError if the recipe is for other weights.
         """
-        model = None if self._model is None else self._model()
-        if model is not None:
-            self._name_parameters(model)
+        if self.model is not None:
+            self._name_parameters(self.model)
         if self.knows(parameter):
             return
         taken = {name for state in self._states for name in state.names}
         unique = next(
             n for n in itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1))) if n not in taken
         )
-        self._add(parameter, [unique], is_embedding=False)
+        self._add(parameter, [unique], {})
 
-    def _add(self, parameter: nn.Parameter, names: list[str], *, is_embedding: bool) -> None:
-        state = LinearState(names=names, parameter=ref(parameter))
+    def _add(self, parameter: nn.Parameter, names: list[str], modules: Mapping[str, nn.Module]) -> None:
+        reason, looks_linear = why_never_linear(parameter, names, modules)
+        file = self._source if isinstance(self._source, RecipeFile) else None
+        state = LinearState(names=names, parameter=ref(parameter), file=file, looks_linear=looks_linear)
         pattern = next((p for p in self.config.skip for name in names if fnmatch.fnmatch(name, p)), None)
         if pattern is not None:
             state.refusal = f"its name matches skip={pattern!r}"
-        elif is_embedding:
-            state.refusal = "it is an embedding"
+        elif reason is not None:
+            state.refusal = reason
         elif self.recipe is not None:
             state.linear = find_linear(self.recipe, parameter, names, model_id=self.model_id)
         state.key = self._key_of(state)
@@ -216,9 +275,8 @@ class Session:
 
     def check_not_training(self) -> None:
         """Raise ValueError if the model has been put into training mode."""
-        model = None if self._model is None else self._model()
-        if model is not None:
-            check_not_training(model)
+        if self.model is not None:
+            check_not_training(self.model)
 
     # What the passes ask (passes.pass_manager.Owner)
 
@@ -249,27 +307,37 @@ class Session:
             tensors=self.packed(parameter),
         )
 
-    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool]) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights."""
-        states = [self.state(parameter) for parameter in parameters]
+    def observe(
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None
+    ) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
+        with self.lock:
+            self._observe(x, [self.state(parameter) for parameter in parameters], transposed, source)
+
+    def _observe(
+        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None
+    ) -> None:
         for state, flipped in zip(states, transposed, strict=True):
             state.transposed = flipped
         observer = next((state.observer for state in states if state.observer is not None), None)
         if observer is None:
             counted = tuple(dict.fromkeys(t for config in self.configs for t in thresholds_to_count(config)))
-            observer = ChannelObserver(states[0].name, x.shape[-1], counted, with_moment=self.rounds_weights)
+            observer = ChannelObserver(
+                states[0].name, x.shape[-1], counted, with_moment=self.rounds_weights, layout=self._layout
+            )
         for state in states:
             state.observer = observer
         if self.takes_statistics:
-            observer.update(x, self.token_mask)
+            observer.update(x, self.token_mask, source)
         if self.takes_costs:
-            self._probe(states, x).watch_input(x, observer.order(), self._mask_of(x))
+            self._probe(states, x).watch_input(x, observer.order(), observer.kept(x, self.token_mask, source))
 
     def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
         state = self.state(parameter)
-        if self.takes_costs and state.probe is not None:
-            state.probe.watch_output(state.name, y, self._mask_of(y))
+        with self.lock:
+            if self.takes_costs and state.probe is not None and state.observer is not None:
+                state.probe.watch_output(state.name, y, state.observer.kept(y, self.token_mask))
 
     def _probe(self, states: Sequence[LinearState], x: Tensor) -> CostProbe:
         probe = next((state.probe for state in states if state.probe is not None), None)
@@ -278,10 +346,6 @@ class Session:
         for state in states:
             state.probe = probe
         return probe
-
-    def _mask_of(self, x: Tensor) -> Tensor | None:
-        mask = self.token_mask
-        return mask if mask is not None and mask.numel() == x.shape[:-1].numel() else None
 
     @property
     def rounds_weights(self) -> bool:
@@ -311,11 +375,11 @@ class Session:
     def packed(self, parameter: nn.Parameter) -> PackedTensors:
         """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed.
 
-        A change in place through `weight.data`, or of an inference tensor, leaves no trace and is not seen.
+        What is seen as a change says `versions`.
         """
         state = self.state(parameter)
-        version = (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
-        if state.packed is None or state.version != version:
+        if state.packed is None or state.snapshot is None or not state.snapshot.holds(parameter):
+            snapshot = Snapshot(parameter)
             assert state.linear is not None, f"{state.name} has no recipe"
             assert self.recipe is not None, "a linear's recipe is a part of the whole"
             group = state.linear.group
@@ -323,7 +387,7 @@ class Session:
             if key not in self._perms:
                 self._perms[key] = group.order_on(parameter.device)
             state.packed = (self._perms[key], *packed_weight(_oriented(parameter, state), state.linear, self.recipe))
-            state.version = version
+            state.snapshot = snapshot
         return state.packed
 
     # From calibrating to quantized
@@ -368,6 +432,7 @@ class Session:
             state.name
             for state in self._states
             if state.refusal is None
+            and state.looks_linear
             and state.name not in self._refusals
             and (state.observer is None or not state.observer.tokens)
         ]
@@ -377,20 +442,28 @@ class Session:
 
         Raises ValueError if no linear was reached.
         """
-        self.recipe = next(self.recipes())
+        self.recipe = next(self.recipes(progress=True))
         for state in self._states:
             state.linear = self.recipe.linears.get(state.name)
             state.key = self._key_of(state)
+        self.versions.clear()
         return self.recipe
 
-    def recipes(self) -> Iterator[Recipe]:
+    def release(self) -> None:
+        """Let go of all that was observed: second moments are K * K numbers a group."""
+        for probe in self.probes():
+            probe.release()
+        for state in self._states:
+            state.observer = state.probe = None
+
+    def recipes(self, *, progress: bool) -> Iterator[Recipe]:
         """What was observed, decided for each of `configs` in turn. Raises ValueError if no linear was reached."""
         observed, members = self._observed()
-        for config in self.configs:
+        for left, config in zip(reversed(range(len(self.configs))), self.configs, strict=True):
             recipe = assign(observed, config)
             if config.rounds_weights:
-                is_last = config is self.configs[-1]
-                recipe = dataclasses.replace(recipe, packed=self._round(recipe, members, keep_moments=not is_last))
+                packed = self._round(recipe, members, keep_moments=left > 0, progress=progress)
+                recipe = dataclasses.replace(recipe, packed=packed)
             yield recipe
 
     def _observed(self) -> tuple[Recipe, dict[str, list[LinearState]]]:
@@ -415,12 +488,20 @@ class Session:
                 weight_sample=weight_sample(parameter),
                 weight_checksums=Checksums.of(_oriented(parameter, state)) if self.rounds_weights else None,
             )
-        own = {state.name: self._why_not(state) for state in self._states if state.name not in linears}
+        left = [state for state in self._states if state.name not in linears]
+        own = {state.name: self._why_not(state) for state in left if state.looks_linear}
         refused = {**{name: reason for name, reason in self._refusals.items() if name not in linears}, **own}
         if not linears:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise ValueError(f"calibration of {self.model_id} reached no linear layer ({reasons or 'it has none'})")
-        return Recipe(config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused), members
+        alone = self._left_alone(linears)
+        return Recipe(
+            config=UNDECIDED, model_id=self.model_id, linears=linears, refused=refused, left_alone=alone
+        ), members
+
+    def _left_alone(self, linears: Mapping[str, LinearRecipe]) -> tuple[int, int] | None:
+        model = None if self._model is None else self._model()
+        return None if model is None else left_alone(all_parameter_names(model), named_modules(model), linears)
 
     def _group_recipe(self, observer: ChannelObserver) -> GroupRecipe:
         """One group, its order and split still open."""
@@ -433,11 +514,11 @@ class Session:
         return GroupRecipe(name=observer.name, channel_perm=perm, split=(0, 0, perm.numel()), statistics=statistics)
 
     def _round(
-        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool
+        self, recipe: Recipe, members: Mapping[str, list[LinearState]], *, keep_moments: bool, progress: bool
     ) -> dict[str, PackedWeight]:
         """Round all weights, group by group; frees the second moments on the way unless they are still needed."""
         packed: dict[str, PackedWeight] = {}
-        for name, group in recipe.groups.items():
+        for name, group in track(recipe.groups.items(), "rounding weights", show=progress):
             observer = members[name][0].observer
             assert observer is not None, "a group has an observer"
             assert observer.moment is not None, "moments are kept where weights are rounded"
@@ -508,6 +589,7 @@ def open_graph(
 ) -> tuple[fx.GraphModule, PassContext]:
     """A copy of a Dynamo graph that passes may change, and their context; every weight in it is known to `session`."""
     session.check_not_training()
+    check_real(example_inputs)
     gm = torch_compat.copy_graph_module(gm)
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, nn.Parameter) and value.dim() >= 2 and not session.knows(value):
@@ -521,3 +603,5 @@ def close_graph(session: Session, context: PassContext) -> None:
     session.note_refusals(context.refusals)
     for site in context.sites:
         torch_compat.guard_attribute(site.weight, session.state_attribute, "key")
+    if context.sites and session.state(context.sites[0].parameter).file is not None:
+        torch_compat.guard_attribute(context.sites[0].weight, session.state_attribute, "recipe_digest")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from micromix_compile.calibration import observe_batch
+from micromix_compile.calibration import observe_batch, observing
 from micromix_compile.config import DEFAULT_SKIP, MicroMixConfig
 from micromix_compile.lowering import torch_compat
 from micromix_compile.observer import ChannelObserver
@@ -56,13 +57,8 @@ def smooth_(
     session = Session(MicroMixConfig(skip=tuple(skip)))
     session.prepare(original)
     groups = _Groups(session)
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _compile_watched(session, groups, gm, example_inputs)
-
-    watched = torch.compile(original, backend=backend)
     try:
-        with torch.no_grad(), torch_compat.unlimited_recompiles():
+        with torch.no_grad(), observing(original, partial(_compile_watched, session, groups)) as watched:
             for batch in track(batches, "measuring activations", show=progress):
                 observe_batch(session, watched, batch)
             smoothed = list(groups.independent(_shared_parameters(original)))

@@ -116,7 +116,7 @@ def token_windows(
         ids = _tokenize(text, tokenizer)
     if len(ids) < needed:
         raise ValueError(f"the text has {len(ids) // length} windows of {length} tokens, but {count} were asked for")
-    return torch.tensor(ids[:needed], dtype=torch.int64).view(count, length)
+    return torch.tensor(ids[:needed], dtype=torch.int64, device="cpu").view(count, length)
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

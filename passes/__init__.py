@@ -16,6 +16,7 @@ from micromix_compile.passes.pass_manager import (
     Owner,
     PassContext,
     SmoothableSite,
+    dumping,
     run_passes,
 )
 from micromix_compile.passes.rewrite_linears import rewrite_linears
@@ -36,5 +37,6 @@ __all__ = [
     "Owner",
     "PassContext",
     "SmoothableSite",
+    "dumping",
     "run_passes",
 ]

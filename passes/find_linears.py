@@ -94,6 +94,18 @@ def _is_transpose(node: fx.Node) -> bool:
     return swapped == (1, 0) or (swapped == (0, 1) and node.target in ("transpose", torch.transpose))
 
 
+def _computed_name(weight: fx.Node, inputs: dict[fx.Node, object], context: PassContext) -> str:
+    """A weight that is computed goes by the Parameter that it comes from, if it is one's slice, view or multiple."""
+    node = weight
+    while node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    parameter = inputs.get(node)
+    if not isinstance(parameter, nn.Parameter) or parameter.dim() < 2:
+        return weight.name
+    name = context.owner.name_of(parameter)
+    return name if parameter.dim() > 2 else f"{name} (computed)"
+
+
 def _refusal(
     weight: fx.Node, x: fx.Node, bias: fx.Node | None, inputs: dict[fx.Node, object], context: PassContext
 ) -> tuple[str, str | None]:
@@ -102,7 +114,7 @@ def _refusal(
     if weight.op == "get_attr":
         return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
     if not isinstance(parameter, nn.Parameter):
-        return weight.name, "its weight is computed in the graph, not a Parameter"
+        return _computed_name(weight, inputs, context), "its weight is computed in the graph, not a Parameter"
     if parameter.dim() < 2:
         return weight.name, "its weight is a vector"
     name = context.owner.name_of(parameter)

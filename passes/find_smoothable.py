@@ -24,7 +24,8 @@ logger = logging.getLogger("micromix_compile")
 VIEW_METHODS = ("view", "reshape", "contiguous", "to", "float", "type_as")
 """What leaves the channels as they are; rounding to another dtype commutes with powers of two."""
 
-MUL_TARGETS = (operator.mul, torch.mul, torch.ops.aten.mul.Tensor)
+MUL_TARGETS = ("mul", operator.mul, torch.mul, torch.ops.aten.mul.Tensor)
+"""Dynamo writes methods for operators under a default device."""
 NORM_TARGETS = {
     torch.nn.functional.layer_norm: ("weight", "bias"),
     torch.layer_norm: ("weight", "bias"),

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+from torch.fx import Node
+
 from micromix_compile.passes.pass_manager import LinearSite, PassContext, copy_meta, mutation_epochs
 
 if TYPE_CHECKING:
     from torch import fx
+
+FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 
 
 def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
@@ -24,10 +30,25 @@ def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
         first = sites[0].node
         with gm.graph.inserting_before(first):
             weights = {site.weight: site.transposed for site in sites}
-            seen = (x, list(weights), list(weights.values()))
+            seen = (x, list(weights), list(weights.values()), _flattened_from(x))
             copy_meta(first, gm.graph.call_function(context.owner.observe, seen))
         for site in sites:
             with gm.graph.inserting_after(site.node):
                 watched = gm.graph.call_function(context.owner.observe_output, (site.node, site.weight))
                 copy_meta(site.node, watched)
     return len(groups)
+
+
+def _flattened_from(x: fx.Node) -> fx.Node | None:
+    """The activation (..., C) of three or more dimensions whose rows x (M, C) are, in order, if x was flattened."""
+    node = x
+    while _rank(node) == 2 and node.target in FLATTENERS and isinstance(node.args[0], Node):
+        node = node.args[0]
+        if node.meta["example_value"].shape[-1] != x.meta["example_value"].shape[-1]:
+            return None
+    return node if _rank(node) > 2 else None
+
+
+def _rank(node: fx.Node) -> int:
+    example = node.meta.get("example_value")
+    return example.dim() if isinstance(example, Tensor) else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,8 +95,10 @@ class Owner(Protocol):
     def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
         """How to rewrite the linear, or None while it isn't calibrated."""
 
-    def observe(self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool]) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights."""
+    def observe(
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None
+    ) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
 
     def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
@@ -137,10 +140,10 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], context: PassContext)
     matches = {}
     for graph_pass in passes:
         name = graph_pass.__name__
-        _dump(gm, context, name, "before")
+        _dump(gm.graph, context.dump, context.dump_dir, f"before.{name}")
         matches[name] = graph_pass(gm, context)
         _clean_up(gm)
-        _dump(gm, context, name, "after")
+        _dump(gm.graph, context.dump, context.dump_dir, f"after.{name}")
     logger.debug("passes: %s", ", ".join(f"{name} {count}" for name, count in matches.items()))
     return matches
 
@@ -151,15 +154,33 @@ def _clean_up(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def _dump(gm: fx.GraphModule, context: PassContext, name: str, moment: str) -> None:
-    if "all" not in context.dump and name not in context.dump:
+def _dump(graph: fx.Graph, dump: Sequence[str], dump_dir: str, moment: str) -> None:
+    """Write a graph to the next file of `dump_dir` if `dump` has its pass. moment: "before.PASS" or "after.PASS"."""
+    if not {"all", moment.partition(".")[2]} & set(dump):
         return
-    folder = Path(context.dump_dir)
+    folder = Path(dump_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    index = len(list(folder.glob("*.txt")))
-    path = folder / f"{index:04d}.{moment}.{name}.txt"
-    path.write_text(f"{gm.graph}\n\n{gm.code}\n")
-    logger.info("graph %s %s: %s", moment, name, path)
+    path = folder / f"{len(list(folder.glob('*.txt'))):04d}.{moment}.txt"
+    path.write_text(f"{graph}\n\n{graph.python_code('self').src}\n")
+    logger.info("graph %s: %s", moment.replace(".", " "), path)
+
+
+PostGradPass = Callable[["fx.Graph"], int]
+"""A pass on Inductor's graph. It, too, returns how many places it matched."""
+
+
+def dumping(passes: Sequence[PostGradPass], dump: Sequence[str], dump_dir: str) -> list[PostGradPass]:
+    """Post-grad passes that log and dump as `run_passes` does, whenever Inductor runs them."""
+    return [partial(_run_post_grad, graph_pass, tuple(dump), dump_dir) for graph_pass in passes]
+
+
+def _run_post_grad(graph_pass: PostGradPass, dump: Sequence[str], dump_dir: str, graph: fx.Graph) -> int:
+    name = graph_pass.__name__
+    _dump(graph, dump, dump_dir, f"before.{name}")
+    matches = graph_pass(graph)
+    _dump(graph, dump, dump_dir, f"after.{name}")
+    logger.debug("post-grad pass: %s %d", name, matches)
+    return matches
 
 
 def mutation_epochs(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -1,15 +1,14 @@
 """What Inductor generates for a CUDA target, as JSON: a process of its own for `tests/test_codegen.py`.
 
-    python tests/inductor_codegen.py '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}'
+    echo '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}' | python tests/inductor_codegen.py
 
-Writes {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "pdl": {name: whether
+Answers {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "pdl": {name: whether
 it may start early}, "analyses": how many of the launches Inductor had to look into}.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fake_cuda import fake_cuda, generate
+from fork_server import serve
 from torch import Tensor
 from torch._inductor import config
 
@@ -233,8 +233,7 @@ def widen(factor: int) -> None:
     SPLITS = tuple((k4 * factor, k6 * factor, k8 * factor) for k4, k6, k8 in SPLITS)  # type: ignore[assignment]
 
 
-def main() -> None:
-    request = json.loads(sys.argv[1])
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     widen(request["widen"])
     gpu_folded.MAX_EXPANDED = request["max_expanded"] or gpu_folded.MAX_EXPANDED  # type: ignore[misc]
     function, specs = case(request["case"], request["rows"], getattr(torch, request["dtype"]), fp4=request["fp4"])
@@ -255,8 +254,10 @@ def main() -> None:
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
-    json.dump({**found, "analyses": len(torch_compat._analyses)}, sys.stdout)
+    return {**found, "analyses": len(torch_compat._analyses)}
 
 
 if __name__ == "__main__":
-    main()
+    with fake_cuda((9, 0)):
+        generate(lambda x: (x + 1,), [((2,), torch.float32)])  # what Inductor imports and registers at its first use
+    serve(answer)

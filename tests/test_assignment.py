@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from micromix_compile.assignment import (
+    SHELTER,
     channel_order,
     padded_channels,
     sheltered_order,
@@ -157,6 +158,45 @@ def test_a_large_channel_may_sit_beside_its_equals() -> None:
     mean = torch.tensor([*[100.0] * 32, *[0.5] * 32, *[1.0] * 32])
     order = sheltered_order(mean)
     assert set(order[64:].tolist()) == set(range(32))
+
+
+def plain_sheltered_order(magnitudes: torch.Tensor) -> torch.Tensor:
+    """The definition, word for word: each block looks at all channels that are left."""
+    sizes = magnitudes.to(torch.float64)
+    left, blocks = torch.argsort(sizes, stable=True), []
+    while left.numel() > 32:
+        largest, others = left[-1:], left[:-1]
+        energy = sizes[others].square()
+        losses = torch.minimum(energy, SHELTER * sizes[largest].square()) - SHELTER * energy
+        beside = torch.zeros_like(others, dtype=torch.bool)
+        beside[torch.argsort(losses, stable=True)[:31]] = True
+        blocks.append(torch.cat((others[beside], largest)))
+        left = others[~beside]
+    return torch.cat((left, *reversed(blocks)))
+
+
+few_sizes = st.sampled_from(
+    (0.0, 1e-45, 1e-38, 0.001, 1.0, float(torch.tensor(1.0).nextafter(torch.tensor(2.0))), 3e38)
+)
+any_sizes = st.floats(0, width=32, allow_infinity=False, allow_nan=False)
+
+
+@given(st.lists(few_sizes, max_size=300) | st.lists(any_sizes, max_size=150))
+def test_the_sheltered_order_is_that_of_its_definition(sizes: list[float]) -> None:
+    magnitudes = torch.tensor(sizes, dtype=torch.float32)
+    assert torch.equal(sheltered_order(magnitudes), plain_sheltered_order(magnitudes))
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-7, 0.3], ids=["equal", "near", "spread"])
+def test_the_sheltered_order_of_many_channels_is_that_of_its_definition(step: float) -> None:
+    magnitudes = torch.randn(3001).mul(10 * step).exp() * (1 + step * torch.arange(3001).remainder(700))
+    assert torch.equal(sheltered_order(magnitudes), plain_sheltered_order(magnitudes))
+
+
+def test_a_hundred_thousand_channels_are_sheltered_as_a_few_are() -> None:
+    """Where each block looked at all that is left this did not end: equal and different sizes, each channel once."""
+    magnitudes = torch.cat((torch.ones(65_536), torch.randn(65_536).exp()))
+    assert torch.equal(sheltered_order(magnitudes).sort().values, torch.arange(len(magnitudes)))
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e2m3"])

@@ -14,10 +14,12 @@ import torch
 from models import EXACT_DTYPE, Net, fake_quantized, make_net
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
-from micromix_compile import native
+from micromix_compile import native, sessions
 from micromix_compile.backend import parse_options
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.quantize import pack_weight
@@ -230,10 +232,6 @@ def test_parameters_of_a_compiled_model_are_saved_for_weights_only(tmp_path: Pat
 
 
 def test_a_weight_that_is_transposed_in_the_graph_is_a_linear() -> None:
-    class FalconLinear(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight.T + self.bias
-
     model = nn.Sequential(FalconLinear(64, 48)).eval()
     recipe = micromix.calibrate(model, [torch.randn(2, 5, 64)])
     twin, x = fake_quantized(model, recipe), torch.randn(2, 9, 64)
@@ -337,8 +335,7 @@ def test_it_converts_itself_across_graph_breaks_and_layers_compiled_alone() -> N
 
 def observed_tokens() -> set[int]:
     """Tokens that the observers of models still calibrating themselves have seen."""
-    sessions = [s for by_key in backend_module._model_sessions.values() for s in by_key.values()]
-    return {o.tokens for s in sessions if s.recipe is None for o in s.observers()}
+    return {o.tokens for s in sessions.sessions() if s.recipe is None for o in s.observers()}
 
 
 def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:
@@ -380,16 +377,7 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
 
 
 def test_conv1d_weights_are_calibrated_and_quantized() -> None:
-    class Conv1D(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(64, 48))
-            self.bias = nn.Parameter(torch.randn(48))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.bias, x.view(-1, 64), self.weight).view(*x.shape[:-1], 48)
-
-    model = nn.Sequential(Conv1D()).eval()
+    model = nn.Sequential(Conv1D(48, 64)).eval()
     recipe = micromix.calibrate(model, [torch.randn(2, 5, 64)])
     twin = fake_quantized(model, recipe)
     x = torch.randn(2, 9, 64)

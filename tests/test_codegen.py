@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
 import torch
+from fork_server import ForkServer
 from inductor_codegen import SPLITS, C
 from products import assert_product_is_exact, packed_rows, quantized_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
 # `fake_cuda` replaces torch.cuda's answers; over a real device that would test neither.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, test_gpu.py runs the code")
 
-SCRIPT = Path(__file__).with_name("inductor_codegen.py")
+CODEGEN = ForkServer(Path(__file__).with_name("inductor_codegen.py"), without="TRITON_INTERPRET")
 KINDS = {
     (9, 0): {"wgmma bf16"},
     (10, 0): {"tcgen05.mma mxf4", "tcgen05.mma mxf8f6f4"},
@@ -31,16 +29,18 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def codegen() -> Iterator[None]:
+    yield
+    CODEGEN.close()
+
+
 def generated(case: str, capability: tuple[int, int], **changes: Any) -> dict[str, Any]:
     """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter."""
     request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True}
     request |= {"widen": 1, "max_expanded": None, "options": {}}
     request |= changes
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), json.dumps({"case": case, "capability": capability} | request)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: dict[str, Any] = CODEGEN.ask({"case": case, "capability": capability} | request)
     return result
 
 

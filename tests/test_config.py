@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from micromix_compile.config import (
+    DUMPED,
     GRANULARITIES,
     POLICIES,
     TARGET_KINDS,
@@ -64,6 +65,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("calibration_tokens", "many", TypeError, "calibration_tokens must be a positive integer, got {}"),
     ("dump", "all", TypeError, "dump" + STRINGS),
     ("dump", 7, TypeError, "dump" + STRINGS),
+    ("dump", ["find_linears", "fuse"], ValueError, f"dump must list passes, all, {', '.join(DUMPED)}, got 'fuse'"),
     ("dump_dir", 7, TypeError, "dump_dir must be a string, got {}"),
 ]
 
@@ -86,7 +88,7 @@ configs = st.builds(
     strict=st.booleans(),
     calibration_batches=st.integers(1, 10**6),
     calibration_tokens=st.integers(1, 10**9),
-    dump=pattern_lists.map(tuple),
+    dump=st.lists(st.sampled_from(("all", *DUMPED)), max_size=3).map(tuple),
     dump_dir=st.text(max_size=10),
 )
 

@@ -15,8 +15,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import micromix_compile as micromix
 from micromix_compile import backend, folded_ops, ops
-from micromix_compile.config import MicroMixConfig
-from micromix_compile.passes import CONVERT_PASSES, PassContext, find_linears, insert_observers, run_passes
+from micromix_compile.config import DUMPED, MicroMixConfig
+from micromix_compile.passes import (
+    CALIBRATE_PASSES,
+    CONVERT_PASSES,
+    POST_GRAD_PASSES,
+    PassContext,
+    find_linears,
+    insert_observers,
+    run_passes,
+)
 from micromix_compile.passes.fold_products import fold_products
 from micromix_compile.passes.fuse_residual import fuse_residual
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
@@ -318,6 +326,27 @@ def test_graphs_are_dumped_before_and_after_the_named_pass(tmp_path: Path) -> No
     assert names == ["0000.before.rewrite_linears.txt", "0001.after.rewrite_linears.txt"]
     assert "mixed_mx_mm" not in (tmp_path / names[0]).read_text()
     assert "mixed_mx_mm" in (tmp_path / names[1]).read_text()
+
+
+def test_post_grad_graphs_are_dumped_too_whether_or_not_the_code_was_compiled_before(tmp_path: Path) -> None:
+    net, x = make_net(torch.bfloat16, layers=1), torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    recipe = micromix.calibrate(net, [x])
+    options = {"recipe": recipe, "dump": ["fuse_rms_norm", "rewrite_linears"], "dump_dir": str(tmp_path)}
+    for _ in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(net, backend="micromix", options=options)(x)
+    moments = ("before.rewrite_linears", "after.rewrite_linears", "before.fuse_rms_norm", "after.fuse_rms_norm")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"{index:04d}.{moment}.txt" for index, moment in enumerate((*moments, *moments))]
+    before, after = ((tmp_path / name).read_text() for name in names[2:4])
+    assert "micromix.rms_norm_reorder_quantize" not in before
+    assert "micromix.rms_norm_reorder_quantize" in after
+
+
+def test_the_passes_that_can_be_dumped_are_those_there_are() -> None:
+    names = [one.__name__ for one in (*CONVERT_PASSES, *CALIBRATE_PASSES, *POST_GRAD_PASSES)]
+    assert set(DUMPED) == set(names)
 
 
 # ---- fold_products

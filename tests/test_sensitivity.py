@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.formats import ScaleRounding
 from micromix_compile.recipe import COST_FORMATS, ChannelCosts
 from micromix_compile.sensitivity import CostProbe, pull_back, rounding_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BUDGET = MicroMixConfig(policy="budget", weight_rounding="nearest", scale_search=False)
 
@@ -167,6 +171,66 @@ def test_without_gradients_each_linears_own_output_decides(caplog: pytest.LogCap
     assert all(not c.measured and c.activations.gt(0).any() for c in costs.values())
 
 
+class FailsWithGradients(Net):
+    """A model that does something else where gradients are taken."""
+
+    def __init__(self, failure: Callable[[], Tensor]) -> None:
+        super().__init__(layers=1)
+        self.failure = failure
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            x = x + self.failure()
+        return super().forward(x, attention_mask)
+
+
+@torch.compiler.disable
+def fail(error: type[Exception], message: str) -> Tensor:
+    raise error(message)
+
+
+TOO_LARGE = 2**50
+"""Elements that no machine has memory for."""
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "failure",
+    [
+        lambda: torch.zeros(TOO_LARGE).sum(),
+        lambda: fail(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        lambda: fail(MemoryError, "Unable to allocate 7.45 GiB for an array"),
+    ],
+    ids=["cpu", "gpu", "numpy"],
+)
+def test_out_of_memory_is_no_missing_gradient(failure: Callable[[], Tensor]) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"while measuring sensitivity.*shorter batches.*'budget'"):
+        costs_of(FailsWithGradients(failure).eval(), [torch.randn(2, 9, 64)])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_an_error_that_does_not_speak_of_gradients_is_no_missing_gradient() -> None:
+    model = FailsWithGradients(lambda: fail(RuntimeError, "the tokenizer process died")).eval()
+    with pytest.raises(RuntimeError, match="the tokenizer process died"):
+        costs_of(model, [torch.randn(2, 9, 64)])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "element 0 of tensors does not require grad and does not have a grad_fn",
+        "derivative for aten::_efficientzerotensor is not implemented",
+        "Trying to backward through mylib::op but no autograd formula was registered",
+        "one of the variables needed for gradient computation has been modified by an inplace operation",
+        "a leaf Variable that requires grad is being used in an in-place operation.",
+        "Inference tensors cannot be saved for backward. Please do not use Tensors created in inference mode",
+    ],
+)
+def test_what_torch_says_where_it_cannot_run_backward_is_known(message: str) -> None:
+    assert sensitivity.lacks_gradient(RuntimeError(message))
+    assert not sensitivity.lacks_gradient(torch.OutOfMemoryError(message))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_one_line_form_follows_a_budget_too() -> None:
     net = make_net(layers=2)
@@ -201,4 +265,8 @@ def test_tokens_that_are_masked_have_no_direction() -> None:
     assert pull_back((hidden,), torch.tensor([[1, 0, 1], [1, 1, 0]]), torch.Generator())
     assert hidden.grad is not None
     assert (hidden.grad.abs().sum(-1) > 0).tolist() == [[True, False, True], [True, True, False]]
+    time_first = torch.randn(3, 2, 4).requires_grad_(True)
+    assert pull_back((time_first,), torch.tensor([[1, 0, 1], [1, 1, 0]]), torch.Generator())
+    assert time_first.grad is not None
+    assert (time_first.grad.abs().sum(-1) > 0).tolist() == [[True, True], [False, True], [True, False]]
     assert sensitivity.COST_FORMATS == COST_FORMATS

@@ -1,0 +1,115 @@
+"""Which modules a packed linear may stand in for, and what it takes over from them: nothing of a module is dropped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LINEARS: Final = (
+    "torch.nn.modules.linear.Linear",
+    "transformers.pytorch_utils.Conv1D",  # of GPT-2; its weight is (C, N)
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+)
+"""The classes whose forward is x W^T + b; a user's class of such a name may do anything."""
+
+_CALL_HOOKS: Final = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+_STATE_HOOKS: Final = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def is_linear_module(module: nn.Module) -> bool:
+    """nn.Linear itself, or one of the others of `LINEARS`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in LINEARS
+
+
+def why_not_replaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why what `name` names can't become a packed linear, or None if it can.
+
+    name: of a linear module, or of a Parameter that belongs to none. modules: all of the model by their names.
+    """
+    module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight directly, not through a linear's forward"
+    if module is None:
+        return f"it is a Parameter that {type(parent).__name__} reads directly, not the weight of a linear"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized (torch.nn.utils.parametrize)"
+    if not is_linear_module(module):
+        return f"it is a {type(module).__module__}.{type(module).__qualname__}, not an nn.Linear"
+    return _why_special(module)
+
+
+def _why_special(module: nn.Module) -> str | None:
+    """What an instance of a linear's class has that a packed one would lose."""
+    if "forward" in vars(module):
+        return "its forward is overridden on the instance"
+    if vars(module).get("_compiled_call_impl") is not None:
+        return "it is compiled by itself"
+    if any(vars(module).get(name) for name in _STATE_HOOKS):
+        return "it has hooks on its state dict, which expect a plain weight"
+    others = [*module._parameters, *module._buffers, *module._modules]
+    own = [name for name in others if name not in ("weight", "bias")]
+    if own:
+        return f"it holds more than a weight and a bias: {own[0]}"
+    return None
+
+
+def take_over(packed: nn.Module, original: nn.Module) -> None:
+    """Let `packed` have the hooks of `original`, in their order and with their handles, its mode and its attributes."""
+    for name in _CALL_HOOKS:
+        vars(packed)[name] = vars(original)[name]  # the very dictionary: a handle removes its hook from that
+    for name, value in vars(original).items():
+        vars(packed).setdefault(name, value)
+    packed.training = original.training
+
+
+def replace(modules: Mapping[str, nn.Module], replacements: Mapping[str, nn.Module]) -> None:
+    """Put each module in its place, or none if that fails."""
+    done: list[str] = []
+    try:
+        for name, module in replacements.items():
+            _put(modules, name, module)
+            done.append(name)
+    except BaseException:
+        for name in done:
+            _put(modules, name, modules[name])
+        raise
+
+
+def _put(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(modules[parent], child, module)
+
+
+def leave_fast_paths(model: nn.Module, packed: type[nn.Module]) -> None:
+    """Have encoders of nn.Transformer call their packed linears, where they would hand weights to a fused kernel.
+
+    Both attributes are what torch.nn looks at to decide that; nothing else depends on them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _holds(module, packed):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and _holds(module, packed):
+            module.use_nested_tensor = False
+
+
+def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(child, kind) for child in module.modules())

@@ -1,0 +1,80 @@
+"""A process that answers each request in a fork of itself: its imports are there, what an answer changes is not kept.
+
+server = ForkServer(Path("script.py"))    in the tests
+serve(answer)                             in the script, behind its imports
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+class ForkServer:
+    """The side that asks. The process starts with the first question and ends with `close`."""
+
+    def __init__(self, script: Path, *, without: str) -> None:
+        """script: calls `serve`. without: a variable that its environment shall lack."""
+        self.script, self.without = script, without
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """The answer; raises RuntimeError with the traceback where there was an error instead."""
+        if self.process is None:
+            environment = {name: value for name, value in os.environ.items() if name != self.without}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.process = subprocess.Popen([sys.executable, str(self.script)], env=environment, text=True, **pipes)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.script.name} ended with code {self.process.wait()}")
+        result = json.loads(line)
+        if "error" in result:
+            raise RuntimeError(f"{self.script.name}, asked {request}:\n{result['error']}")
+        return result["answer"]
+
+    def close(self) -> None:
+        """End the process, which has nothing to do any more."""
+        if self.process is not None:
+            self.process.communicate()
+            self.process = None
+
+
+def serve(answer: Callable[[dict[str, Any]], Any]) -> None:
+    """Answer every line of standard input, until it ends, with a line of standard output. Prints go to the errors."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        for line in iter(sys.stdin.readline, ""):
+            child = os.fork()
+            if child == 0:
+                _answer(answer, line, out)
+            _, status = os.waitpid(child, 0)
+            if status:
+                _write(out, {"error": f"the process that answered ended with status {status}"})
+
+
+def _answer(answer: Callable[[dict[str, Any]], Any], line: str, out: Any) -> None:
+    """In the fork, which ends here."""
+    try:
+        result = {"answer": answer(json.loads(line))}
+    except Exception:
+        result = {"error": traceback.format_exc()}
+    _write(out, result)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _write(out: Any, result: dict[str, Any]) -> None:
+    out.write(json.dumps(result) + "\n")
+    out.flush()
