@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from safetensors import SafetensorError, safe_open
 
 from micromix_compile.files import write_atomically
-from micromix_compile.schema import STRING, Each, FieldError, check, named, parse_json
+from micromix_compile.schema import STRING, Each, FieldError, check, named, parse_json, shown
 
 if TYPE_CHECKING:
     import os
@@ -27,6 +27,7 @@ logger = logging.getLogger("micromix_compile")
 QUANT_METHOD: Final = "micromix"
 SCHEMA_VERSION: Final = 2
 """1 had no digests, and stored the scales of a linear as weight_scale instead of weight."""
+READ_VERSIONS: Final = (1, SCHEMA_VERSION)
 
 DIGESTS: Final = "digests"
 _CONFIG: Final = "config.json"
@@ -62,32 +63,49 @@ def verify(files: Iterable[str | os.PathLike[str]]) -> None:
     """
     paths = [Path(file) for file in files]
     path = paths[0].parent / _CONFIG
-    config = read_config(path)
-    quantization = config.get(_QUANTIZATION)
-    if not isinstance(quantization, dict):
-        raise _refusal(path, f"{_QUANTIZATION} is missing")
-    if quantization.get("schema_version") == 1:
+    sealed = verify_config(path)
+    if sealed is None:
         logger.warning("%s: written without digests by an older version: damage to it can't be seen", path.parent)
         return
-    if DIGESTS not in quantization:
-        raise _refusal(path, f"{_QUANTIZATION}.{DIGESTS} is missing: writing it was not finished")
-    try:
-        check(quantization[DIGESTS], dict.fromkeys(("config", "tensors"), Each(STRING)), f"{_QUANTIZATION}.{DIGESTS}")
-    except FieldError as error:
-        raise _refusal(path, str(error)) from error
-    found = _config_digests(config)
-    for name, fact in _differences(quantization[DIGESTS]["config"], found):
-        raise _refusal(path, f"field {named(name)} {fact}")
-    sealed = quantization[DIGESTS]["tensors"]
     tensors = tensor_digests(paths)
     for name, fact in _differences(sealed, {name: digest for name, (digest, _) in tensors.items()}):
         raise _refusal(tensors[name][1] if name in tensors else path.parent, f"tensor {named(name)} {fact}")
 
 
+def verify_config(path: Path) -> dict[str, str] | None:
+    """Check a sealed config.json. Returns the digests of the tensors; None for older versions, which had none.
+
+    Raises FileNotFoundError or ValueError, which name the file, the field, and what to do.
+    """
+    config = read_config(path)
+    quantization = config.get(_QUANTIZATION)
+    if not isinstance(quantization, dict):
+        raise _refusal(path, f"{_QUANTIZATION} is missing")
+    if quantization.get("schema_version") not in READ_VERSIONS:
+        known = " or ".join(map(str, READ_VERSIONS))
+        raise _refusal(
+            path, f"{_QUANTIZATION}.schema_version must be {known}, got {shown(quantization.get('schema_version'))}"
+        )
+    if quantization["schema_version"] == 1 and DIGESTS not in quantization:
+        return None
+    if DIGESTS not in quantization:
+        raise _refusal(path, f"{_QUANTIZATION}.{DIGESTS} is missing: writing it was not finished")
+    digests: dict[str, dict[str, str]] = quantization[DIGESTS]
+    try:
+        check(digests, dict.fromkeys(("config", "tensors"), Each(STRING)), f"{_QUANTIZATION}.{DIGESTS}")
+    except FieldError as error:
+        raise _refusal(path, str(error)) from error
+    for name, fact in _differences(digests["config"], _config_digests(config)):
+        raise _refusal(path, f"field {named(name)} {fact}")
+    return digests["tensors"]
+
+
 def is_ours(config: object) -> bool:
-    """Whether the content of a config.json is that of a packed checkpoint."""
+    """Whether the content of a config.json is that of a packed checkpoint, perhaps a damaged one."""
     quantization = config.get(_QUANTIZATION) if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return isinstance(quantization, dict) and (
+        quantization.get("quant_method") == QUANT_METHOD or DIGESTS in quantization
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import functools
 import json
 import logging
 import os
+import platform
+import stat
 import sys
 import tempfile
 import time
@@ -132,11 +134,25 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return register
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        import micromix_compile as micromix
+
+        typer.echo(f"micromix {micromix.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show versions and exit.", callback=_print_version, is_eager=True)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the log, and where errors come from.")] = False,
 ) -> None:
     """Run the linear layers of a language model in a per-channel mix of MXFP4, MXFP6 and MXFP8."""
+    assert not version, "it ends the program"
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         logger.setLevel(logging.DEBUG)
@@ -221,8 +237,10 @@ def quantize(
     import micromix_compile as micromix
 
     target = files.plain_path(out)
-    if os.path.lexists(target) and not overwrite:
-        raise UsageError(f"{out} exists; --overwrite replaces it")
+    if os.path.lexists(target):
+        if not overwrite:
+            raise UsageError(f"{out} exists; --overwrite replaces it")
+        _check_replaceable(target)
     _check_output("--out", out, is_file=False)
     recipe = _load_recipe(recipe_file, smooth)
     base = MicroMixConfig() if recipe is None else recipe.config
@@ -235,6 +253,8 @@ def quantize(
         micromix.quantize_(loaded.model, recipe)
         loaded.model.save_pretrained(directory)
         loaded.tokenizer.save_pretrained(directory)
+        if os.path.lexists(target):
+            _check_replaceable(target)  # it may be another by now
     typer.echo(f"{out}: {_summary(recipe)}")
 
 
@@ -385,7 +405,8 @@ def doctor() -> None:
             found = target.target_of(torch.device(device))
         table.add_row(f"runs on {device}", found.name if found.emulated is None else f"plain PyTorch: {found.emulated}")
     for name, value in dataclasses.asdict(native.status()).items():
-        table.add_row(f"native {name}", str(value))
+        if value not in ("", None):
+            table.add_row(f"native {name}", str(value))
     table.add_row("model cache", str(zoo.cache_dir()))
     _console().print(table)
     if not registered:
@@ -475,12 +496,35 @@ def _check_output(option: str, path: Path, *, is_file: bool) -> None:
     """Raises UsageError unless `path` can be written, its parents being made if need be; writes nothing that stays."""
     if is_file and path.is_dir():
         raise UsageError(f"{option} must be a file, and {path} is a directory")
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode) and is_file:  # a device or a pipe is written to as it is
+        if not os.access(path, os.W_OK):
+            raise UsageError(f"{option} must be a path that can be written to, got {path}")
+        return
     nearest = next((parent for parent in path.absolute().parents if os.path.lexists(parent)), path)
     try:
         with tempfile.TemporaryDirectory(prefix=".micromix-", dir=nearest):
             pass  # os.access says yes to root where the file system says no
     except OSError as error:
         raise UsageError(f"{option} must be a path that can be written to, got {path}: {error.strerror}") from error
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raises UsageError unless `target`, a `files.plain_path`, is a packed checkpoint or an empty directory.
+
+    What is in use is no such directory even so: where the program runs or a home, what these are in, a git checkout.
+    """
+    here = (Path.cwd(), Path.home().resolve())
+    if target.is_symlink() or not target.is_dir():
+        fact = "is not a directory" if not target.is_symlink() else "is a link"
+    elif any(target == place or target in place.parents for place in here):
+        fact = "holds the current directory or a home"
+    elif (target / ".git").exists():
+        fact = "is a git checkout"
+    elif any(target.iterdir()) and not _is_packed(str(target)):
+        fact = "holds no packed checkpoint"
+    else:
+        return
+    raise UsageError(f"--overwrite replaces packed checkpoints and empty directories, and {target} {fact}")
 
 
 def _load(model: str, dtype: str, device: str) -> zoo.LoadedModel:

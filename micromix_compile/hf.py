@@ -15,22 +15,24 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile import checkpoint
-from micromix_compile.checkpoint import QUANT_METHOD, SCHEMA_VERSION
+from micromix_compile.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.formats import BLOCK_SIZE
 from micromix_compile.quantize import MicroMixLinear, share_orders
 from micromix_compile.recipe_file import check_order
-from micromix_compile.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer
+from micromix_compile.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +42,6 @@ logger = logging.getLogger("micromix_compile")
 _Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each buffer of a packed linear."""
 
-_READ: Final = (1, SCHEMA_VERSION)
 _LINEARS: Final = Each(
     {
         "in_features": integer(1),
@@ -64,8 +65,8 @@ class MicroMixQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **fields: Any) -> None:
         version = fields.get("schema_version")
-        if version not in _READ:
-            known = " or ".join(map(str, _READ))
+        if version not in READ_VERSIONS:
+            known = " or ".join(map(str, READ_VERSIONS))
             raise ValueError(f"quantization_config.schema_version must be {known}, got {version!r}")
         for name, wanted in (("config", MAPPING), ("linears", _LINEARS)):
             check(fields.get(name), wanted, f"quantization_config.{name}")
@@ -249,8 +250,42 @@ def _sealing(save: Any) -> Any:
     return save_pretrained
 
 
+def _checking(get_config_dict: Any) -> Any:
+    """`PreTrainedConfig.get_config_dict`, which reads config.json for all others, and refuses a damaged one of ours.
+
+    Before anything is made of its fields: a model of them might fail in any way.
+    """
+
+    def checked(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        path = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "config.json")
+        if path.is_file():
+            _check_config(path)
+        return get_config_dict(cls, pretrained_model_name_or_path, **kwargs)
+
+    wrapped: Any = functools.update_wrapper(checked, get_config_dict)
+    return classmethod(wrapped)
+
+
+def _check_config(path: Path) -> None:
+    """Raise ValueError, which names the path, for a config.json of ours that is damaged or was edited."""
+    try:
+        config = checkpoint.read_config(path)
+    except ValueError:
+        return  # transformers says so
+    if not isinstance(config.get("quantization_config", {}), dict | None):
+        raise ValueError(f"{path}: quantization_config must be a mapping, got {shown(config['quantization_config'])}")
+    if not checkpoint.is_ours(config):
+        return
+    checkpoint.verify_config(path)
+    try:
+        MicroMixQuantizationConfig(**config["quantization_config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _as_dict(config: Any) -> Any:
     return config.to_dict() if isinstance(config, QuantizationConfigMixin) else config
 
 
 PreTrainedModel.save_pretrained = _sealing(PreTrainedModel.save_pretrained)
+PreTrainedConfig.get_config_dict = _checking(PreTrainedConfig.get_config_dict.__func__)

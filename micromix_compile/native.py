@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from micromix_compile import templates
+from micromix_compile import native_cache, templates
 
 logger = logging.getLogger(__name__)
 
@@ -110,22 +109,27 @@ def status() -> NativeStatus:
 def build(flags: tuple[str, ...] = ()) -> Path:
     """The compiled library, from the cache or from the compiler. flags: added to the compiler's.
 
-    Several processes may build at once: each writes its own file, and the last rename wins. Raises NativeBuildError.
+    One from the cache is used only whole and if nobody else can write to it. Where no compiler is at hand, one that any
+    compiler made will do. Several processes may build at once: each renames a file of its own. Raises
+    NativeBuildError.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [_default_compiler()]
     arguments = [*_COMPILE_FLAGS, *_machine_flags(), *flags]
-    target = _cache_dir() / f"micromix-{_digest(compiler, arguments)}.so"
-    if target.exists():
-        return target
-    logger.info("compiling CPU kernels, once per machine (%s; about 20 seconds)", target)
+    folder, stem = _cache_dir(), f"micromix-{_digest(arguments)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
-            library = _compile(compiler, arguments, Path(scratch))
-            library.rename(target)
+        made_by = hashlib.sha256(_run([*compiler, "--version"]).encode()).hexdigest()[:8]
+    except NativeBuildError as error:
+        if library := native_cache.find(folder, stem, "*"):
+            return library
+        raise NativeBuildError(f"{error}{native_cache.reasons(folder, stem)}") from error
+    if library := native_cache.find(folder, stem, made_by):
+        return library
+    logger.info("compiling CPU kernels, once per machine (in %s; about 20 seconds)", folder)
+    try:
+        with native_cache.scratch(folder) as scratch:
+            return native_cache.keep(_compile(compiler, arguments, scratch), folder, f"{stem}-{made_by}")
     except OSError as error:
-        raise NativeBuildError(f"cannot write to {target.parent}: {error}") from error
-    return target
+        raise NativeBuildError(f"cannot write to {folder}: {error}") from error
 
 
 def _default_compiler() -> str:
@@ -149,7 +153,7 @@ def _load_library(library: Path) -> str:
     try:
         torch.ops.load_library(str(library))
         isa = ctypes.CDLL(str(library)).micromix_isa
-    except OSError as error:
+    except (OSError, AttributeError, RuntimeError) as error:  # RuntimeError: it registers what is registered
         raise NativeBuildError(f"cannot load {library}: {error}") from error
     isa.restype = ctypes.c_char_p
     name: bytes = isa()
@@ -198,9 +202,9 @@ def _machine_flags() -> list[str]:
     return ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 
 
-def _digest(compiler: list[str], arguments: list[str]) -> str:
-    """Names a library by everything that its code depends on."""
-    parts = [*arguments, torch.__version__, sys.platform, _run([*compiler, "--version"]), _cpu_identity()]
+def _digest(arguments: list[str]) -> str:
+    """Names a library by everything that its code depends on but the compiler, which may be gone."""
+    parts = [*arguments, torch.__version__, sys.platform, _cpu_identity()]
     parts += [source.name + "\0" + source.read_text(encoding="utf-8") for source in templates.cpu_sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 

@@ -196,8 +196,8 @@ class MicroMixLinear(nn.Linear):
         return out
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises AttributeError for `weight`: forward would not use it."""
-        if name == "weight":
+        """Raises AttributeError for `weight`, unless a buffer is called so: forward would not use it."""
+        if name == "weight" and name not in self._buffers:
             raise AttributeError("the weight of a packed linear can't be set: put an nn.Linear in its place")
         super().__setattr__(name, value)
 

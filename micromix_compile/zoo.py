@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
+from micromix_compile import checkpoint
 from micromix_compile.files import replace_directory
 
 if TYPE_CHECKING:
@@ -93,10 +93,8 @@ def load_tokenizer(name: str = DEFAULT_MODEL, *, progress: bool = True) -> PreTr
 
 
 def is_packed(directory: Path) -> bool:
-    """Whether the checkpoint in `directory` was written after `quantize_`."""
-    config = json.loads((directory / "config.json").read_text("utf-8"))
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    return bool(method == "micromix")
+    """Whether the checkpoint in `directory` was written after `quantize_`. Raises ValueError for a damaged config."""
+    return checkpoint.is_ours(checkpoint.read_config(directory / "config.json"))
 
 
 def _unpack_gguf(gguf: Path, directory: Path) -> None:

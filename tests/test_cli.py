@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -258,6 +260,12 @@ def test_doctor_names_what_matters() -> None:
         "model cache",
     ):
         assert word in out
+    assert not [line for line in out.splitlines() if len(line.split("  ", 1)) < 2], "every row has a value"
+
+
+def write_packed_config(directory: Path) -> None:
+    """By which a directory is known as one that we wrote."""
+    (directory / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "micromix"}}), "utf-8")
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_whole(
@@ -267,6 +275,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / "old").write_text("whole", "utf-8")
+    write_packed_config(packed)
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
@@ -486,6 +495,7 @@ def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(
     """`missing/..` exists once its parents are made."""
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "old").touch()
+    write_packed_config(tmp_path / "some")
     arguments = ("quantize", "--model", small_model, "--recipe", recipe_file)
     refused = run(*arguments, "--out", tmp_path / "missing" / ".." / "some")
     assert (refused.exit_code, "exists; --overwrite replaces it" in refused.stderr) == (2, True)
@@ -493,6 +503,70 @@ def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(
     assert zoo.is_packed(tmp_path / "some")
     assert not (tmp_path / "some" / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
+
+
+@pytest.mark.parametrize(
+    ("out", "fact"),
+    [
+        (".", "holds the current directory or a home"),
+        ("..", "holds the current directory or a home"),
+        ("../home", "holds the current directory or a home"),
+        ("pictures", "holds no packed checkpoint"),
+        ("plain", "holds no packed checkpoint"),
+        ("repository", "is a git checkout"),
+        ("link", "is a link"),
+        ("file", "is not a directory"),
+    ],
+)
+def test_overwrite_replaces_only_what_we_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_loading: None, out: str, fact: str
+) -> None:
+    """Nothing is touched, and nothing is loaded."""
+    root = tmp_path / "root"
+    for name in ("root", "home", "root/pictures", "root/plain", "root/repository/.git", "root/packed"):
+        (tmp_path / name).mkdir(parents=True)
+    (root / "pictures" / "cat.png").touch()
+    (root / "plain" / "config.json").write_text("{}", "utf-8")
+    (root / "link").symlink_to("packed")
+    (root / "file").touch()
+    for name in (".", "..", "../home", "repository", "packed"):
+        write_packed_config(root / name)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(root)
+    result = run("quantize", "--out", out, "--overwrite")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert fact in result.stderr
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["empty", "packed"])
+def test_overwrite_goes_on_where_there_is_an_empty_directory_or_a_packed_checkpoint(
+    tmp_path: Path, no_loading: None, kind: str
+) -> None:
+    """As far as loading."""
+    (tmp_path / "out").mkdir()
+    if kind == "packed":
+        write_packed_config(tmp_path / "out")
+    assert str(run("quantize", "--out", tmp_path / "out", "--overwrite").exception) == "a model was loaded"
+
+
+def test_results_may_go_to_a_device_which_stays_one(small_model: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """Such as /dev/null, here a pipe."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    arguments = ("--model", small_model, "--recipe", recipe_file, "--windows", 1, *SHORT, "--rows", "mxfp4")
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(pipe.read_bytes)
+        run_well("eval", *arguments, "--json", pipe)
+        assert json.loads(received.result())["rows"][0]["row"] == "mxfp4"
+    assert pipe.is_fifo()
+
+
+def test_version_says_what_matters_in_a_line() -> None:
+    """Of the package, of torch and of Python."""
+    out = run_well("--version")
+    assert out == f"micromix {micromix.__version__}, torch {torch.__version__}, Python {platform.python_version()}\n"
 
 
 def test_the_default_model_is_saved_without_a_trace_of_gguf() -> None:

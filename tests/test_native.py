@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,13 +17,12 @@ from products import assert_product_is_exact, packed_rows, quantized_rows
 from strategies import hostile_rows
 from torch import Tensor
 
-from micromix_compile import native, ops, packing, reference, templates
+from micromix_compile import native, native_cache, ops, packing, reference, templates
 from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding, elem_format
 from micromix_compile.reference import QuantizedActivation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     Split = tuple[int, int, int]
 
@@ -404,14 +404,13 @@ def test_the_library_is_named_after_all_that_its_code_depends_on(
 ) -> None:
     (tmp_path / "kernel.cpp").write_text("first")
     monkeypatch.setattr(templates, "cpu_sources", lambda: [tmp_path / "kernel.cpp"])
-    compiler = ["c++"]
-    names = {native._digest(compiler, ["-O3"]), native._digest(compiler, ["-O2"])}
+    names = {native._digest(["-O3"]), native._digest(["-O2"])}
     (tmp_path / "kernel.cpp").write_text("second")
-    names.add(native._digest(compiler, ["-O3"]))
+    names.add(native._digest(["-O3"]))
     monkeypatch.setattr(torch, "__version__", "0.0")
-    names.add(native._digest(compiler, ["-O3"]))
+    names.add(native._digest(["-O3"]))
     monkeypatch.setattr(native, "_cpu_identity", lambda: "another machine")
-    names.add(native._digest(compiler, ["-O3"]))
+    names.add(native._digest(["-O3"]))
     assert len(names) == 5
 
 
@@ -419,7 +418,7 @@ FAILING_COMPILER = 'import sys; sys.exit(sys.argv[1] != "--version" and "no such
 
 PLAIN_PATH_SCRIPT = """
 import json, logging, torch
-from micromix_compile import native, ops, reference
+from micromix_compile import native, native_cache, ops, reference
 records = []
 handler = logging.Handler()
 handler.emit = lambda record: records.append((record.levelname, record.getMessage()))
@@ -461,3 +460,87 @@ def test_without_a_library_plain_pytorch_serves_and_the_log_says_why(
 def test_other_devices_and_repeated_arrivals_are_not_taken_over() -> None:
     assert not native.takes_over(torch.empty(1, device="meta"))
     assert not native.takes_over(torch.empty(1)), "an op that arrives although the kernels are loaded stays"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of one library, which a compiler that only copies made; later builds find it or copy again."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho version\n[ "$1" = --version ] || while [ "$1" != -o ]; do shift; done\n'
+                        '[ "$1" = --version ] || echo library > "$2"\n', "utf-8")  # fmt: skip
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native, "_cache_dir", lambda: tmp_path / "cache")
+    return native.build()
+
+
+def test_a_library_that_is_whole_is_used_where_there_is_no_compiler(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cached.read_text() == "library\n"
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert native.build() == cached
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:3])
+
+
+def make_foreign(path: Path) -> None:
+    path.write_text("another library")
+
+
+DAMAGES = {
+    "truncated": (truncate, r"its content \(3 bytes\) is not what was compiled"),
+    "empty": (lambda path: path.write_bytes(b""), r"its content \(0 bytes\)"),
+    "foreign": (make_foreign, "is not what was compiled"),
+    "writable": (lambda path: path.chmod(0o770), r"can be written by other users \(mode 770\)"),
+    "a link": (lambda path: (path.rename(path.with_suffix("")), path.symlink_to(path.with_suffix(""))), "is no file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_library_is_refused_without_a_compiler_and_made_anew_with_one(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], reason: str
+) -> None:
+    damage(cached)
+    with monkeypatch.context() as context:
+        context.setenv("CXX", "/nowhere/c++")
+        with pytest.raises(native.NativeBuildError, match=reason):
+            native.build()
+    assert native.build() == cached
+    assert native.build().read_text() == "library\n"
+
+
+def test_a_library_of_another_user_is_refused(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = cached.stat().st_uid
+    monkeypatch.setattr(native_cache.os, "getuid", lambda: owner + 1)
+    if owner != 0:
+        assert native_cache.why_not(cached) == f"{cached.parent} belongs to user {owner}, not to {owner + 1} or root"
+        return
+    os.chown(cached, 12345, -1)
+    assert f"{cached} belongs to user 12345, not to 1 or root" in str(native_cache.why_not(cached))
+
+
+def test_a_folder_that_the_users_group_can_write_to_is_closed(cached: Path) -> None:
+    cached.parent.chmod(0o775)
+    assert native.build() == cached
+    assert cached.parent.stat().st_mode & 0o777 == 0o755
+
+
+def test_what_killed_builds_leave_is_removed_when_it_is_old(cached: Path) -> None:
+    old, new = cached.parent / "build-old", cached.parent / "build-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "kernel.o").touch()
+    os.utime(old, (0, 0))
+    cached.unlink()
+    assert native.build() == cached
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_library_without_our_kernels_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    with pytest.raises(native.NativeBuildError, match=r"cannot load .*micromix_isa"):
+        native._load_library(Path(torch.__file__).parent / "lib" / "libc10.so")
