@@ -3,7 +3,8 @@
 The quantize kernels too, of which only the room is of interest.
 
 The counts are derived from the tiles. A kernel that Triton silently computes in bfloat16, that spills, or that it gave
-up on, fails here and not on somebody's GPU.
+up on, fails here and not on somebody's GPU. Every run compiles some cases: each tile once, and each kind of weights and
+scales on each GPU. A `deep` run compiles all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pytest
 import torch
+from covering import cover, params, runs_deep
 from filelock import FileLock
 
 from micromix_compile import gpu
@@ -187,14 +189,29 @@ QUANTIZER_SPILLS = {
     "sm_120a-rms_norm-14336-64-fit": 8,
     "sm_90a-silu_mul-14336-64-fit": 4,
 }
+QUICK = cover(
+    TABLE,
+    lambda case: (
+        *((case.family, case.tile), (case.capability, "w_fp4", case.w_fp4, case.swizzled)),
+        *((case.capability, case.fp6), (case.capability, "bias", case.bias)),
+    ),
+)
+QUICK_QUANTIZE = cover(
+    QUANTIZE,
+    lambda case: (
+        *((case.capability, case.producer, case.channels), (case.capability, case.rows, case.scale_rounding)),
+        *((case.producer, case.rows, case.scale_rounding), (case.channels, case.rows, case.scale_rounding)),
+    ),
+)
 UNWIDENED = replace(FAMILIES["sm_120"], widen_fp4=False)
 UNWIDENED_KERNEL = offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Results:
     """Everything this file looks at: by case, the bad ones by name."""
-    kernels: dict[Case | QuantizeCase | str, Kernel] = {case: case.kernel for case in (*TABLE, *QUANTIZE)}
+    cases = (*TABLE, *QUANTIZE) if runs_deep(request) else (*QUICK, *QUICK_QUANTIZE)
+    kernels: dict[Case | QuantizeCase | str, Kernel] = {case: case.kernel for case in cases}
     kernels |= {name: case.kernel for name, case in BAD.items()} | {"unwidened": UNWIDENED_KERNEL}
     return compile_once(kernels, tmp_path_factory, "offline_compile")
 
@@ -231,7 +248,7 @@ class Results(Protocol):
 
 
 def each_case(function: object) -> object:
-    return pytest.mark.parametrize("case", TABLE, ids=str)(function)
+    return pytest.mark.parametrize("case", params(TABLE, QUICK), ids=str)(function)
 
 
 def expected_step(case: Case) -> dict[str, tuple[int, int]]:
@@ -294,7 +311,7 @@ def test_the_code_is_for_the_target_and_neither_traps_nor_flushes_subnormals(cas
     assert not result.flushing
 
 
-@pytest.mark.parametrize("case", QUANTIZE, ids=str)
+@pytest.mark.parametrize("case", params(QUANTIZE, QUICK_QUANTIZE), ids=str)
 def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: QuantizeCase, result: Compiled) -> None:
     """Only the norm's reciprocal square root may flush: its argument is at least eps."""
     assert result.target == offline.target_name(case.capability)
@@ -307,7 +324,8 @@ def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: Quan
 
 def test_every_tile_of_every_family_is_compiled_for_some_target() -> None:
     tiles = {(name, tile) for name, family in FAMILIES.items() for _, tiles in family.tiles for tile in tiles}
-    assert {(case.family, case.tile) for case in TABLE} == tiles
+    assert {(case.family, case.tile) for case in QUICK} == tiles
+    assert {case.capability for case in QUICK} == set(CAPABILITIES)
 
 
 @pytest.mark.parametrize("name", ["two warps", "64 rows on the left"])

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from covering import cover, params, runs_deep
 from test_offline_compile import ROUNDINGS, SPILL_LIMIT, compile_once, kernel_of
 
 from micromix_compile import folding, gpu_folded
@@ -126,15 +127,34 @@ EXPANSIONS = {
 }
 
 
+def properties(case: Case) -> tuple[object, ...]:
+    """What a case of every run's must show: of a tile whole and shared, of weights each number, bias and FP6 format."""
+    is_shared = case.split_k > 1
+    weights = (case.groups, case.bias, is_shared), (case.fp6, is_shared), (case.groups, case.split)
+    return (case.tile, is_shared), *weights, ("columns", case.columns)
+
+
+def fold_properties(name: str) -> tuple[object, ...]:
+    """The same of a quantizer: of a producer each width and number of rows."""
+    producer, channels, rows, rounding, *weights = name.split("-")
+    return (producer, channels, *weights), (producer, rows, rounding), (channels, rows)
+
+
+QUICK = [case for case in PRODUCTS if case in cover(PRODUCTS, properties) + EARLY]
+QUICK_FOLDS = cover(list(FOLDS), fold_properties)
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Case | str, Compiled]:
+def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[Case | str, Compiled]:
     """Everything this file looks at."""
-    kernels: dict[Case | str, Kernel] = {case: case.kernel for case in PRODUCTS} | FOLDS | EXPANSIONS
+    products, folds = (PRODUCTS, list(FOLDS)) if runs_deep(request) else (QUICK, QUICK_FOLDS)
+    kernels: dict[Case | str, Kernel] = {case: case.kernel for case in products}
+    kernels |= {name: FOLDS[name] for name in folds} | EXPANSIONS
     found = compile_once(kernels, tmp_path_factory, "offline_folded")
     return {name: result for name, result in found.items() if isinstance(result, Compiled)}
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", params(PRODUCTS, QUICK), ids=str)
 def test_each_step_of_a_product_issues_fp8_instructions_and_no_others(
     compiled: dict[Case | str, Compiled], case: Case
 ) -> None:
@@ -145,7 +165,7 @@ def test_each_step_of_a_product_issues_fp8_instructions_and_no_others(
     assert result.mma_blocks == (("wgmma e4m3", count),) * 3
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", params(PRODUCTS, QUICK), ids=str)
 def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str, Compiled], case: Case) -> None:
     result = compiled[case]
     assert result.spilled_bytes <= SPILL_LIMIT
@@ -167,7 +187,7 @@ def test_no_more_than_three_programs_of_64_rows_fit_a_processor(
     assert compiled[case].registers > FOUR_PROGRAMS_REGISTERS
 
 
-@pytest.mark.parametrize("name", [*FOLDS, *EXPANSIONS])
+@pytest.mark.parametrize("name", params([*FOLDS, *EXPANSIONS], [*QUICK_FOLDS, *EXPANSIONS]))
 def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     compiled: dict[Case | str, Compiled], name: str
 ) -> None:
@@ -180,7 +200,7 @@ def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if name.startswith(("rms_norm", "residual")) else set())
 
 
-@pytest.mark.parametrize("case", [*PRODUCTS, *FOLDS, *EXPANSIONS], ids=str)
+@pytest.mark.parametrize("case", params([*PRODUCTS, *FOLDS, *EXPANSIONS], [*QUICK, *QUICK_FOLDS, *EXPANSIONS]), ids=str)
 def test_nothing_is_read_or_written_before_the_wait_for_the_kernels_before(
     compiled: dict[Case | str, Compiled], case: Case | str
 ) -> None:
@@ -188,4 +208,4 @@ def test_nothing_is_read_or_written_before_the_wait_for_the_kernels_before(
 
 
 def test_quantizers_of_every_release_are_compiled() -> None:
-    assert {kernel.constexprs["RELEASE"] for kernel in FOLDS.values()} == {"start", "stores", "end"}
+    assert {FOLDS[name].constexprs["RELEASE"] for name in QUICK_FOLDS} == {"start", "stores", "end"}
