@@ -176,7 +176,14 @@ def test_versions_and_hardware_name_what_produced_a_number() -> None:
     assert evaluation.hardware()["cpu"]
 
 
-def test_the_real_model_has_the_published_perplexity_and_mxfp8_costs_what_it_should() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MicroMixConfig(policy="mxfp8", weight_rounding="nearest", scale_search=False), id="as in the row"),
+        pytest.param(MicroMixConfig(), id="another", marks=pytest.mark.deep),
+    ],
+)
+def test_the_real_model_has_the_published_perplexity_and_mxfp8_costs_what_it_should(config: MicroMixConfig) -> None:
     """Four windows in float32: full precision 16.031 by this protocol; MXFP8 16.654, through the compiled backend."""
     import micromix_compile as micromix
 
@@ -184,7 +191,7 @@ def test_the_real_model_has_the_published_perplexity_and_mxfp8_costs_what_it_sho
     text = texts.load_texts()
     windows = texts.token_windows(text.evaluation, tokenizer, 4)
     calibration = texts.token_windows(text.calibration, tokenizer, 1, 64)
-    recipe = micromix.calibrate(model, calibration.split(1), progress=False)
+    recipe = micromix.calibrate(model, calibration.split(1), config, progress=False)
     full, mxfp8 = evaluation.evaluate_rows(model, recipe, ("fp32", "mxfp8"), windows, progress=False)
     assert full.evaluation.perplexity == pytest.approx(16.031, abs=1e-3)
     assert (full.element_bits, full.stored_bytes) == (32.0, 4 * 106_168_320)
