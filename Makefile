@@ -8,14 +8,27 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := micromix_compile passes lowering templates tests bench
 
-.PHONY: demo test check clean
+WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test deep test-versions test-oldest test-newest check clean
 
 demo: $(INSTALLED)
 	$(BIN)/micromix demo
 
 # A worker for each logical core, at most 8, which torch's own threads would only get in the way of.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+
+deep: $(INSTALLED)
+	HYPOTHESIS_PROFILE=deep OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m ""
+
+test-versions: test-oldest test-newest
+
+# What the ranges of pyproject.toml begin and end with. The variable, unlike --constraint, replaces a machine's own pins.
+test-oldest test-newest: test-%:
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	PIP_CONSTRAINT=constraints-$*.txt $(VENV)-$*/bin/python -m pip install $(PIP_ARGS) --editable ".[test]"
+	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest $(WORKERS) -m "versions and not deep"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,7 +38,7 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The data packages come without their dependencies, which nothing here needs: they are only read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from _pytest.mark import ParameterSet
+    from torch import Tensor
 
 Case = TypeVar("Case")
 
@@ -34,3 +36,9 @@ def params(cases: Iterable[Case], quick: Iterable[Case]) -> list[ParameterSet]:
 def runs_deep(request: pytest.FixtureRequest) -> bool:
     """Whether any of the tests that are to run is marked `deep`."""
     return any(item.get_closest_marker("deep") for item in request.session.items)
+
+
+def part(values: Tensor, step: int, device: str, start: int = 0) -> Tensor:
+    """Every `step`-th of values, from `start` on, for Triton's interpreter; all on a GPU and in a deep run."""
+    is_quick = device == "cpu" and os.environ.get("HYPOTHESIS_PROFILE") != "deep"
+    return values[start % step :: step] if is_quick else values

@@ -21,6 +21,7 @@ from torch._inductor import compile_fx, config
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import hints, triton_helpers
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -109,6 +110,7 @@ def fake_cuda(capability: tuple[int, int]) -> Iterator[None]:
         patch(torch.version, cuda="13.0")
         patch(type(triton.runtime.driver), active=property(lambda _: driver))
         patch(triton_helpers, set_driver_to_gpu=lambda: None)
+        patch(fake_tensor, init_gpu_context=lambda _: None)  # which CUDA builds call for a first fake tensor
         patch(joint_graph, lazy_init=register_patterns_on_cpu)
         register_interface_for_device("cuda", CudaInterface)
         register_interface_for_device("cuda:0", CudaInterface)

@@ -6,6 +6,7 @@ serve(answer)                             in the script, behind its imports
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -34,8 +35,9 @@ class ForkServer:
             self.process = subprocess.Popen([sys.executable, str(self.script)], env=environment, text=True, **pipes)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended: then there is no line either
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.script.name} ended with code {self.process.wait()}")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def batches(count: int = 3, channels: int = 64) -> list[Tensor]:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # `fake_cuda` replaces torch.cuda's answers; over a real device that would test neither.
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, test_gpu.py runs the code")
+pytestmark = [
+    pytest.mark.versions,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, test_gpu.py runs the code"),
+]
 
 CODEGEN = ForkServer(Path(__file__).with_name("inductor_codegen.py"), without="TRITON_INTERPRET")
 KINDS = {

@@ -13,7 +13,7 @@ from micromix_compile import packing
 from micromix_compile.formats import BLOCK_SIZE, ELEM_FORMATS, FP6_FORMATS, elem_format
 from micromix_compile.reference import decode, dequantize
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("nan_filled_memory")]
 
 per_fp6 = pytest.mark.parametrize("fp6", FP6_FORMATS)
 

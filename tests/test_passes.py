@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+pytestmark = pytest.mark.versions
+
 
 def trace(
     model: Callable[..., Any], *inputs: Tensor, session: Session, dynamic: bool | None = None

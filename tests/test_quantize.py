@@ -27,6 +27,8 @@ from micromix_compile.config import MicroMixConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.versions
+
 
 def storages(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]

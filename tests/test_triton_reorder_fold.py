@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from covering import part
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from products import INTERPRETED, SEGMENTS, one_format
@@ -85,10 +86,11 @@ def test_magnitudes_of_the_whole_range_with_specials_in_some_rows(
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
 @pytest.mark.parametrize("scale_rounding", list(ScaleRounding))
 def test_every_exponent_of_the_largest_value(device: str, fp6: str, scale_rounding: str) -> None:
-    """With the mantissas around 1.5, where the row's exponent steps. The interpreter takes a part of them."""
+    """With the mantissas around 1.5, where the row's exponent steps. Each case interprets another part of them."""
     mantissas = torch.tensor([0x00, 0x3F, 0x40, 0x41, 0x7F], dtype=torch.int32)
     largest = ((torch.arange(255, dtype=torch.int32) << 7)[:, None] + mantissas).flatten()
-    largest = largest[:: 37 if device == "cpu" else 1]
+    start = 9 * (2 * list(ScaleRounding).index(ScaleRounding(scale_rounding)) + FP6_FORMATS.index(fp6))
+    largest = part(largest, 74, device, start)
     x = largest.to(torch.uint16).view(torch.bfloat16)[:, None].repeat(1, 192)
     x[:, 1::7] *= -0.59375
     x[:, 2::7] *= 2.0**-5
@@ -213,11 +215,12 @@ def test_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize(("rows", "channels"), [(9, 256), (1, 4096), (200, 128)])
+@pytest.mark.parametrize(("rows", "channels", "few"), [(9, 256, 128), (1, 4096, 128), (18, 128, 0)])
 def test_sum_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
-    device: str, dtype: torch.dtype, rows: int, channels: int
+    device: str, dtype: torch.dtype, rows: int, channels: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one program and of four, as parts of wider matrices; the sum is whole and is of the row's own."""
+    monkeypatch.setattr(gpu, "FEW_ROWS", few)
     x, residual = (torch.randint(-7, 8, (rows, channels + 8), device=device).to(dtype)[:, :channels] for _ in range(2))
     weight, perm = torch.randn(channels, device=device).to(dtype), torch.randperm(channels)
     split = (channels // 2, channels // 4, channels // 4)
@@ -268,8 +271,13 @@ def test_norm_and_fold_of_a_row_wider_than_one_tile(device: str) -> None:
     assert_folds(got, ops.rms_norm(x, weight, 0.0).cpu(), perm, split, "e2m3", "rceil", w_fp4=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("w_fp4", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "w_fp4"),
+    [
+        *((torch.bfloat16, False), (torch.float16, True)),
+        *(pytest.param(*case, marks=pytest.mark.deep) for case in ((torch.bfloat16, True), (torch.float16, False))),
+    ],
+)
 def test_silu_mul_and_fold_equals_its_steps_for_every_gate(device: str, dtype: torch.dtype, w_fp4: bool) -> None:
     gate = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     # As in the quantizer's tests: no gates at which float32's last places could turn the rounding to the dtype.
