@@ -30,7 +30,7 @@ MAX_TARGET_BITS: Final = 16
 """Above 8 only padding and small layers' scales are left to pay for; nothing takes more than twice that."""
 
 DUMPED: Final = (
-    *("find_linears", "insert_observers", "rewrite_linears", "share_activations", "fold_products"),
+    *("open_attention", "find_linears", "insert_observers", "rewrite_linears", "share_activations", "fold_products"),
     *("fuse_rms_norm", "fuse_residual", "fuse_silu_mul"),
 )
 """The passes, by name, whose graphs can be dumped."""

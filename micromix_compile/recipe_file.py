@@ -151,7 +151,7 @@ def _to_file(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, str]]:
         "groups": groups,
         "linears": linears,
         "refused": dict(recipe.refused),
-        "left_alone": None if recipe.left_alone is None else list(recipe.left_alone),
+        **({} if recipe.left_alone is None else {"left_alone": list(recipe.left_alone)}),
     }
     digests = {name: _digest(value) for name, value in (*fields.items(), *tensors.items())}
     return tensors, {name: json.dumps(value) for name, value in (*fields.items(), ("digests", digests))}

@@ -145,5 +145,7 @@ def test_the_whole_models_bits_travel_in_the_file_and_older_files_lack_them(tmp_
 def test_counts_that_are_none_are_refused(tmp_path: Path, bad: Any) -> None:
     recipe = micromix.calibrate(nn.Sequential(nn.Linear(64, 64)).eval(), [torch.randn(2, 64)], PLAIN)
     dataclasses.replace(recipe, left_alone=bad).save(tmp_path / "recipe")
-    with pytest.raises(ValueError, match=r"recipe: left_alone must be two integers >= 0, parameters and bytes, got \["):
+    with pytest.raises(
+        ValueError, match=r"recipe: left_alone(\[\d\])? must (have 2 items|be an integer of 0 or more), got "
+    ):
         micromix.Recipe.load(tmp_path / "recipe")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
 
 CHEAP: dict[str, Any] = {"weight_rounding": "nearest", "scale_search": False, "granularity": 32}
 """Options with which calibrating takes milliseconds."""

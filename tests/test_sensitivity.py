@@ -22,6 +22,7 @@ from micromix_compile.sensitivity import CostProbe, pull_back, rounding_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 BUDGET = MicroMixConfig(policy="budget", weight_rounding="nearest", scale_search=False)
 
@@ -285,3 +286,14 @@ def test_tokens_that_are_masked_have_no_direction() -> None:
     assert time_first.grad is not None
     assert (time_first.grad.abs().sum(-1) > 0).tolist() == [[True, True], [False, True], [True, False]]
     assert sensitivity.COST_FORMATS == COST_FORMATS
+
+
+def test_a_model_whose_output_is_no_number_is_told_so_where_costs_are_measured(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        net[1].weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="the sensitivity of 0 is not finite: a gradient or an output holds a NaN"):
+        micromix.calibrate(net, [torch.randn(2, 64)], BUDGET)
+    recipe = micromix.calibrate(net, [torch.randn(2, 64)], dataclasses.replace(BUDGET, policy="mxfp6"))
+    recipe.save(tmp_path / "recipe")
+    assert micromix.Recipe.load(tmp_path / "recipe").linears.keys() == recipe.linears.keys()
