@@ -98,7 +98,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | 
 
 def _is_transpose(node: fx.Node) -> bool:
     """Whether `node` transposes a matrix; what has more dimensions is no linear's weight anyway."""
-    if str(node.target).removesuffix(".default") == "aten.numpy_T":  # of `.T` from torch 2.15 on
+    if str(node.target).removesuffix(".default") in ("aten.numpy_T", "aten.mT"):  # of `.T` and `.mT` from torch 2.15 on
         return True
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("T", "mT")
