@@ -49,10 +49,10 @@ def test_the_weight_is_dequantized_in_the_models_order(channels: int, dtype: tor
     assert (weight - original).norm() < 0.15 * original.norm()
 
 
-def test_the_weight_is_no_parameter_and_not_saved() -> None:
+def test_the_weight_is_no_parameter_and_what_is_saved_as_it_are_the_scales() -> None:
     linear, _ = packed_linear()
     assert [name for name, _ in linear.named_parameters()] == ["bias"]
-    assert "weight" not in linear.state_dict()
+    assert torch.equal(linear.state_dict()["weight"], linear.weight_scale)
     assert isinstance(copy.deepcopy(linear).weight, Tensor)
 
 
