@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+pytestmark = pytest.mark.versions
+
 WEIGHTS = "model.safetensors"
 UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 IDS = torch.arange(16).reshape(2, 8)
