@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
+from torch._C import _functorch
 from torch._dynamo import eval_frame
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource
@@ -226,6 +227,14 @@ def original_module(module: nn.Module) -> nn.Module:
     original = getattr(module, "_orig_mod", module)
     assert isinstance(original, nn.Module), "torch.compile wraps a module"
     return original
+
+
+def running_transform() -> str | None:
+    """The transform of torch.func, such as vmap, that is running now, under which Dynamo compiles nothing."""
+    top, kinds = _functorch.peek_interpreter_stack(), _functorch.TransformType
+    if top is None or top.key() not in (kinds.Vmap, kinds.Grad, kinds.Jvp):
+        return None
+    return str(top.key().name).lower()
 
 
 UNKNOWN_ROWS = 4096

@@ -160,8 +160,14 @@ class _PerSession:
     """Versions count towards the recompile limit beside those of their session only."""
 
     def check(self) -> None:
-        """Refuse models that are spread over processes, of which Dynamo may compile nothing at all."""
-        region = torch_compat.running_region()
+        """Refuse what Dynamo may compile nothing of: transforms of torch.func, models spread over processes."""
+        region, transform = torch_compat.running_region(), torch_compat.running_transform()
+        if transform is not None:
+            model = "a function" if region.compiled is None else type(region.compiled).__name__
+            raise ValueError(
+                f"{model} would run unquantized: torch.compile compiles nothing under torch.func.{transform}; map a model "
+                f"that quantize_ has packed, or compile the function that calls torch.func.{transform}"
+            )
         if region.compiled is not None:
             check_not_distributed(region.compiled, region.around)
 

@@ -129,6 +129,17 @@ def test_strict_refuses_a_linear_under_vmap() -> None:
         strict(x)
 
 
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_compiled_model_under_vmap_is_refused(ran: bool) -> None:
+    net, x = model(), torch.randn(3, 5, 64)
+    fast = torch.compile(net, backend="micromix", options={"recipe": micromix.calibrate(net, [x])})
+    with torch.no_grad():
+        if ran:
+            fast(x[0])
+        with pytest.raises(ValueError, match=r"would run unquantized: .* nothing under torch.func.vmap; map"):
+            torch.func.vmap(fast)(x)
+
+
 def test_packed_models_run_under_vmap() -> None:
     net, x = model(), torch.randn(3, 5, 64)
     micromix.quantize_(net, micromix.calibrate(net, [x]))
