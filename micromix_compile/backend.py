@@ -165,8 +165,8 @@ class _PerSession:
         if transform is not None:
             model = "a function" if region.compiled is None else type(region.compiled).__name__
             raise ValueError(
-                f"{model} would run unquantized: torch.compile compiles nothing under torch.func.{transform}; map a model "
-                f"that quantize_ has packed, or compile the function that calls torch.func.{transform}"
+                f"{model} would run unquantized: torch.compile compiles nothing under torch.func.{transform}; map the "
+                f"model that quantize_ packs, or compile the function that calls torch.func.{transform}"
             )
         if region.compiled is not None:
             check_not_distributed(region.compiled, region.around)
