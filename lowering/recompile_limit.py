@@ -69,8 +69,7 @@ def _exceeds(original: Callable[..., tuple[bool, str]], cache_size: Any, compile
     counter = _counter_of(backend)
     if counter is not None:
         counter.check()
-    versions = _versions(code)
-    ignored = sum(not _counts(version, backend, counter) for version in versions)
+    ignored = _ignored(_versions(code), backend, counter)
     if not ignored and counter is None:
         return original(cache_size, compile_id)
     exceeded, limit = original(_without(cache_size, ignored), _earlier(compile_id, ignored, counter))
@@ -89,13 +88,12 @@ def _versions(code: CodeType) -> list[Any]:
     return [version for version in versions if version.isolate_recompiles_id == region]
 
 
-def _counts(version: Any, backend: Any, counter: Counter | None) -> bool:
+def _ignored(versions: list[Any], backend: Any, counter: Counter | None) -> int:
+    """How many of `versions` don't count beside what `backend` is about to compile."""
     if counter is None:
-        return _counter_of(version.backend) is None
-    if version.backend != backend:
-        return False
-    counted = counter.counted(backend)
-    return counted is None or version.compile_id in counted
+        return sum(_counter_of(version.backend) is not None for version in versions)
+    counted = counter.counted(backend) if versions else None
+    return sum(v.backend != backend or (counted is not None and v.compile_id not in counted) for v in versions)
 
 
 def _without(cache_size: Any, ignored: int) -> Any:

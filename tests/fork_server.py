@@ -70,7 +70,7 @@ def _answer(answer: Callable[[dict[str, Any]], Any], line: str, out: Any) -> Non
     """In the fork, which ends here."""
     try:
         result = {"answer": answer(json.loads(line))}
-    except Exception:
+    except Exception:  # whatever it is, the test that asked raises it
         result = {"error": traceback.format_exc()}
     _write(out, result)
     sys.stderr.flush()
