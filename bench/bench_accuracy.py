@@ -1,4 +1,4 @@
-"""Accuracy against bits on the default model: policies, roundings, smoothing, calibration texts and sizes, seeds.
+"""Accuracy against bits on the default model: policies, roundings, calibration texts and sizes, seeds.
 
     python bench/bench_accuracy.py [--studies table curve ...] [--windows 12] [--csv FILE] [--plot FILE]
 
@@ -84,12 +84,11 @@ ABLATION = {
     "mxfp8-anchor e2m3/32+all": replace(BEST, policy="mxfp8-anchor"),
 }
 KEY = {name: TABLE[name] for name in ("budget 5.48", "budget 4.5")}
-SMOOTHED = {name: TABLE[name] for name in ("mxfp4, better rounding", *KEY)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """One calibration and the rows that are made from it. smooth: the alpha of a smoothing before it."""
+    """One calibration and the rows that are made from it."""
 
     study: str
     rows: Mapping[str, micromix.MicroMixConfig]
@@ -97,7 +96,6 @@ class Calibration:
     samples: int = 32
     seed: int = 0
     offset: int = 0
-    smooth: float | None = None
 
 
 # The table has the rows of 32 samples and seed 0.
@@ -107,7 +105,6 @@ STUDIES: dict[str, list[Calibration]] = {
     "ablation": [Calibration(study="ablation", rows=ABLATION)],
     "texts": [Calibration(study="texts", rows=KEY, data=data, samples=10) for data in ("wiki", "c4", "technical")],
     "samples": [Calibration(study="samples", rows=KEY, samples=samples) for samples in (8, 128)],
-    "smoothing": [Calibration(study="smoothing", rows=SMOOTHED, smooth=alpha) for alpha in (None, 0.25, 0.5, 0.75)],
     "seeds": [Calibration(study="seeds", rows=KEY, seed=seed, offset=32 * seed) for seed in (1, 2, 3)],
 }
 
@@ -154,8 +151,6 @@ def run(
     tokens = texts.token_windows(text.calibration, loaded.tokenizer, wanted)[calibration.offset :]
     configs = [replace(config, seed=calibration.seed) for config in calibration.rows.values()]
     model: nn.Module = loaded.model
-    if calibration.smooth is not None:
-        model = micromix.smooth_(copy.deepcopy(model), tokens.split(1), alpha=calibration.smooth)
     full = measure(exact, windows, None)
     start = time.perf_counter()
     recipes = micromix.calibrate_each(model, tokens.split(1), configs)
@@ -171,7 +166,6 @@ def run(
             "data": calibration.data,
             "samples": calibration.samples,
             "seed": calibration.seed,
-            "smooth": calibration.smooth,
             "windows": len(windows),
             "element_bits": round(recipe.element_bits, 4),
             "stored_bits": round(recipe.stored_bits, 4),
@@ -223,7 +217,7 @@ def main() -> None:
     loaded = zoo.load_model(dtype=torch.float32)
     windows = texts.token_windows(texts.load_texts().evaluation, loaded.tokenizer, arguments.windows)
     exact, results = CachedLogits(loaded.model), []
-    shown = ("row", "data", "samples", "seed", "smooth", "element_bits", "stored_bits")
+    shown = ("row", "data", "samples", "seed", "element_bits", "stored_bits")
     shown += ("perplexity", "loss_se", "kl", "top1")
     for calibration in (calibration for study in arguments.studies for calibration in STUDIES[study]):
         if arguments.rows:

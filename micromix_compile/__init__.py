@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from micromix_compile.quantize import MicroMixLinear, quantize_
     from micromix_compile.recipe import Recipe
     from micromix_compile.sessions import recipe_of
-    from micromix_compile.smoothing import smooth_
     from micromix_compile.versions import refresh
 
 __version__ = "0.1.0"
@@ -39,7 +38,6 @@ __all__ = [
     "recipe_of",
     "refresh",
     "seal",
-    "smooth_",
 ]
 
 _HOMES = {
@@ -53,7 +51,6 @@ _HOMES = {
     "recipe_of": "sessions",
     "refresh": "versions",
     "seal": "checkpoint",
-    "smooth_": "smoothing",
 }
 
 

@@ -67,7 +67,7 @@ CONFIG_OPTIONS: Final = (
     *("scale_search", "uniform_order", "granularity", "skip"),
 )
 """The fields of the config that commands take, in the order in which they take them."""
-NOT_FOR_PACKED: Final = (*CONFIG_OPTIONS, "recipe_file", "smooth", "rows", "which", "compiled")
+NOT_FOR_PACKED: Final = (*CONFIG_OPTIONS, "recipe_file", "rows", "which", "compiled")
 """Parameters of commands that say what is done to a model that is not packed yet."""
 
 USER_ERRORS: Final = (ValueError, OSError, ModuleNotFoundError)
@@ -106,10 +106,6 @@ FP6 = Annotated[str | None, typer.Option(help=f"The MXFP6 element format: {_choi
 Weights = Annotated[str | None, typer.Option(help=f"Formats of the weights: {_choices(WEIGHT_MODES)}.")]
 Rounding = Annotated[str | None, typer.Option(help=f"How block scales are rounded: {_choices(tuple(ScaleRounding))}.")]
 Granularity = Annotated[int | None, typer.Option(help=f"Channel counts are multiples of: {_choices(GRANULARITIES)}.")]
-Smooth = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, help="First scale channels so that activations are more even; SmoothQuant's alpha."),
-]
 Skip = Annotated[list[str] | None, typer.Option(help="Names (fnmatch) of linears to leave as they are; repeatable.")]
 
 
@@ -216,7 +212,6 @@ def quantize(
     dtype: DType = "bfloat16",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
-    smooth: Smooth = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
     target_kind: TargetKind = None,
@@ -242,12 +237,11 @@ def quantize(
             raise UsageError(f"{out} exists; --overwrite replaces it")
         _check_replaceable(target)
     _check_output("--out", out, is_file=False)
-    recipe = _load_recipe(recipe_file, smooth)
+    recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
     config = _config(base, *chosen, uniform_order, granularity, skip)
     loaded = _load(model, dtype, device)
-    _smooth(smooth, config, loaded, data, column, windows, window_length)
     recipe = _decide(recipe, config, loaded, data, column, windows, window_length)
     with _status("packing"), files.replace_directory(target) as directory:
         micromix.quantize_(loaded.model, recipe)
@@ -281,7 +275,6 @@ def eval_(
     ] = None,
     task_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = TASK_ITEMS,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
-    smooth: Smooth = None,
     policy: Policy = None,
     target_bits: TargetBits = None,
     target_kind: TargetKind = None,
@@ -306,7 +299,7 @@ def eval_(
         _check_output("--json", json_file, is_file=True)
     names = _rows(rows, dtype)
     _check_packed(context, model)
-    recipe = _load_recipe(recipe_file, smooth)
+    recipe = _load_recipe(recipe_file)
     base = MicroMixConfig() if recipe is None else recipe.config
     chosen = (policy, target_bits, target_kind, lam, fp6, weights, scale_rounding, weight_rounding, scale_search)
     config = _config(base, *chosen, uniform_order, granularity, skip)
@@ -317,7 +310,6 @@ def eval_(
     if _is_packed(model):
         results = [evaluation.packed_row(loaded.model, measured, tasks=wanted)]
     else:
-        _smooth(smooth, config, loaded, data, column, calibration_windows, window_length)
         recipe = _decide(recipe, config, loaded, data, column, calibration_windows, window_length)
         results = _measure(loaded, recipe, names, measured, wanted)
     _console().print(_table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
@@ -328,7 +320,6 @@ def eval_(
             "windows": windows,
             "window_length": window_length,
             "calibration_windows": None if recipe_file or _is_packed(model) else calibration_windows,
-            "smooth": smooth,
             "dtype": dtype,
             "config": None if _is_packed(model) else config.to_dict(),
         }
@@ -545,11 +536,9 @@ def _check_packed(context: typer.Context, model: str) -> None:
             raise UsageError(f"{name} needs a model that is not packed yet, and {model} is packed already")
 
 
-def _load_recipe(path: Path | None, smooth: float | None = None) -> Recipe | None:
+def _load_recipe(path: Path | None) -> Recipe | None:
     import micromix_compile as micromix
 
-    if path is not None and smooth is not None:
-        raise UsageError("--smooth changes the weights that a recipe was made for: leave --recipe out")
     return None if path is None else micromix.Recipe.load(path)
 
 
@@ -570,23 +559,6 @@ def _decide(
     batches = _calibration_batches(loaded, data, column, windows, window_length)
     _note(f"calibrating on {windows} windows of {window_length} tokens")
     return micromix.calibrate(loaded.model, batches, config)
-
-
-def _smooth(
-    alpha: float | None,
-    config: MicroMixConfig,
-    loaded: zoo.LoadedModel,
-    data: str,
-    column: str,
-    windows: int,
-    window_length: int,
-) -> None:
-    """Smooth the model in place on the windows that it is calibrated on; None leaves it as it is."""
-    import micromix_compile as micromix
-
-    if alpha is not None:
-        batches = _calibration_batches(loaded, data, column, windows, window_length)
-        micromix.smooth_(loaded.model, batches, alpha=alpha, skip=config.skip)
 
 
 def _calibration_batches(

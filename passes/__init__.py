@@ -4,7 +4,6 @@ if __name__ == "passes":
     raise ImportError("import micromix_compile.passes: the folder at the repository's root is not a package of its own")
 
 from micromix_compile.passes.find_linears import find_linears
-from micromix_compile.passes.find_smoothable import find_smoothable
 from micromix_compile.passes.fold_products import fold_products
 from micromix_compile.passes.fuse_residual import fuse_residual
 from micromix_compile.passes.fuse_rms_norm import fuse_rms_norm
@@ -16,7 +15,6 @@ from micromix_compile.passes.pass_manager import (
     LinearSite,
     Owner,
     PassContext,
-    SmoothableSite,
     dumping,
     input_devices,
     run_passes,
@@ -24,7 +22,6 @@ from micromix_compile.passes.pass_manager import (
 from micromix_compile.passes.rewrite_linears import rewrite_linears
 from micromix_compile.passes.share_activations import share_activations
 
-SMOOTH_PASSES = (open_attention, find_linears, find_smoothable)
 CALIBRATE_PASSES = (open_attention, find_linears, insert_observers)
 CONVERT_PASSES = (open_attention, find_linears, rewrite_linears, share_activations, fold_products)
 POST_GRAD_PASSES = (fuse_rms_norm, fuse_residual, fuse_silu_mul)
@@ -33,12 +30,10 @@ __all__ = [
     "CALIBRATE_PASSES",
     "CONVERT_PASSES",
     "POST_GRAD_PASSES",
-    "SMOOTH_PASSES",
     "LinearPlan",
     "LinearSite",
     "Owner",
     "PassContext",
-    "SmoothableSite",
     "dumping",
     "input_devices",
     "run_passes",

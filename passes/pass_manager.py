@@ -45,23 +45,6 @@ class LinearSite:
         return self.parameter.shape[1 if self.transposed else 0]
 
 
-Slots = tuple[tuple["fx.Node", int], ...]
-"""Graph inputs that are Parameters, each with one of its dimensions."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SmoothableSite:
-    """An activation that only linears read: with `divided` by s and `multiplied` by s, channel by channel, nothing else
-    in the graph changes but x, which becomes x / s.
-
-    divided: what x is made from, each with the dimension of x's channels. multiplied: the linears' weights, likewise.
-    """
-
-    x: fx.Node
-    divided: Slots
-    multiplied: Slots
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearPlan:
     """How one linear is to be rewritten.
@@ -110,7 +93,6 @@ class PassContext:
 
     example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
-    smoothable: filled by find_smoothable.
     unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
     folds: whether products with a weight, of which it gets a tensor, are to be folded (see `fold_products`); None for
@@ -124,7 +106,6 @@ class PassContext:
     dump_dir: str = "."
     sites: list[LinearSite] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
-    smoothable: list[SmoothableSite] = field(default_factory=list)
     unopened: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
     folds: Callable[[Tensor], bool] | None = None

@@ -155,31 +155,6 @@ def test_eval_runs_tasks_of_the_harness_on_every_row(small_model: Path, recipe_f
     assert (refused.exit_code, "lm-eval has no task 'missing.yaml'" in refused.stderr) == (1, True)
 
 
-def test_smoothing_comes_before_calibration(small_model: Path, tmp_path: Path) -> None:
-    """The unquantized row keeps its perplexity; a recipe, made for other weights, is refused."""
-    measured = ("--model", small_model, "--windows", 1, "--calibration-windows", 2, *SHORT, "--rows", "fp32 mxfp4")
-    results = {}
-    for name, smooth in {"plain": (), "smooth": ("--smooth", 0.5)}.items():
-        run_well("eval", *measured, "--json", tmp_path / name, *smooth)
-        results[name] = json.loads((tmp_path / name).read_text("utf-8"))
-    plain, smooth = results["plain"], results["smooth"]
-    assert (plain["smooth"], smooth["smooth"]) == (None, 0.5)
-    assert smooth["rows"][0]["perplexity"] == plain["rows"][0]["perplexity"]
-    assert smooth["rows"][1]["kl"] != plain["rows"][1]["kl"]
-    refused = run("eval", *measured, "--smooth", 0.5, "--recipe", "r")
-    assert (refused.exit_code, "--smooth changes the weights that a recipe was made for" in refused.stderr) == (2, True)
-
-
-def test_quantize_smooths_what_it_packs(small_model: Path, tmp_path: Path) -> None:
-    """The norms of the checkpoint are divided."""
-    options = ("--model", small_model, "--windows", 1, *SHORT, "--weight-rounding", "nearest", "--smooth", 0.5)
-    run_well("quantize", *options, "--dtype", "float32", "--out", tmp_path / "packed")
-    plain, packed = (zoo.load_model(str(name), torch.float32).model for name in (small_model, tmp_path / "packed"))
-    norms = [model.model.layers[0].input_layernorm.weight for model in (plain, packed)]
-    assert torch.equal(torch.frexp(norms[1] / norms[0]).mantissa, torch.full_like(norms[0], 0.5))
-    assert not torch.equal(*norms)
-
-
 def test_quantize_writes_a_checkpoint_that_evaluates_and_speaks(
     small_model: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -189,8 +164,6 @@ def test_quantize_writes_a_checkpoint_that_evaluates_and_speaks(
     assert zoo.is_packed(packed)
     out = run_well("eval", "--model", packed, "--windows", 1, *SHORT)
     assert "packed" in out
-    refused = run("eval", "--model", packed, "--smooth", 0.5)
-    assert (refused.exit_code, "--smooth needs a model that is not packed yet" in refused.stderr) == (2, True)
     speech = ("--prompt", "Hello", "--max-new-tokens", 4)
     shipped = run_well("generate", "--model", packed, *speech)
     in_memory = run_well("generate", "--model", small_model, "--recipe", recipe_file, "--which", "micromix", *speech)
@@ -211,7 +184,7 @@ def packed_model(small_model: Path, recipe_file: Path, tmp_path_factory: pytest.
     ("command", "option"),
     [
         *((command, option) for command in ("eval", "generate") for option in HOW_TO_QUANTIZE),
-        *(("eval", ("--smooth", "0.5")), ("eval", ("--rows", "mxfp4"))),
+        ("eval", ("--rows", "mxfp4")),
         *(("generate", ("--which", "both")), ("generate", ("--compile",))),
     ],
 )

@@ -28,7 +28,6 @@ def restored() -> Iterator[None]:
 
 def everything(net: torch.nn.Module, x: Tensor) -> tuple[micromix.Recipe, list[Tensor]]:
     """A recipe, and what the compiled, the sheltered and the packed model make of x."""
-    micromix.smooth_(net, [x])
     recipe = micromix.calibrate(net, [x])
     with torch.no_grad():
         compiled = torch.compile(net, backend="micromix", options={"recipe": recipe})(x)
