@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import micromix_compile as micromix
-from micromix_compile import texts, zoo
-from micromix_compile.evaluation import evaluate, hardware, linear_sqnr, versions
+from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation.evaluation import evaluate, hardware, linear_sqnr, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.lowering import offline
-from micromix_compile.templates.tiles import FAMILIES, Tile
+from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.targets import offline
+from micromix_compile.targets.tiles import FAMILIES, Tile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

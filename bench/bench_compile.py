@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import micromix_compile as micromix
-from micromix_compile import texts, zoo
+from micromix_compile.evaluation import texts, zoo
 
 
 def first_call(recipe: str, prompt: int) -> None:

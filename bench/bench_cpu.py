@@ -26,8 +26,9 @@ from rich.table import Table
 from transformers import StaticCache
 
 import micromix_compile as micromix
-from micromix_compile import native, texts, zoo
-from micromix_compile.evaluation import hardware, versions
+from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.targets import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
 
-from micromix_compile import gpu_folded
-from micromix_compile.evaluation import hardware, versions
-from micromix_compile.gpu_folded import FoldedWeight, Parts
-from micromix_compile.templates.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.targets import gpu_folded
+from micromix_compile.targets.gpu_folded import FoldedWeight, Parts
+from micromix_compile.targets.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
 
 CANDIDATES = tuple(
     FoldedTile(*sizes, SUM_STEPS=False)

@@ -26,19 +26,20 @@ from rich.console import Console
 from rich.progress import track
 from torchao_linears import torchao_configs, torchao_linear
 
-from micromix_compile import folding, gpu, gpu_folded, packing, reference
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.evaluation import hardware, versions
-from micromix_compile.formats import BLOCK_SIZE, ScaleRounding
-from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Residual
-from micromix_compile.templates.tiles import WIDE_FOLDED_TILES
+from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.numerics import folding, packing, reference
+from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
+from micromix_compile.targets import gpu, gpu_folded
+from micromix_compile.targets.gpu_folded import ExpandedWeights, FoldedWeight, Residual
+from micromix_compile.targets.tiles import WIDE_FOLDED_TILES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from micromix_compile.recipe import Split
+    from micromix_compile.numerics.layout import Split
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
     "llama-8b": {

@@ -31,9 +31,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import micromix_compile as micromix
-from micromix_compile import texts, zoo
-from micromix_compile.evaluation import hardware, versions
-from micromix_compile.target import target_of
+from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

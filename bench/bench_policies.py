@@ -27,9 +27,9 @@ from rich.table import Table
 from shares import Shares, with_shares
 
 import micromix_compile as micromix
-from micromix_compile import texts, zoo
-from micromix_compile.assignment import assign
-from micromix_compile.evaluation import hardware, versions
+from micromix_compile.calibration.assignment import assign
+from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation.evaluation import hardware, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

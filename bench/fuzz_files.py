@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 import micromix_compile as micromix
-from micromix_compile import checkpoint
+from micromix_compile.integrations import checkpoint
 from micromix_compile.progress import make_progress
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile.numerics.formats import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from micromix_compile import Recipe

@@ -14,11 +14,13 @@ import torch
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from micromix_compile import folded_ops, gpu_folded, target
-from micromix_compile.folding import LOCKS, FoldedActivation, fold_width
-from micromix_compile.gpu_folded import ExpandedWeights, FoldedWeight, Residual
-from micromix_compile.lowering import inductor, torch_compat
+from micromix_compile import ops
+from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
+from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.numerics.folding import LOCKS, FoldedActivation, fold_width
+from micromix_compile.targets import gpu_folded, target
+from micromix_compile.targets.gpu_folded import ExpandedWeights, FoldedWeight, Residual
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +35,7 @@ def _folds(node: Any) -> bool:
 
 def _products(node: fx.Node) -> list[list[int]]:
     """The columns of each product that reads a quantizer's results."""
-    readers = {reader for output in node.users for reader in output.users if reader.target is folded_ops.folded_mm}
+    readers = {reader for output in node.users for reader in output.users if reader.target is ops.folded_mm}
     columns = []
     for reader in readers:
         *_, w_row_scale, _bias, _fp6, _out_dtype = reader.args
@@ -70,28 +72,28 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
 
 
 _register(
-    folded_ops.reorder_fold,
+    ops.reorder_fold,
     lambda x, perm, k4, k6, k8, *names: ("none", x, None, None, 0.0, perm, (k4, k6, k8), *names),
 )
 _register(
-    folded_ops.rms_norm_reorder_fold,
+    ops.rms_norm_reorder_fold,
     lambda x, weight, eps, perm, k4, k6, k8, *names: ("rms_norm", x, weight, None, eps, perm, (k4, k6, k8), *names),
 )
 _register(
-    folded_ops.add_rms_norm_reorder_fold,
+    ops.add_rms_norm_reorder_fold,
     lambda x, residual, weight, eps, perm, k4, k6, k8, *names: (
         "rms_norm", x, weight, residual, eps, perm, (k4, k6, k8), *names,
     ),
 )  # fmt: skip
 _register(
-    folded_ops.silu_mul_reorder_fold,
+    ops.silu_mul_reorder_fold,
     lambda gate, up, perm, k4, k6, k8, *names: ("silu_mul", gate, up, None, 0.0, perm, (k4, k6, k8), *names),
 )
 
-_call_folded_mm = fallback_handler(folded_ops.folded_mm, add_to_fallback_set=False)
+_call_folded_mm = fallback_handler(ops.folded_mm, add_to_fallback_set=False)
 
 
-@register_lowering(folded_ops.folded_mm, type_promotion_kind=None)
+@register_lowering(ops.folded_mm, type_promotion_kind=None)
 def _lower_folded_mm(
     q: Any, row_scale: Any, locks: Any, w4: Any, w6: Any, w8: Any, w_factor: Any, w_row_scale: Any, bias: Any,
     fp6: str, out_dtype: torch.dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from functools import cache
@@ -11,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-import micromix_compile
-from micromix_compile.lowering import torch_compat
+from micromix_compile.lowering.torch_private import torch_compat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +72,14 @@ class PostGradPasses(CustomGraphPass):
         """
         if self._dumps:
             return None
-        return f"{fingerprint(Path(micromix_compile.__file__).parent)}-{self._settings}"
+        return f"{fingerprint(_package_folder())}-{self._settings}"
+
+
+def _package_folder() -> Path:
+    spec = importlib.util.find_spec("micromix_compile")
+    assert spec is not None, "this is a module of it"
+    assert spec.origin is not None, "it has an __init__.py"
+    return Path(spec.origin).parent
 
 
 def _is_ours(node: fx.Node) -> bool:

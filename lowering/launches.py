@@ -14,12 +14,12 @@ import torch
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 
-from micromix_compile.lowering import torch_compat
+from micromix_compile.lowering.torch_private import torch_compat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from micromix_compile.gpu import KernelCall
+    from micromix_compile.targets.gpu import KernelCall
 
 
 @dataclass(frozen=True, slots=True)

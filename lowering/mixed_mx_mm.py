@@ -12,18 +12,20 @@ from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
 from torch._inductor.virtualized import V
 
-from micromix_compile import gpu, ops, target, templates
-from micromix_compile.formats import BLOCK_SIZE
-from micromix_compile.lowering import inductor, torch_compat
+from micromix_compile import ops, templates
+from micromix_compile.lowering import inductor
+from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.targets import gpu, target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from micromix_compile.recipe import Split
+    from micromix_compile.numerics.layout import Split
 
-TEMPLATE: Final = "mixed_mx_mm.py.jinja"
+TEMPLATE: Final = "triton/mixed_mx_mm.py.jinja"
 
 
 class _MixedKernel(TritonTemplateKernel):

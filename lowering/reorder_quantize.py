@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._inductor.lowering import fallback_handler, register_lowering
 
-from micromix_compile import gpu, ops, target
-from micromix_compile.formats import BLOCK_SIZE
+from micromix_compile import ops
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, empty, in_memory, launch
-from micromix_compile.reference import QuantizedActivation
+from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets import gpu, target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from micromix_compile.recipe import Split
+    from micromix_compile.numerics.layout import Split
 
 
 def _launch(

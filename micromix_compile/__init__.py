@@ -14,17 +14,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from micromix_compile import transformers_hook
+from micromix_compile.integrations import transformers_hook
 
 if TYPE_CHECKING:
-    from micromix_compile.assignment import assign
-    from micromix_compile.calibration import calibrate, calibrate_each
-    from micromix_compile.checkpoint import seal
+    from micromix_compile.calibrate import calibrate, calibrate_each
+    from micromix_compile.calibration.assignment import assign
+    from micromix_compile.changes.versions import refresh
     from micromix_compile.config import MicroMixConfig
-    from micromix_compile.quantize import MicroMixLinear, quantize_
-    from micromix_compile.recipe import Recipe
-    from micromix_compile.sessions import recipe_of
-    from micromix_compile.versions import refresh
+    from micromix_compile.integrations.checkpoint import seal
+    from micromix_compile.linear.packed import MicroMixLinear
+    from micromix_compile.quantize import quantize_
+    from micromix_compile.recipe.types import Recipe
+    from micromix_compile.session.registry import recipe_of
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,15 +43,15 @@ __all__ = [
 
 _HOMES = {
     "MicroMixConfig": "config",
-    "MicroMixLinear": "quantize",
-    "Recipe": "recipe",
-    "assign": "assignment",
-    "calibrate": "calibration",
-    "calibrate_each": "calibration",
+    "MicroMixLinear": "linear.packed",
+    "Recipe": "recipe.types",
+    "assign": "calibration.assignment",
+    "calibrate": "calibrate",
+    "calibrate_each": "calibrate",
     "quantize_": "quantize",
-    "recipe_of": "sessions",
-    "refresh": "versions",
-    "seal": "checkpoint",
+    "recipe_of": "session.registry",
+    "refresh": "changes.versions",
+    "seal": "integrations.checkpoint",
 }
 
 

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from micromix_compile import folded_ops, ops
-from micromix_compile.assignment import assign
-from micromix_compile.calibration import compile_observed
+from micromix_compile import ops
+from micromix_compile.calibrate import compile_observed
+from micromix_compile.calibration.assignment import assign
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.distributed import check_not_distributed
-from micromix_compile.folded_ops import Kept
-from micromix_compile.gradient import wants_gradients
-from micromix_compile.heirloom import inherited_recipe, leave_heirloom
-from micromix_compile.lowering import inductor, recompile_limit, torch_compat
+from micromix_compile.linear.gradient import wants_gradients
+from micromix_compile.lowering import inductor
+from micromix_compile.lowering.torch_private import recompile_limit, torch_compat
+from micromix_compile.ops.folded import runs_folded
+from micromix_compile.ops.prepared import Kept
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, input_devices, run_passes
-from micromix_compile.recipe import Recipe
-from micromix_compile.session import LinearState, RecipeFile, Session, close_graph, open_graph
-from micromix_compile.sessions import SessionKey, find_session, model_of, remember, watched_file
-from micromix_compile.target import target_of
+from micromix_compile.recipe.types import Recipe
+from micromix_compile.session.distributed import check_not_distributed
+from micromix_compile.session.heirloom import inherited_recipe, leave_heirloom
+from micromix_compile.session.registry import SessionKey, find_session, model_of, remember, watched_file
+from micromix_compile.session.session import LinearState, RecipeFile, Session, close_graph, open_graph
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,16 +36,16 @@ if TYPE_CHECKING:
     from torch import fx
     from torch._guards import CompileId
 
-    from micromix_compile.lowering.torch_compat import Region
+    from micromix_compile.lowering.torch_private.torch_compat import Region
 
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
 
 
-_folds = folded_ops.runs_folded
+_folds = runs_folded
 """Whether products with such a weight are to be folded."""
 
-PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, folded_ops.folded_mm)
+PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, ops.folded_mm)
 
 PACKED_OPTIONS = frozenset({"strict", "exact", "dump", "dump_dir", "calibration_batches", "calibration_tokens"})
 """Those of ours that a model that is packed already may get: the others ask for another one."""

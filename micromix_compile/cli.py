@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from micromix_compile import files, texts, zoo
+from micromix_compile import files
 from micromix_compile.config import (
     GRANULARITIES,
     POLICIES,
@@ -33,19 +33,20 @@ from micromix_compile.config import (
     WEIGHT_ROUNDINGS,
     MicroMixConfig,
 )
-from micromix_compile.formats import FP6_FORMATS, ScaleRounding
-from micromix_compile.harness import load_harness_task
-from micromix_compile.tasks import BUNDLED, load_task
+from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation.harness import load_harness_task
+from micromix_compile.evaluation.tasks import BUNDLED, load_task
+from micromix_compile.numerics.formats import FP6_FORMATS, ScaleRounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
 
-    from micromix_compile.evaluation import RowResult
-    from micromix_compile.harness import HarnessTask
-    from micromix_compile.recipe import Recipe
-    from micromix_compile.tasks import Task
+    from micromix_compile.evaluation.evaluation import RowResult
+    from micromix_compile.evaluation.harness import HarnessTask
+    from micromix_compile.evaluation.tasks import Task
+    from micromix_compile.recipe.types import Recipe
 
 logger = logging.getLogger("micromix_compile")
 
@@ -293,7 +294,7 @@ def eval_(
     Every row runs through the compiled backend and is compared with the unquantized model. Of a packed checkpoint,
     which has one format and no unquantized model beside it, only perplexity and tasks are measured.
     """
-    from micromix_compile import evaluation
+    from micromix_compile.evaluation import evaluation
 
     if json_file is not None:
         _check_output("--json", json_file, is_file=True)
@@ -384,7 +385,8 @@ def doctor() -> None:
     """
     import torch._dynamo
 
-    from micromix_compile import evaluation, native, target
+    from micromix_compile.evaluation import evaluation
+    from micromix_compile.targets import native, target
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (*evaluation.versions().items(), *evaluation.hardware().items()):
@@ -444,7 +446,7 @@ def _console() -> Console:
 
 def _rows(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
     """The names of the rows, checked before anything slow runs. Raises UsageError."""
-    from micromix_compile import evaluation
+    from micromix_compile.evaluation import evaluation
 
     accepted = evaluation.row_names(_dtype(dtype))
     names = tuple(name for part in given or () for name in part.split()) or accepted
@@ -578,7 +580,7 @@ def _measure(
     tasks: Sequence[Task | HarnessTask] = (),
 ) -> list[RowResult]:
     """All rows; says on standard error how far it is, for people who watch a log instead of a terminal."""
-    from micromix_compile import evaluation
+    from micromix_compile.evaluation import evaluation
 
     results = []
     for result in evaluation.evaluate_rows(loaded.model, recipe, rows, windows, tasks=tasks):
@@ -663,7 +665,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _write_json(path: Path, settings: dict[str, Any], results: Sequence[RowResult]) -> None:
-    from micromix_compile import evaluation
+    from micromix_compile.evaluation import evaluation
 
     content = {
         **settings,

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from micromix_compile.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from models import EXACT_DTYPE, Net, fake_quantized, make_net
+from support.models import EXACT_DTYPE, Net, fake_quantized, make_net
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -19,16 +19,17 @@ from transformers.pytorch_utils import Conv1D
 
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
-from micromix_compile import native, sessions
 from micromix_compile.backend import parse_options
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.quantize import pack_weight
+from micromix_compile.ops.pack import pack_weight
+from micromix_compile.session import registry
+from micromix_compile.targets import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from micromix_compile.recipe import Recipe
+    from micromix_compile.recipe.types import Recipe
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -335,7 +336,7 @@ def test_it_converts_itself_across_graph_breaks_and_layers_compiled_alone() -> N
 
 def observed_tokens() -> set[int]:
     """Tokens that the observers of models still calibrating themselves have seen."""
-    return {o.tokens for s in sessions.sessions() if s.recipe is None for o in s.observers()}
+    return {o.tokens for s in registry.sessions() if s.recipe is None for o in s.observers()}
 
 
 def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
+from micromix_compile.calibration.sensitivity import CostProbe
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.formats import ScaleRounding
-from micromix_compile.sensitivity import CostProbe
+from micromix_compile.numerics.formats import ScaleRounding
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

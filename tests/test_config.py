@@ -20,7 +20,7 @@ from micromix_compile.config import (
     WEIGHT_ROUNDINGS,
     MicroMixConfig,
 )
-from micromix_compile.formats import FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.formats import FP6_FORMATS, ScaleRounding
 
 NOT_A_NUMBER = "lam must be a number, got {}"
 NOT_POSITIVE = "lam must be a positive finite number, got {}"

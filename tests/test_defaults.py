@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from models import make_net
+from support.models import make_net
 
 import micromix_compile as micromix
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from models import make_net
+from support.models import make_net
 from test_llm import LAYERS, llama, token_batches
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -18,8 +18,11 @@ from transformers import StaticCache
 
 import micromix_compile as micromix
 from micromix_compile import backend as backend_module
-from micromix_compile import folded_ops, ops, reference, target
-from micromix_compile.fingerprint import Checksums
+from micromix_compile import ops
+from micromix_compile.numerics import reference
+from micromix_compile.ops.folded import runs_folded
+from micromix_compile.recipe.fingerprint import Checksums
+from micromix_compile.targets import target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +63,7 @@ def generate(model: nn.Module) -> Tensor:
     return tokens
 
 
-FOLDS = torch.cuda.is_available() and folded_ops.runs_folded(torch.empty(0, device="cuda"))
+FOLDS = torch.cuda.is_available() and runs_folded(torch.empty(0, device="cuda"))
 needs_folding = pytest.mark.skipif(torch.cuda.is_available() and not FOLDS, reason="needs a GPU of sm_90")
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from models import fake_quantized, make_net
+from support.models import fake_quantized, make_net
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.lowering import torch_compat
+from micromix_compile.lowering.torch_private import torch_compat
 
 if TYPE_CHECKING:
     from collections.abc import Callable

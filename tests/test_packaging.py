@@ -98,7 +98,7 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
 
 def test_the_data_packages_are_pinned_as_the_errors_say() -> None:
     """The commands that error messages name install what was tested."""
-    from micromix_compile import texts, zoo
+    from micromix_compile.evaluation import texts, zoo
 
     for package in (texts.TEXT_PACKAGE, zoo.MODEL_PACKAGE):
         name, _, version = package.partition("==")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import micromix_compile as micromix
-from micromix_compile.observer import ChannelObserver
+from micromix_compile.calibration.observer import ChannelObserver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from models import fake_quantized, make_net
 from safetensors.torch import save as serialize
+from support.models import fake_quantized, make_net
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import micromix_compile as micromix
-import micromix_compile.hf
+import micromix_compile.integrations.hf
 from micromix_compile.config import MicroMixConfig
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What is private in torch, and the only place that touches it."""

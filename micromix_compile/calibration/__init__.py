@@ -1,0 +1,1 @@
+"""How a recipe is decided: what is observed, what it costs, which policy splits channels."""

@@ -1,0 +1,130 @@
+"""Splits of all groups at once: the least predicted divergence that a budget of bits can buy.
+
+Each group of linears offers candidates, splits with a cost (predicted divergence) and a price (bits). On the lower
+convex hull of a group's candidates, more bits buy ever less; the steps of all hulls, best bargain first, are one fixed
+sequence, and a budget pays for a prefix of it. Hence, by construction: the budget holds, a larger one never gives a
+group fewer bits, the result does not depend on chance, and no other choice of splits at the same price costs less
+(the Lagrangian argument: every step taken is a better bargain than every step left).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from micromix_compile.numerics.formats import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from micromix_compile.numerics.layout import Split
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """What one group can be given. costs: (3, K) float64, of each channel of the sorted order in MXFP4, 6 and 8.
+
+    prices: of one channel in each format, in any unit that is the same for all groups. fixed: what the group's prices
+    leave out (such as scales), in that unit.
+    """
+
+    costs: Tensor
+    prices: tuple[float, float, float]
+    fixed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A split with its price and cost."""
+
+    price: float
+    cost: float
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """From one hull point to the next: `gain` of cost per unit of price."""
+
+    gain: float
+    group: int
+    index: int
+    price: float
+
+
+def solve_budget(groups: Sequence[Candidates], budget: float, granularity: int) -> list[Split]:
+    """A split for every group, of the least total cost found whose total price is at most `budget`.
+
+    Raises ValueError if not even the cheapest splits fit.
+    """
+    hulls = [_lower_hull(_points(group, granularity)) for group in groups]
+    spent = sum(group.fixed for group in groups) + sum(hull[0].price for hull in hulls)
+    if spent > budget * (1 + 1e-12):
+        raise ValueError(f"a budget of {budget:.6g} is below {spent:.6g}, what the smallest formats take")
+    chosen = [0] * len(hulls)
+    for step in sorted(_steps(hulls), key=lambda step: (-step.gain, step.group, step.index)):
+        spent += step.price
+        if spent > budget * (1 + 1e-12):
+            break
+        chosen[step.group] = step.index
+    return [hull[index].split for hull, index in zip(hulls, chosen, strict=True)]
+
+
+def _steps(hulls: Sequence[Sequence[_Point]]) -> Iterator[_Step]:
+    for group, hull in enumerate(hulls):
+        for index in range(1, len(hull)):
+            low, high = hull[index - 1], hull[index]
+            price = high.price - low.price
+            gain = float("inf") if price <= 0 else (low.cost - high.cost) / price
+            yield _Step(gain, group, index, price)
+
+
+def allowed_splits(channels: int, granularity: int) -> list[Split]:
+    """All splits of K = `channels`: k8 and k6 whole granules, or all that is left; MXFP4 takes the rest."""
+    return [
+        (channels - k6 - k8, k6, k8)
+        for k8 in _counts(channels, granularity)
+        for k6 in _counts(channels - k8, granularity)
+    ]
+
+
+def _counts(most: int, granularity: int) -> list[int]:
+    whole = list(range(0, most + 1, granularity))
+    return whole if whole[-1] == most else [*whole, most]
+
+
+def _points(group: Candidates, granularity: int) -> list[_Point]:
+    channels = group.costs.shape[1]
+    assert channels % BLOCK_SIZE == 0, "the order is padded to whole blocks"
+    costs = group.costs.to("cpu", torch.float64)
+    upto = torch.cat((costs.new_zeros(3, 1), costs.cumsum(1)), dim=1)
+    four, six, eight = upto.tolist()
+    points = []
+    for split in allowed_splits(channels, granularity):
+        k4, k6, _ = split
+        cost = four[k4] + (six[k4 + k6] - six[k4]) + (eight[channels] - eight[k4 + k6])
+        points.append(_Point(sum(k * p for k, p in zip(split, group.prices, strict=True)), cost, split))
+    return points
+
+
+def _lower_hull(points: Sequence[_Point]) -> list[_Point]:
+    """The vertices of the lower convex hull where cost still falls, by ascending price; of equal points the first."""
+    hull: list[_Point] = []
+    for point in sorted(points, key=lambda p: (p.price, p.cost, p.split)):
+        if hull and point.cost >= hull[-1].cost:
+            continue
+        if hull and point.price == hull[-1].price:
+            continue
+        while len(hull) >= 2 and _is_above(hull[-1], hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _is_above(middle: _Point, low: _Point, high: _Point) -> bool:
+    """Whether `middle` lies on or above the segment from `low` to `high`."""
+    return (low.cost - middle.cost) * (high.price - low.price) <= (low.cost - high.cost) * (middle.price - low.price)

@@ -1,0 +1,292 @@
+"""Packed checkpoints in Hugging Face's format: `save_pretrained` seals them, `from_pretrained` verifies and reads them.
+
+    micromix.quantize_(model, recipe)
+    model.save_pretrained(path)
+
+    import micromix_compile
+    model = AutoModelForCausalLM.from_pretrained(path)     # packed weights; BF16 ones are never held
+
+`quantize_` leaves a description of every packed linear in `model.config.quantization_config`; the tensors are ordinary
+safetensors. `transformers_hook` imports this module where transformers is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.integrations import checkpoint
+from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
+from micromix_compile.linear.packed import MicroMixLinear
+from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.quantize import share_orders
+from micromix_compile.recipe.file import check_order
+from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("micromix_compile")
+
+_Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of each buffer of a packed linear."""
+
+_LINEARS: Final = Each(
+    {
+        "in_features": integer(1),
+        "out_features": integer(1),
+        "split": Rule(
+            "three multiples of 32",
+            lambda split: (
+                isinstance(split, list)
+                and len(split) == 3
+                and all(isinstance(k, int) and k >= 0 and k % BLOCK_SIZE == 0 for k in split)
+            ),
+        ),
+        "group": NAME,
+    }
+)
+
+
+@register_quantization_config(QUANT_METHOD)
+class MicroMixQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """quantization_config of a packed checkpoint. Raises ValueError if a field is missing or wrong, naming it."""
+
+    def __init__(self, **fields: Any) -> None:
+        version = fields.get("schema_version")
+        if version not in READ_VERSIONS:
+            known = " or ".join(map(str, READ_VERSIONS))
+            raise ValueError(f"quantization_config.schema_version must be {known}, got {version!r}")
+        for name, wanted in (("config", MAPPING), ("linears", _LINEARS)):
+            check(fields.get(name), wanted, f"quantization_config.{name}")
+        self.quant_method = QUANT_METHOD
+        self.schema_version = version
+        self.config = MicroMixConfig.from_file(fields["config"]).to_file()
+        self.linears = fields["linears"]
+
+
+@register_quantizer(QUANT_METHOD)
+class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts empty packed linears into a model before its weights are read, and looks after them once they are.
+
+    Raises ValueError if the checkpoint is not whole, see `checkpoint.verify`.
+    """
+
+    requires_calibration = True
+    quantization_config: MicroMixQuantizationConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if checkpoint_files:
+            checkpoint.verify(checkpoint_files)
+        else:
+            logger.warning("the tensors of a packed model come from no file: damage to them can't be seen")
+        config = MicroMixConfig.from_file(self.quantization_config.config)
+        self.quantization_config.linears = _names_here(model, self.quantization_config.linears)
+        layouts = self._layouts = dict[str, _Layout]()
+        for fqn, described in self.quantization_config.linears.items():
+            parent, _, child = fqn.rpartition(".")
+            try:
+                packed = _empty_linear(model.get_submodule(fqn), described, config)
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"quantization_config.linears[{fqn!r}] does not fit this model: {error!r}") from error
+            setattr(model.get_submodule(parent), child, packed)
+            layouts[fqn] = _layout(packed)
+            _await_tensors(packed, scale="weight_scale" if self.quantization_config.schema_version == 1 else "weight")
+            getattr(model, "all_tied_weights_keys", {}).pop(f"{fqn}.weight", None)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        linears = {fqn: model.get_submodule(fqn) for fqn in self.quantization_config.linears}
+        first: dict[str, Tensor] = {}
+        for fqn, module in linears.items():
+            assert isinstance(module, MicroMixLinear), f"{fqn} was replaced before loading"
+            _take_tensors(module)
+            _check_loaded(fqn, module, self._layouts[fqn])
+            group = self.quantization_config.linears[fqn]["group"]
+            if not torch.equal(module.order.channel_perm, first.setdefault(group, module.order.channel_perm)):
+                raise ValueError(
+                    f"{fqn}.order.channel_perm must be the order of its group {group}: copy the checkpoint"
+                )
+        self.quantization_config.schema_version = SCHEMA_VERSION  # in which it is saved
+        share_orders(model, {fqn: d["group"] for fqn, d in self.quantization_config.linears.items()})
+        for module in linears.values():
+            module.compact()  # type: ignore[operator]
+        return model
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per element: packed tensors are stored as they are."""
+        return float(param.element_size())
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Packed models are saved by save_pretrained."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters around packed linears train; these themselves have no gradient."""
+        return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Any dtype of activations works; what the checkpoint says is kept."""
+        return dtype
+
+
+def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMixConfig) -> MicroMixLinear:
+    """A packed linear for the place of `module`. Raises ValueError if its sizes are others."""
+    bias = getattr(module, "bias", None)
+    n, channels = described["out_features"], described["in_features"]
+    weight = getattr(module, "weight", None)
+    if weight is None or tuple(weight.shape) not in ((n, channels), (channels, n)):  # GPT-2's is (C, N)
+        raise ValueError(f"its weight must be {(n, channels)}, got {None if weight is None else tuple(weight.shape)}")
+    k4, k6, k8 = described["split"]
+    if k4 + k6 + k8 != channels + -channels % BLOCK_SIZE:
+        raise ValueError(f"split must sum to in_features in whole blocks, got {described['split']} for {channels}")
+    return MicroMixLinear(
+        in_features=channels,
+        out_features=n,
+        split=(k4, k6, k8),
+        config=config,
+        bias=None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
+        device="meta",
+        dtype=weight.dtype,
+    )
+
+
+def _layout(module: MicroMixLinear) -> _Layout:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in module.named_buffers()}
+
+
+def _check_loaded(fqn: str, module: MicroMixLinear, layout: _Layout) -> None:
+    """Raise ValueError unless all of a packed linear came from the checkpoint, in its shapes; names the tensor.
+
+    transformers fills with anything what it does not find, and some of its versions take any shape.
+    """
+    for name, tensor in module.named_buffers():
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise ValueError(f"the checkpoint has no {fqn}.{name} that fits: it is not whole, copy it anew")
+        if (tensor.dtype, tuple(tensor.shape)) != layout[name]:
+            wanted = f"{layout[name][0]} {layout[name][1]}"
+            raise ValueError(f"{fqn}.{name} must be {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
+    try:
+        check_order(module.order.channel_perm.cpu(), module.in_features, f"{fqn}.order.channel_perm")
+    except FieldError as error:
+        raise ValueError(f"the checkpoint is not whole: {error}") from error
+
+
+def _await_tensors(packed: MicroMixLinear, *, scale: str) -> None:
+    """Until all is loaded: the scales are a buffer of the name under which they are stored.
+
+    transformers asks for `weight` of a module before it sets one, and models that give their linears initial values ask
+    for it too: it is an attribute of the instance, which no other `weight` hides.
+    """
+    buffers = packed._buffers
+    stored = buffers.pop("weight_scale")
+    assert stored is not None, "a packed linear has scales"
+    buffers[scale] = stored
+    weight: Any = torch.empty_like(stored)
+    weight._is_hf_initialized = packed._is_hf_initialized = True
+    vars(packed)["weight"] = weight
+
+
+def _take_tensors(packed: MicroMixLinear) -> None:
+    """The end of `_await_tensors`."""
+    vars(packed).pop("weight")
+    buffers = packed._buffers
+    if "weight" in buffers:
+        buffers["weight_scale"] = buffers.pop("weight")
+
+
+def _names_here(model: nn.Module, linears: dict[str, Any]) -> dict[str, Any]:
+    """Linears by their names in `model`, which may be the base of what was packed, or have another head.
+
+    A head that it does not have is left out; any other name that fits nowhere stays.
+    """
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    has_heads = any(fqn.startswith(prefix) for fqn in linears)
+    found = {}
+    for fqn, described in linears.items():
+        names = [name for name in (fqn, fqn.removeprefix(prefix), prefix + fqn) if name in modules]
+        if names or not has_heads or fqn.startswith(prefix):
+            found[names[0] if names else fqn] = described
+    return found
+
+
+def _sealing(save: Any) -> Any:
+    """`PreTrainedModel.save_pretrained`, and a seal on what it wrote for a packed model.
+
+    Only afterwards are the names and the bytes known that are in the files: transformers renames and shards.
+    """
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        packed = checkpoint.is_ours(
+            {"quantization_config": _as_dict(getattr(self.config, "quantization_config", None))}
+        )
+        if not packed or getattr(self, "_hf_peft_config_loaded", False):  # adapters alone
+            return save(self, *args, **kwargs)
+        if given.arguments.get("push_to_hub"):
+            raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
+        result = save(self, *args, **kwargs)
+        if given.arguments.get("is_main_process", True):
+            checkpoint.seal(given.arguments["save_directory"])
+        return result
+
+    return save_pretrained
+
+
+def _checking(get_config_dict: Any) -> Any:
+    """`PreTrainedConfig.get_config_dict`, which reads config.json for all others, and refuses a damaged one of ours.
+
+    Before anything is made of its fields: a model of them might fail in any way.
+    """
+
+    def checked(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        path = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "config.json")
+        if path.is_file():
+            _check_config(path)
+        return get_config_dict(cls, pretrained_model_name_or_path, **kwargs)
+
+    wrapped: Any = functools.update_wrapper(checked, get_config_dict)
+    return classmethod(wrapped)
+
+
+def _check_config(path: Path) -> None:
+    """Raise ValueError, which names the path, for a config.json of ours that is damaged or was edited."""
+    try:
+        config = checkpoint.read_config(path)
+    except ValueError:
+        return  # transformers says so
+    if not isinstance(config.get("quantization_config", {}), dict | None):
+        raise ValueError(f"{path}: quantization_config must be a mapping, got {shown(config['quantization_config'])}")
+    if not checkpoint.is_ours(config):
+        return
+    checkpoint.verify_config(path)
+    try:
+        MicroMixQuantizationConfig(**config["quantization_config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _as_dict(config: Any) -> Any:
+    return config.to_dict() if isinstance(config, QuantizationConfigMixin) else config
+
+
+PreTrainedModel.save_pretrained = _sealing(PreTrainedModel.save_pretrained)
+PreTrainedConfig.get_config_dict = _checking(PreTrainedConfig.get_config_dict.__func__)

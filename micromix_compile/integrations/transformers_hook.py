@@ -1,0 +1,58 @@
+"""Packed checkpoints load wherever this package is imported: `hf` is, as soon as transformers' models are.
+
+transformers takes seconds to import, so `import micromix_compile` does not; it waits for somebody else to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+logger = logging.getLogger("micromix_compile")
+
+_AWAITED: Final = "transformers.modeling_utils"
+"""Where `from_pretrained` is."""
+
+
+class _Finder:
+    """Finds nothing itself: whoever imports what it waits for gets that as ever, and then `hf`."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The usual finders' spec of the awaited module, with a loader that goes on to `hf`; None for all others."""
+        if name != _AWAITED or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _register()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Register the quantizer when transformers' models are imported; now, if they are."""
+    if _AWAITED in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    """Import `hf`. Whoever imports transformers for something else must not fail for a version that we can't serve."""
+    try:
+        importlib.import_module("micromix_compile.integrations.hf")
+    except ImportError as error:
+        logger.warning("packed checkpoints can't be loaded with this transformers: %s", error)

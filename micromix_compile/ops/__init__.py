@@ -1,0 +1,31 @@
+"""The operations that every path meets at, as `torch.library` ops: those of `exact` and those of `folded`."""
+
+from micromix_compile.ops.exact import (
+    dequantize_weight,
+    mixed_mx_mm,
+    reorder_quantize,
+    rms_norm,
+    rms_norm_reorder_quantize,
+    silu_mul_reorder_quantize,
+)
+from micromix_compile.ops.folded import (
+    add_rms_norm_reorder_fold,
+    folded_mm,
+    reorder_fold,
+    rms_norm_reorder_fold,
+    silu_mul_reorder_fold,
+)
+
+__all__ = [
+    "add_rms_norm_reorder_fold",
+    "dequantize_weight",
+    "folded_mm",
+    "mixed_mx_mm",
+    "reorder_fold",
+    "reorder_quantize",
+    "rms_norm",
+    "rms_norm_reorder_fold",
+    "rms_norm_reorder_quantize",
+    "silu_mul_reorder_fold",
+    "silu_mul_reorder_quantize",
+]

@@ -1,0 +1,97 @@
+"""Packing weights by a recipe: reordered, rounded, in the byte layouts of `packing`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from micromix_compile import ops
+from micromix_compile.numerics import packing, reference, rounding
+from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.numerics.layout import PackedWeight, Split, padded_channels, weight_split
+from micromix_compile.targets import gpu_rounding
+from micromix_compile.targets.target import triton_family
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from micromix_compile.config import MicroMixConfig
+    from micromix_compile.recipe.types import GroupRecipe, LinearRecipe, Recipe
+
+logger = logging.getLogger("micromix_compile")
+
+
+def pack_weight(weight: Tensor, group: GroupRecipe, config: MicroMixConfig) -> PackedWeight:
+    """Reorder, quantize and pack one weight.
+
+    weight: (N, C) float32, bfloat16 or float16. Raises ValueError if the group is for another C.
+    """
+    if padded_channels(weight.shape[1]) != group.channel_perm.numel():
+        raise ValueError(
+            f"group {group.name} orders {group.channel_perm.numel()} channels, but the weight has {weight.shape[1]}"
+        )
+    split = weight_split(group.split, config.weights)
+    return _pack(weight.detach(), group.channel_perm.to(weight.device), split, config)
+
+
+def round_weights(
+    weights: Mapping[str, Tensor], group: GroupRecipe, moment: Tensor, config: MicroMixConfig
+) -> dict[str, PackedWeight]:
+    """Round and pack the weights of one group together, as `config` asks (see `rounding`).
+
+    weights: (N, C) by name. moment: (C, C) float32, the sum of x x^T over the calibrated inputs. A weight with a NaN
+    or an infinity is rounded to nearest, which poisons its blocks only.
+    """
+    finite = {name: weight for name, weight in weights.items() if bool(weight.isfinite().all())}
+    packed = {name: pack_weight(weight, group, config) for name, weight in weights.items() if name not in finite}
+    if not finite:
+        return packed
+    device = moment.device
+    perm = group.channel_perm.to(device)
+    stacked = torch.cat([reference.reorder(w.to(device, torch.float32), perm) for w in finite.values()])
+    split = weight_split(group.split, config.weights)
+    formats = [
+        name for name, k in zip(("e2m1", config.fp6, "e4m3"), split, strict=True) for _ in range(k // BLOCK_SIZE)
+    ]
+    rounded = rounding.round_weight(
+        stacked,
+        formats,
+        reference.reorder(reference.reorder(moment, perm).T, perm),
+        scale_rounding=config.scale_rounding,
+        search=config.scale_search,
+        compensate=config.weight_rounding == "gptq",
+        steps=gpu_rounding.STEPS if triton_family(stacked) is not None else None,
+    )
+    for (name, weight), part in zip(finite.items(), rounded.split([len(w) for w in finite.values()]), strict=True):
+        packed[name] = _pack(part.to(weight.device), torch.arange(perm.numel(), device=weight.device), split, config)
+    return packed
+
+
+def _pack(weight: Tensor, channel_perm: Tensor, split: Split, config: MicroMixConfig) -> PackedWeight:
+    q4, q6, q8, scale = ops.reorder_quantize(weight, channel_perm, *split, config.fp6, str(config.scale_rounding))
+    parts = (q4, packing.pack_fp6(q6, config.fp6), q8, scale)
+    return PackedWeight(*packing.in_one_storage(parts, weight.device))
+
+
+def packed_weight(weight: Tensor, linear: LinearRecipe, recipe: Recipe) -> PackedWeight:
+    """The packed form of one weight (N, C): the recipe's own if calibration rounded it, else rounded to nearest.
+
+    So is a weight that has changed since it was calibrated, which the log says. Raises ValueError if the recipe's
+    config wants weights rounded while calibrating, and this one was not.
+    """
+    ready = recipe.packed.get(linear.fqn)
+    checksums = linear.weight_checksums
+    if ready is not None and checksums is not None and checksums.fit(weight):
+        is_there = all(part.device == weight.device for part in ready)
+        return ready if is_there else PackedWeight(*packing.in_one_storage(ready, weight.device))
+    if ready is not None:
+        logger.warning("%s has changed since it was calibrated: it is rounded to nearest", linear.fqn)
+    elif recipe.config.rounds_weights:
+        raise ValueError(
+            f"the recipe has no rounded weight for {linear.fqn}: weight_rounding={recipe.config.weight_rounding!r} and "
+            f"scale_search={recipe.config.scale_search} take effect while calibrating, so calibrate with them"
+        )
+    return pack_weight(weight, linear.group, recipe.config)

@@ -1,0 +1,1 @@
+"""What calibration decided: types, the file that keeps them, fingerprints of weights."""

@@ -1,0 +1,83 @@
+"""What a model that converted itself hands on: its recipe to its deep copies, a word to those who save it."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from torch import nn
+
+    from micromix_compile.recipe.types import Recipe
+    from micromix_compile.session.session import Session
+
+logger = logging.getLogger("micromix_compile")
+
+ATTRIBUTE: Final = "_micromix_heirloom"
+
+
+class Heirloom:
+    """On a model: the sessions that converted it. On its deep copy: their recipes, until the copy is compiled."""
+
+    def __init__(self) -> None:
+        self._converted: dict[Hashable, ref[Session]] = {}
+        self._inherited: dict[Hashable, Recipe] = {}
+
+    def add(self, key: Hashable, session: Session) -> None:
+        """Note that the model runs by the recipe of `session`."""
+        self._converted[key] = ref(session)
+
+    def take(self, key: Hashable) -> Recipe | None:
+        """The recipe that the original ran by when it was copied; it is handed out once, for sessions keep theirs."""
+        return self._inherited.pop(key, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Heirloom:
+        copy = Heirloom()
+        alive = {key: session() for key, session in self._converted.items()}
+        copy._inherited = self._inherited | {
+            key: session.recipe for key, session in alive.items() if session is not None and session.recipe is not None
+        }
+        return copy
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A saved model does not take this with it, but something that `torch.load` may read with weights only."""
+        return OrderedDict, ()
+
+
+def leave_heirloom(model: nn.Module, key: Hashable, session: Session) -> None:
+    """Called when `session` has converted `model`."""
+    heirloom = vars(model).get(ATTRIBUTE)
+    if not isinstance(heirloom, Heirloom):
+        heirloom = vars(model)[ATTRIBUTE] = Heirloom()
+        model.register_state_dict_pre_hook(_SavesPlainWeights())
+    heirloom.add(key, session)
+
+
+def inherited_recipe(model: nn.Module, key: Hashable) -> Recipe | None:
+    """The recipe that `model`, a copy of one that converted itself under the same options, is to run by."""
+    heirloom = vars(model).get(ATTRIBUTE)
+    return heirloom.take(key) if isinstance(heirloom, Heirloom) else None
+
+
+class _SavesPlainWeights:
+    """Says once, when a converted model's state is asked for, that it holds the model's own weights."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "the state of %s holds its own weights, not the packed ones by which torch.compile runs it; "
+                "micromix.quantize_(model, micromix.recipe_of(model)) packs them for saving",
+                type(model).__name__,
+            )
+
+    def __reduce__(self) -> tuple[type, tuple[slice]]:
+        """A saved model gets `slice` for this hook, which takes three arguments, too, and does nothing."""
+        return type, (slice(None),)

@@ -1,0 +1,116 @@
+"""Which weight of a model is which linear of a recipe."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
+from micromix_compile.recipe.fingerprint import same_sample, weight_sample
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from micromix_compile.recipe.types import LinearRecipe, Recipe
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Module names by Parameter identity, for every 2-dimensional weight; a tied weight has several names."""
+    return {parameter: names for parameter, names in all_parameter_names(model).items() if parameter.dim() == 2}
+
+
+def all_parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The same for every Parameter."""
+    names: dict[nn.Parameter, list[str]] = {}  # tensors hash and compare by identity here
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(_clean(name).removesuffix(".weight"))
+    return names
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that `parameter_names` uses: torch.compile's wrappers are looked through."""
+    return {_clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def model_id(model: nn.Module) -> str:
+    """What a recipe calls a model: its class, and where its weights came from if that is known."""
+    origin = getattr(getattr(model, "config", None), "name_or_path", "")
+    return f"{type(model).__name__}({origin})" if origin else type(model).__name__
+
+
+def match_linears(
+    recipe: Recipe, names: Mapping[nn.Parameter, Sequence[str]], *, model_id: str
+) -> list[tuple[nn.Parameter, LinearRecipe]]:
+    """The recipe's linears among the named weights, recognized by name and a sample of values.
+
+    A name may be the tail of the other (a layer compiled alone, a model inside a wrapper). Raises ValueError naming
+    both models if a name fits but the weight doesn't, or if a linear of the recipe is nowhere.
+    """
+    matched: list[tuple[nn.Parameter, LinearRecipe]] = []
+    for parameter, own in names.items():
+        linear = find_linear(recipe, parameter, own, model_id=model_id)
+        if linear is not None:
+            matched.append((parameter, linear))
+    found = {linear.fqn for _, linear in matched}
+    missing = [fqn for fqn in recipe.linears if fqn not in found]
+    if missing:
+        raise ValueError(
+            f"the recipe was made for {recipe.model_id}, and this model is {model_id}: it has no {missing[0]}"
+        )
+    return matched
+
+
+def find_linear(recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *, model_id: str) -> LinearRecipe | None:
+    """The recipe's linear for one weight, None if it has none.
+
+    Raises ValueError if the weight is another model's, or if it can't be told from others of the recipe.
+    """
+    for name in names:
+        linear = recipe.linears.get(name)
+        if linear is not None:
+            if parameter.is_meta:
+                raise ValueError(f"{name} of {model_id} is on the meta device, which holds no values: load it first")
+            _check_same_weight(recipe, linear, parameter, model_id)
+            return linear
+    tails = {
+        fqn: max(_common_tail(fqn, name) for name in names)
+        for fqn in recipe.linears
+        if any(fqn.endswith(f".{name}") or name.endswith(f".{fqn}") for name in names)
+    }
+    sample = weight_sample(parameter) if tails else None
+    fitting = [fqn for fqn in tails if sample is not None and _same_weight(recipe.linears[fqn], parameter, sample)]
+    nearest = [fqn for fqn in fitting if tails[fqn] == max(tails[other] for other in fitting)]
+    if len(nearest) > 1:
+        raise ValueError(
+            f"{names[-1]} of {model_id} fits several linears of the recipe ({', '.join(nearest)}), whose weights are "
+            f"equal: compile the module that holds it under its full name"
+        )
+    return recipe.linears[nearest[0]] if nearest else None
+
+
+def _common_tail(fqn: str, name: str) -> int:
+    """How many parts of two dotted names are equal, from their ends."""
+    pairs = zip(reversed(fqn.split(".")), reversed(name.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _same_weight(linear: LinearRecipe, parameter: Tensor, sample: Tensor) -> bool:
+    shape = sorted((linear.in_features, linear.out_features))
+    return sorted(parameter.shape) == shape and same_sample(linear.weight_sample, sample)
+
+
+def _check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Parameter, model_id: str) -> None:
+    both = f"the recipe was made for {recipe.model_id}, and this model is {model_id}"
+    if special := why_no_plain_weight(parameter):
+        raise ValueError(f"{linear.fqn} can't be quantized: {special}")
+    expected = (linear.out_features, linear.in_features)
+    if sorted(parameter.shape) != sorted(expected):
+        raise ValueError(f"{both}: {linear.fqn} is {expected} there and {tuple(parameter.shape)} here")
+    if not same_sample(linear.weight_sample, weight_sample(parameter)):
+        raise ValueError(f"{both}: {linear.fqn} has other weights here; if they were replaced, calibrate again")

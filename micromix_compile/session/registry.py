@@ -1,0 +1,90 @@
+"""Which session a graph belongs to: what was compiled, under which options, by which recipe.
+
+A session is found by the weights that a graph reads, or by the module that torch.compile was given; the call stack
+beyond that module only names layers that were compiled one by one. Sessions live as long as a graph that was compiled
+under them, and take their packed weights with them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.session.session import RecipeFile, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from micromix_compile.lowering.torch_private.torch_compat import Region
+    from micromix_compile.recipe.types import Recipe
+
+SessionKey = tuple[tuple[str, ...], MicroMixConfig, object]
+
+_sessions: dict[SessionKey, WeakSet[Session]] = {}
+
+
+def sessions(key: SessionKey | None = None) -> Iterator[Session]:
+    """Those that are alive, of one key or of all."""
+    for one in list(_sessions) if key is None else [key]:
+        yield from list(_sessions.get(one, ()))
+
+
+def find_session(key: SessionKey, weights: Sequence[nn.Parameter], region: Region) -> Session | None:
+    """The session under `key` that knows a weight of the graph or, for graphs without one, what is being compiled."""
+    known = list(sessions(key))
+    for session in known:
+        if any(session.knows(weight) for weight in weights):
+            return session
+    here = [module for module in (region.compiled, *region.around) if module is not None]
+    return next((session for session in known if any(map(session.is_model, here))), None)
+
+
+def remember(key: SessionKey, session: Session) -> None:
+    """Let graphs to come find `session`."""
+    for stale in [one for one, alive in _sessions.items() if not alive]:
+        del _sessions[stale]
+    _sessions.setdefault(key, WeakSet()).add(session)
+
+
+def model_of(region: Region) -> nn.Module | None:
+    """The model that a region belongs to: what was compiled or, if that is one of several equal layers, what they are
+    layers of, the outermost module around them that is not in training mode. None for a function without a module.
+    """
+    compiled = region.compiled
+    if compiled is None:
+        return None
+    return next((m for m in reversed(region.around) if not m.training and _is_layer_of(compiled, m)), compiled)
+
+
+def _is_layer_of(layer: nn.Module, model: nn.Module) -> bool:
+    """Whether `model` holds `layer` in a list, or the like, with others of its type."""
+    for container in model.modules():
+        children = [torch_compat.original_module(child) for child in container.children()]
+        if any(child is layer for child in children) and sum(type(child) is type(layer) for child in children) > 1:
+            return True
+    return False
+
+
+@cache
+def watched_file(path: Path) -> RecipeFile:
+    """The one that stands for `path`, absolute, in this process."""
+    return RecipeFile(path)
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe by which torch.compile runs `model`, also where it has calibrated and converted itself.
+
+    Raises ValueError if no graph of `model` was quantized yet, or if several recipes are in use.
+    """
+    original = torch_compat.original_module(model)
+    found = {id(s.recipe): s.recipe for s in sessions() if s.is_model(original) and s.recipe is not None}
+    if len(found) != 1:
+        state = "has no quantized graph yet: call it first" if not found else f"runs by {len(found)} recipes"
+        raise ValueError(f"{type(original).__name__} {state}; recipe_of wants a model that runs by one recipe")
+    return next(iter(found.values()))

@@ -1,0 +1,1 @@
+"""Who computes: what runs on a device, and the launches of its kernels."""

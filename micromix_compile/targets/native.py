@@ -1,0 +1,220 @@
+"""The compiled CPU kernels: built once per machine, kept in the user's cache, loaded on first use.
+
+The sources are in `templates/cpu`; they implement the ops of `ops.py` for CPU tensors. Without a compiler, or with
+MICROMIX_NATIVE=0 in the environment, the plain PyTorch implementations serve, and the log says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+import torch
+from torch import Tensor
+
+from micromix_compile import templates
+from micromix_compile.targets import native_cache
+
+logger = logging.getLogger(__name__)
+
+DISABLE_VARIABLE: Final = "MICROMIX_NATIVE"
+"""Environment variable: 0 leaves the CPU to the plain PyTorch implementations."""
+
+_COMPILE_FLAGS: Final = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC", "-fvisibility=hidden")
+_BUILD_TIMEOUT: Final = 600.0  # seconds for one source; a healthy compiler needs about ten
+_ERROR_LINES: Final = 15  # of a failing compiler's messages
+
+
+class NativeBuildError(RuntimeError):
+    """The kernels could not be compiled or loaded; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NativeStatus:
+    """What serves the ops on this CPU.
+
+    available: the compiled kernels are loaded. reason: why not, or "" where they are.
+    isa: "amx-bf16", "avx512-bf16" or "portable"; "" where they are not. library: the loaded file.
+    threads: how many threads the ops use.
+    """
+
+    available: bool
+    reason: str
+    isa: str
+    library: Path | None
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of the one attempt to load: a library and its instruction set, or a reason."""
+
+    library: Path | None = None
+    isa: str = ""
+    reason: str = ""
+
+
+_lock = threading.Lock()
+_outcome: _Outcome | None = None
+
+
+def takes_over(x: Tensor) -> bool:
+    """Whether the op that is being called with `x` should be dispatched again, now to a compiled kernel.
+
+    Called by the plain implementations. Builds and loads the kernels the first time it is asked with a CPU tensor. An
+    op that still arrives here when they are loaded has operands that they do not serve, such as a mixture of devices:
+    False, so that the plain implementation raises the error that fits.
+    """
+    if x.device.type != "cpu" or x.layout != torch.strided or _outcome is not None:
+        return False
+    return load()
+
+
+def load() -> bool:
+    """Build (if need be) and load the kernels. Returns whether they serve CPU tensors; tries once per process."""
+    global _outcome
+    with _lock:
+        if _outcome is None:
+            _outcome = _attempt()
+        return _outcome.library is not None
+
+
+def status() -> NativeStatus:
+    """What serves the ops on this CPU, after `load`."""
+    load()
+    outcome = _outcome
+    assert outcome is not None, "load always leaves an outcome"
+    return NativeStatus(
+        available=outcome.library is not None,
+        reason=outcome.reason,
+        isa=outcome.isa,
+        library=outcome.library,
+        threads=torch.get_num_threads(),
+    )
+
+
+def build(flags: tuple[str, ...] = ()) -> Path:
+    """The compiled library, from the cache or from the compiler. flags: added to the compiler's.
+
+    One from the cache is used only whole and if nobody else can write to it. Where no compiler is at hand, one that any
+    compiler made will do. Several processes may build at once: each renames a file of its own. Raises
+    NativeBuildError.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or [_default_compiler()]
+    arguments = [*_COMPILE_FLAGS, *_machine_flags(), *flags]
+    folder, stem = _cache_dir(), f"micromix-{_digest(arguments)}"
+    try:
+        made_by = hashlib.sha256(_run([*compiler, "--version"]).encode()).hexdigest()[:8]
+    except NativeBuildError as error:
+        if library := native_cache.find(folder, stem, "*"):
+            return library
+        raise NativeBuildError(f"{error}{native_cache.reasons(folder, stem)}") from error
+    if library := native_cache.find(folder, stem, made_by):
+        return library
+    logger.info("compiling CPU kernels, once per machine (in %s; about 20 seconds)", folder)
+    try:
+        with native_cache.scratch(folder) as scratch:
+            return native_cache.keep(_compile(compiler, arguments, scratch), folder, f"{stem}-{made_by}")
+    except OSError as error:
+        raise NativeBuildError(f"cannot write to {folder}: {error}") from error
+
+
+def _default_compiler() -> str:
+    """g++ before c++, as Inductor has it: c++ may be a wrapper whose static libstdc++ clashes with torch's."""
+    return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), "c++")
+
+
+def _attempt() -> _Outcome:
+    if os.environ.get(DISABLE_VARIABLE) == "0":
+        return _Outcome(reason=f"{DISABLE_VARIABLE}=0 is set")
+    try:
+        library = build()
+        return _Outcome(library=library, isa=_load_library(library))
+    except NativeBuildError as error:
+        logger.warning("no compiled CPU kernels, plain PyTorch runs instead (much slower): %s", error)
+        return _Outcome(reason=str(error))
+
+
+def _load_library(library: Path) -> str:
+    """Register the library's kernels. Returns the instruction set that they use."""
+    try:
+        torch.ops.load_library(str(library))
+        isa = ctypes.CDLL(str(library)).micromix_isa
+    except (OSError, AttributeError, RuntimeError) as error:  # RuntimeError: it registers what is registered
+        raise NativeBuildError(f"cannot load {library}: {error}") from error
+    isa.restype = ctypes.c_char_p
+    name: bytes = isa()
+    return name.decode()
+
+
+def _compile(compiler: list[str], arguments: list[str], scratch: Path) -> Path:
+    """Compile every source and link them in `scratch`."""
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [f"-isystem{path}" for path in include_paths()]
+    sources = [path for path in templates.cpu_sources() if path.suffix == ".cpp"]
+    objects = [scratch / f"{source.stem}.o" for source in sources]
+    commands = [
+        [*compiler, *arguments, *includes, "-c", str(source), "-o", str(target)]
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    library = scratch / "library.so"
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    # Not -fopenmp: the OpenMP that libtorch_cpu brings must serve, a second one would have its own threads.
+    link = ["-shared", *map(str, objects), "-o", str(library), f"-L{torch_libraries}", "-ltorch_cpu", "-lc10"]
+    _run([*compiler, *link, f"-Wl,-rpath,{torch_libraries}"])
+    return library
+
+
+def _run(command: list[str]) -> str:
+    """Standard output of a compiler's command. Raises NativeBuildError where it cannot run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(f"the C++ compiler {command[0]!r} did not run: {error}") from error
+    if done.returncode:
+        messages = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_ERROR_LINES])
+        raise NativeBuildError(f"the C++ compiler {command[0]!r} failed with status {done.returncode}:\n{messages}")
+    return done.stdout
+
+
+def _cache_dir() -> Path:
+    return Path(platformdirs.user_cache_dir("micromix-compile"))
+
+
+def _machine_flags() -> list[str]:
+    # GCC's tuning for many server CPUs prefers 256-bit vectors, which halves the quantizer's speed.
+    return ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+
+
+def _digest(arguments: list[str]) -> str:
+    """Names a library by everything that its code depends on but the compiler, which may be gone."""
+    parts = [*arguments, torch.__version__, sys.platform, _cpu_identity()]
+    parts += [source.name + "\0" + source.read_text(encoding="utf-8") for source in templates.cpu_sources()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _cpu_identity() -> str:
+    """What -march=native depends on: the machine type and, where the system tells, model and flags of the CPU."""
+    lines = []
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        keys = ("model", "flags", "Features", "CPU implementer", "CPU part")
+        lines = sorted({line for line in text.splitlines() if line.startswith(keys)})
+    return "\n".join((platform.machine(), platform.processor(), *lines))

@@ -1,0 +1,73 @@
+"""What the post-grad fusions of a producer into a quantize share: how the quantize looks, and how it is replaced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from micromix_compile import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+aten = torch.ops.aten
+
+LAYOUT: Final = ("channel_perm", "k4", "k6", "k8", "fp6", "scale_rounding")
+LAYOUTS: Final = {ops.reorder_quantize: LAYOUT, ops.reorder_fold: (*LAYOUT, "w_fp4")}
+"""What quantizes rows, and the names of its further arguments."""
+
+
+def quantized(rows: PatternExpr) -> list[PatternExpr]:
+    """A quantize of `rows`: through a view, or of rows that are a matrix already."""
+    viewed = CallFunction([aten.view.default, aten.reshape.default], rows, KeywordArg("row_shape"))
+    return [
+        CallFunction(op, matrix, *map(KeywordArg, layout), _users=MULTIPLE)
+        for op, layout in LAYOUTS.items()
+        for matrix in (viewed, rows)
+    ]
+
+
+def same_shape(*tensors: torch.Tensor) -> bool:
+    """Whether shapes are equal for all that is known; `==` would make symbolic sizes equal from then on."""
+    first, *others = (tensor.shape for tensor in tensors)
+    return all(
+        len(shape) == len(first) and all(statically_known_true(a == b) for a, b in zip(shape, first, strict=True))
+        for shape in others
+    )
+
+
+def quantizes_rows_of(match: Match, x: torch.Tensor) -> bool:
+    """Whether the rows of `x` are the rows that are quantized, and nothing was matched that patterns don't look at.
+
+    They don't look at keywords: alpha=2 of an addition makes another function of it.
+    """
+    return not any(node.kwargs for node in match.nodes) and _rows(match).meta["val"].shape[-1] == x.shape[-1]
+
+
+def replace_quantize(match: Match, fused_ops: Mapping[Any, Any], rows: Sequence[Node], *others: Any) -> None:
+    """Put fused_ops[quantize](*rows as matrices, *others, its layout) in the place of producer and quantize."""
+    quantize, graph, found = match.output_node(), match.graph, match.kwargs
+    shape = _rows(match).meta["val"].shape
+    with graph.inserting_before(quantize):
+        matrices = []
+        for node in rows:
+            matrix = node
+            if "row_shape" in found:
+                matrix = graph.call_function(aten.reshape.default, (node, found["row_shape"]))
+                matrix.meta["val"] = node.meta["val"].reshape(shape)
+            matrices.append(matrix)
+        layout = (found[name] for name in LAYOUTS[quantize.target])  # type: ignore[index]
+        fused = graph.call_function(fused_ops[quantize.target], (*matrices, *others, *layout))
+        fused.meta["val"] = quantize.meta["val"]
+    quantize.replace_all_uses_with(fused)
+    graph.erase_node(quantize)
+
+
+def _rows(match: Match) -> Node:
+    rows = match.output_node().args[0]
+    assert isinstance(rows, Node), "a quantize reads a tensor"
+    return rows

@@ -1,0 +1,1 @@
+"""Passes on Dynamo's graphs, one a file."""

@@ -1,0 +1,55 @@
+"""Pass 2 (calibrating): put an observer before every group of linears that read the same activation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from micromix_compile.passes.manager import LinearSite, PassContext, copy_meta
+from micromix_compile.passes.mutations import mutation_epochs
+
+if TYPE_CHECKING:
+    from torch import fx
+
+FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
+
+
+def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
+    """Insert owner.observe(x, weights, transposed) once per distinct value of x, and observe_output after each linear.
+
+    The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
+    layers.
+    """
+    groups: dict[tuple[fx.Node, int], list[LinearSite]] = {}
+    epochs = mutation_epochs(gm.graph)
+    for site in context.sites:
+        groups.setdefault((site.x, epochs[site.node]), []).append(site)
+    for (x, _), sites in groups.items():
+        first = sites[0].node
+        with gm.graph.inserting_before(first):
+            weights = {site.weight: site.transposed for site in sites}
+            seen = (x, list(weights), list(weights.values()), _flattened_from(x))
+            copy_meta(first, gm.graph.call_function(context.owner.observe, seen))
+        for site in sites:
+            with gm.graph.inserting_after(site.node):
+                watched = gm.graph.call_function(context.owner.observe_output, (site.node, site.weight))
+                copy_meta(site.node, watched)
+    return len(groups)
+
+
+def _flattened_from(x: fx.Node) -> fx.Node | None:
+    """The activation (..., C) of three or more dimensions whose rows x (M, C) are, in order, if x was flattened."""
+    node = x
+    while _rank(node) == 2 and node.target in FLATTENERS and isinstance(node.args[0], Node):
+        node = node.args[0]
+        if node.meta["example_value"].shape[-1] != x.meta["example_value"].shape[-1]:
+            return None
+    return node if _rank(node) > 2 else None
+
+
+def _rank(node: fx.Node) -> int:
+    example = node.meta.get("example_value")
+    return example.dim() if isinstance(example, Tensor) else 0

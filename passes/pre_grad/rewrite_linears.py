@@ -1,0 +1,68 @@
+"""Pass 3 (converting): linear -> micromix::reorder_quantize + micromix::mixed_mx_mm.
+
+Packed weights become inputs of the graph that are looked up for every call: one graph may serve many layers, so a
+constant would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+
+from micromix_compile import ops
+from micromix_compile.passes.manager import LinearPlan, LinearSite, PassContext, copy_meta
+
+if TYPE_CHECKING:
+    from torch import fx
+
+aten = torch.ops.aten
+
+
+def rewrite_linears(gm: fx.GraphModule, context: PassContext) -> int:
+    """Rewrite every site that has a plan; fills `context.inputs`. Returns how many were rewritten."""
+    perms: dict[int, fx.Node] = {}
+    weights: dict[fx.Node, list[fx.Node]] = {}
+    replaced: dict[fx.Node, fx.Node] = {}  # a linear may read another one's output
+    for site in context.sites:
+        plan = context.owner.plan(site.parameter, transposed=site.transposed)
+        if plan is None:
+            continue
+        if plan.group not in perms:
+            perms[plan.group] = _lift(gm.graph, context, site, plan, 0)
+        if site.weight not in weights:
+            weights[site.weight] = [_lift(gm.graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
+        x = replaced.get(site.x, site.x)
+        replaced[site.node] = _replace(gm.graph, site, x, plan, perms[plan.group], weights[site.weight])
+    return len(replaced)
+
+
+def _lift(graph: fx.Graph, context: PassContext, site: LinearSite, plan: LinearPlan, index: int) -> fx.Node:
+    node = context.owner.add_input(graph, f"micromix_{len(context.inputs)}", plan.tensors[index])
+    context.inputs.append((site.weight, index))
+    return node
+
+
+def _replace(
+    graph: fx.Graph, site: LinearSite, x: fx.Node, plan: LinearPlan, perm: fx.Node, weights: list[fx.Node]
+) -> fx.Node:
+    node = site.node
+    example, given = node.meta["example_value"], site.x.meta.get("example_value")
+    with graph.inserting_before(node):
+
+        def call(target: object, *args: object) -> fx.Node:
+            return copy_meta(node, graph.call_function(target, args))  # type: ignore[arg-type]
+
+        if isinstance(given, torch.Tensor) and given.dtype != example.dtype:  # autocast: as packed modules, cast first
+            x = call(aten.to.dtype, x, example.dtype)
+        rows = call(aten.reshape.default, x, [-1, site.in_features])
+        layout = (perm, *plan.split, plan.fp6, plan.scale_rounding)
+        quantized = call(ops.reorder_quantize, rows, *layout)
+        parts = [call(operator.getitem, quantized, i) for i in range(4)]
+        product = call(ops.mixed_mx_mm, *parts, *weights, site.bias, plan.fp6, example.dtype)
+        leading = [call(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
+        out = call(aten.reshape.default, product, [*leading, site.out_features])
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+    return out

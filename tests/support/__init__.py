@@ -1,0 +1,1 @@
+"""What tests share: models, strategies, oracles, GPUs that aren't there."""

@@ -1,0 +1,464 @@
+"""Every tile of the mixed matmul, compiled for GPUs that aren't here: which matrix instructions, how many, what room.
+
+The quantize kernels too, of which only the room is of interest.
+
+The counts are derived from the tiles. A kernel that Triton silently computes in bfloat16, that spills, or that it gave
+up on, fails here and not on somebody's GPU. Every run compiles some cases: each tile once, and each kind of weights and
+scales on each GPU. A `deep` run compiles all.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import pytest
+import torch
+from filelock import FileLock
+from support.covering import cover, params, runs_deep
+
+from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets import gpu, offline
+from micromix_compile.targets.offline import Compiled, Kernel, NotSupported
+from micromix_compile.targets.tiles import FAMILIES, Family, Tile, family_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Name = TypeVar("Name")
+
+SPILL_LIMIT = 0  # bytes a thread
+MANY = gpu.FEW_ROWS + 1
+QUANTIZER_ROWS = (1, 16, gpu.FEW_ROWS // 2, gpu.FEW_ROWS, MANY)
+ROUNDINGS = [(rows, "fit") for rows in QUANTIZER_ROWS] + [(MANY, "rceil")]
+CAPABILITIES = (80, 89, 90, 100, 103, 120, 121)
+
+# Extents of one matrix instruction along K, by kind.
+DEPTH = {"mxf4": 64, "mxf4nvf4": 64, "mxf8f6f4": 32, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tile on a target. w_fp4: all weights MXFP4. swizzled: weight scales are, and activation scales if they can."""
+
+    capability: int
+    family: str
+    tile: Tile
+    fp6: str = "e2m3"
+    w_fp4: bool = False
+    swizzled: bool = False
+    bias: bool = True
+
+    def __str__(self) -> str:
+        """A test's name, such as `sm_100a-16x128x128-4w4s-swap-e2m3`."""
+        t = self.tile
+        parts = [offline.target_name(self.capability), f"{t.BLOCK_M}x{t.BLOCK_N}x{t.BLOCK_K}"]
+        parts += [f"{t.num_warps}w{t.num_stages}s", "swap" * t.SWAP, "w_fp4" if self.w_fp4 else self.fp6]
+        parts += ["swizzled" * self.swizzled, "" if self.bias else "no_bias"]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def kernel(self) -> Kernel:
+        return offline.mixed_mx_mm(
+            self.capability,
+            self.tile,
+            FAMILIES[self.family],
+            w_fp4=self.w_fp4,
+            fp6=self.fp6,
+            x_swizzled=self.swizzled and self.tile.BLOCK_M % 128 == 0,
+            w_swizzled=self.swizzled,
+            bias=self.bias,
+        )
+
+
+def variants(case: Case) -> list[Case]:
+    """What one tile serves: FP6 of both kinds, MXFP4 weights, and on sm_100 swizzled scales; less for spare tiles."""
+    default = case.tile in defaults(FAMILIES[case.family])
+    if case.capability == 103:  # sm_100's kernels for another chip
+        return [case] * default
+    cases = [case, replace(case, w_fp4=True)]
+    if case.capability == 100:
+        cases += [replace(case, swizzled=True)] + [replace(case, swizzled=True, w_fp4=True)] * default
+    if case.capability in (80, 90, 100, 120):
+        cases += [replace(case, fp6="e3m2")] * default
+    return cases + [replace(case, bias=False)] * (default and case.capability == 100)
+
+
+@dataclass(frozen=True)
+class QuantizeCase:
+    """The reorder-quantize kernel on a target, for rows of some channels, behind a producer."""
+
+    capability: int
+    channels: int
+    producer: str
+    rows: int
+    scale_rounding: str
+
+    def __str__(self) -> str:
+        """A test's name."""
+        kind = f"{self.producer}-{self.channels}-{self.rows}-{self.scale_rounding}"
+        return f"{offline.target_name(self.capability)}-{kind}"
+
+    @property
+    def kernel(self) -> Kernel:
+        """The launch that `gpu` would make for rows of bfloat16, at a split like 75/20/5."""
+        k6, k8 = self.channels // 5 // 32 * 32, self.channels // 20 // 32 * 32
+        x = torch.empty(self.rows, self.channels, dtype=torch.bfloat16, device="meta")
+        widths = (self.channels - k6 - k8) // 2, k6, k8, self.channels // 32
+        outputs = QuantizedActivation(*(torch.empty(self.rows, n, dtype=torch.uint8, device="meta") for n in widths))
+        other = {"none": None, "rms_norm": x[0], "silu_mul": x}[self.producer]
+        permutation = torch.empty(self.channels, dtype=torch.int16, device="meta")
+        call = gpu.reorder_quantize_call(
+            self.producer,
+            x,
+            other,
+            1e-5,
+            permutation,
+            outputs,
+            fp6="e2m3",
+            scale_rounding=self.scale_rounding,
+        )
+        return kernel_of(call, self.capability)
+
+
+def kernel_of(call: gpu.KernelCall, capability: int) -> Kernel:
+    """A launch as what Triton would compile for it. Integers that are 1 are not made constants."""
+    signature = {name: triton_type(value) for name, value in call.args.items() if value is not None}
+    missing = {name: None for name, value in call.args.items() if value is None}
+    integers = {name: value for name, value in call.args.items() if isinstance(value, int)}
+    return Kernel(
+        function=f"{call.kernel.fn.__module__}:{call.kernel.fn.__name__}",  # the kernel itself may be interpreted
+        capability=capability,
+        signature=signature,
+        constexprs={**call.constexprs, **missing},
+        aligned=tuple(name for name in signature if integers.get(name, 0) % 16 == 0),
+        num_warps=call.num_warps,
+        num_stages=3,
+    )
+
+
+def triton_type(value: object) -> str:
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"}
+    return f"*{names[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+
+
+def defaults(family: Family) -> list[Tile]:
+    return [tiles[0] for _, tiles in family.tiles]
+
+
+def table() -> list[Case]:
+    """Every tile of the family that each target gets, in all variants."""
+    cases = []
+    for capability in CAPABILITIES:
+        name = family_of(divmod(capability, 10))
+        assert name is not None
+        tiles = dict.fromkeys(tile for _, tiles in FAMILIES[name].tiles for tile in tiles)
+        cases += [case for tile in tiles for case in variants(Case(capability, name, tile))]
+    return cases
+
+
+# Tiles that must not be used, each for the reason that its name gives.
+BAD = {
+    "two warps": Case(100, "sm_100", Tile(16, 128, 64, 2, 3, SWAP=True)),
+    "64 rows on the left": Case(100, "sm_100", Tile(64, 16, 64, 4, 3)),
+    "four warps for 128 x 128": Case(120, "sm_120", Tile(128, 128, 128, 4, 2)),
+    "block scales on sm_121": Case(121, "sm_120", FAMILIES["sm_120"].tiles_for(256)[0]),
+    "block scales on sm_110": Case(110, "sm_100", FAMILIES["sm_100"].tiles_for(256)[0]),
+}
+TABLE = table()
+QUANTIZE = [
+    QuantizeCase(capability, channels, producer, rows, rounding)
+    for capability in (90, 100, 120)
+    for channels, producer in (
+        *((4096, "none"), (4096, "rms_norm"), (14336, "none"), (14336, "rms_norm"), (14336, "silu_mul")),
+        *((28672, "none"), (28672, "rms_norm"), (28672, "silu_mul")),
+    )
+    for rows, rounding in ROUNDINGS
+]
+# With Triton 3.6. Parts of half the size spill nothing, but take a seventh to a quarter longer on an H100: 64 rows of
+# 14336 behind an RMSNorm 7.1 us instead of 6.3, behind SiLU times up 8.0 instead of 6.3.
+QUANTIZER_SPILLS = {
+    "sm_90a-rms_norm-14336-64-fit": 8,
+    "sm_120a-rms_norm-14336-64-fit": 8,
+    "sm_90a-silu_mul-14336-64-fit": 4,
+}
+QUICK = cover(
+    TABLE,
+    lambda case: (
+        *((case.family, case.tile), (case.capability, "w_fp4", case.w_fp4, case.swizzled)),
+        *((case.capability, case.fp6), (case.capability, "bias", case.bias)),
+    ),
+)
+QUICK_QUANTIZE = cover(
+    QUANTIZE,
+    lambda case: (
+        *((case.capability, case.producer, case.channels), (case.capability, case.rows, case.scale_rounding)),
+        *((case.producer, case.rows, case.scale_rounding), (case.channels, case.rows, case.scale_rounding)),
+    ),
+)
+UNWIDENED = replace(FAMILIES["sm_120"], widen_fp4=False)
+UNWIDENED_KERNEL = offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Results:
+    """Everything this file looks at: by case, the bad ones by name."""
+    cases = (*TABLE, *QUANTIZE) if runs_deep(request) else (*QUICK, *QUICK_QUANTIZE)
+    kernels: dict[Case | QuantizeCase | str, Kernel] = {case: case.kernel for case in cases}
+    kernels |= {name: case.kernel for name, case in BAD.items()} | {"unwidened": UNWIDENED_KERNEL}
+    return compile_once(kernels, tmp_path_factory, "offline_compile")
+
+
+def compile_once(
+    kernels: Mapping[Name, Kernel], tmp_path_factory: pytest.TempPathFactory, file_name: str
+) -> dict[Name, Compiled | NotSupported]:
+    """What each kernel compiles to; equal ones are compiled once, and all by one of the processes that run tests."""
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / file_name
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            distinct = list({repr(kernel): kernel for kernel in kernels.values()}.values())
+            results = offline.compile_all(distinct)
+            path.write_bytes(
+                pickle.dumps({repr(kernel): result for kernel, result in zip(distinct, results, strict=True)})
+            )
+        found: dict[str, Compiled | NotSupported] = pickle.loads(path.read_bytes())
+    return {name: found[repr(kernel)] for name, kernel in kernels.items()}
+
+
+@pytest.fixture
+def result(compiled: Results, case: Case | QuantizeCase) -> Compiled:
+    found = compiled[case]
+    if isinstance(found, NotSupported):
+        pytest.skip(found.reason)
+    return found
+
+
+class Results(Protocol):
+    """What a case, or the name of a bad one, compiled to."""
+
+    def __getitem__(self, key: Case | QuantizeCase | str, /) -> Compiled | NotSupported: ...
+
+
+def each_case(function: object) -> object:
+    return pytest.mark.parametrize("case", params(TABLE, QUICK), ids=str)(function)
+
+
+def expected_step(case: Case) -> dict[str, tuple[int, int]]:
+    """Kind -> (instructions of one step along K, segments that use the kind).
+
+    The left operand of tcgen05.mma has 128 rows and of wgmma, which four warps share, 64; their right operand has up
+    to 256. mma.sync is 16 x 8, and every warp has its own.
+    """
+    tile, family = case.tile, FAMILIES[case.family]
+    left, right = (tile.BLOCK_N, tile.BLOCK_M) if tile.SWAP else (tile.BLOCK_M, tile.BLOCK_N)
+    if case.family == "sm_100":
+        per_k, kinds = (left // 128) * -(-right // 256), {"tcgen05.mma mxf4": 1, "tcgen05.mma mxf8f6f4": 2}
+    elif family.mode == "scaled":
+        per_k = left * right // (16 * 8) // tile.num_warps
+        kinds = {"mma.sync mxf4nvf4": 1, "mma.sync mxf8f6f4": 2}
+    elif case.capability == 90:
+        per_k, kinds = (left // 64) * -(-right // 256) * 4 // tile.num_warps, {"wgmma bf16": 3}
+    else:
+        per_k, kinds = left * right // (16 * 8) // tile.num_warps, {"mma.sync bf16": 3}
+    return {kind: (per_k * (tile.BLOCK_K // DEPTH[kind.split()[1]]), uses) for kind, uses in kinds.items()}
+
+
+@each_case
+def test_each_step_issues_the_matrix_instructions_that_the_tile_needs(case: Case, result: Compiled) -> None:
+    """No other kind, so no bfloat16 beside block scales. A segment's first step may stand before its loop."""
+    expected = expected_step(case)
+    assert result.mma.keys() == expected.keys()
+    for kind, (count, segments) in expected.items():
+        assert count > 0
+        steps = [found for name, found in result.mma_blocks if name == kind]
+        assert set(steps) == {count}
+        assert segments <= len(steps) <= 2 * segments
+
+
+@each_case
+def test_nothing_is_emulated_where_the_family_says_scaled(case: Case, result: Compiled) -> None:
+    assert result.emulated == (FAMILIES[case.family].mode != "scaled")
+
+
+@each_case
+def test_registers_do_not_spill(case: Case, result: Compiled) -> None:
+    assert result.spilled_bytes <= SPILL_LIMIT
+    assert 0 < result.registers <= 255
+
+
+@each_case
+def test_shared_and_tensor_memory_fit(case: Case, result: Compiled) -> None:
+    """tcgen05 accumulates in tensor memory, nothing else has any."""
+    assert 0 < result.shared_bytes <= FAMILIES[case.family].shared_memory
+    assert result.tensor_columns <= offline.TENSOR_MEMORY_COLUMNS
+    assert (result.tensor_columns > 0) == (case.family == "sm_100")
+
+
+@each_case
+def test_the_code_is_for_the_target_and_neither_traps_nor_flushes_subnormals(case: Case, result: Compiled) -> None:
+    assert result.target == offline.target_name(case.capability)
+    assert all(result.mma_ended)
+    assert bool(result.mma_ended) == (case.family == "sm_90")
+    assert not result.trap
+    assert not result.flushing
+
+
+@pytest.mark.parametrize("case", params(QUANTIZE, QUICK_QUANTIZE), ids=str)
+def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: QuantizeCase, result: Compiled) -> None:
+    """Only the norm's reciprocal square root may flush: its argument is at least eps."""
+    assert result.target == offline.target_name(case.capability)
+    assert result.spilled_bytes <= QUANTIZER_SPILLS.get(str(case), SPILL_LIMIT)
+    assert not result.trap
+    assert not result.mma_blocks
+    assert result.shared_bytes <= min(family.shared_memory for family in FAMILIES.values())
+    assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if case.producer == "rms_norm" else set())
+
+
+def test_every_tile_of_every_family_is_compiled_for_some_target() -> None:
+    tiles = {(name, tile) for name, family in FAMILIES.items() for _, tiles in family.tiles for tile in tiles}
+    assert {(case.family, case.tile) for case in QUICK} == tiles
+    assert {case.capability for case in QUICK} == set(CAPABILITIES)
+
+
+@pytest.mark.parametrize("name", ["two warps", "64 rows on the left"])
+def test_a_tile_that_triton_silently_emulates_is_seen(compiled: Results, name: str) -> None:
+    found = compiled[name]
+    assert isinstance(found, Compiled)
+    assert found.emulated
+    assert not any(offline.is_block_scaled(kind) for kind in found.mma)
+
+
+def test_mxfp8_by_mxfp4_on_sm_120_is_seen_to_be_emulated_beside_block_scaled_instructions(
+    compiled: Results,
+) -> None:
+    """Why the family widens MXFP4 weights. Once this fails, a newer Triton may not need it."""
+    found = compiled["unwidened"]
+    assert isinstance(found, Compiled)
+    assert found.emulated
+    assert found.mma.keys() == {"mma.sync mxf4nvf4", "mma.sync bf16"}
+
+
+def test_spills_are_seen(compiled: Results) -> None:
+    """Why 128 x 128 has eight warps on sm_120."""
+    found = compiled["four warps for 128 x 128"]
+    assert isinstance(found, Compiled)
+    assert found.spilled_bytes > 100
+
+
+@pytest.mark.parametrize("name", ["block scales on sm_121", "block scales on sm_110"])
+def test_other_blackwell_chips_have_block_scaled_instructions(compiled: Results, name: str) -> None:
+    """Where they don't, `family_of` must not choose a scaled family, or nothing compiles there at all."""
+    found = compiled[name]
+    if isinstance(found, NotSupported):
+        pytest.xfail(f"not supported: {found.reason}")
+    if found.emulated:
+        chosen = family_of(divmod(BAD[name].capability, 10))
+        assert chosen is not None
+        assert FAMILIES[chosen].mode != "scaled"
+        pytest.xfail(f"not supported by the installed triton: it emulates tl.dot_scaled on {found.target}")
+    assert found.mma.keys() == expected_step(BAD[name]).keys()
+
+
+@pytest.mark.parametrize(
+    ("instruction", "kind"),
+    [
+        ("tcgen05.mma.cta_group::1.kind::mxf4.block_scale.scale_vec::2X", "tcgen05.mma mxf4"),
+        ("tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.block32", "tcgen05.mma mxf8f6f4"),
+        ("tcgen05.mma.cta_group::1.kind::f16", "tcgen05.mma f16"),
+        (
+            "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
+            "mma.sync mxf4nvf4",
+        ),
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "mma.sync bf16"),
+        ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "wgmma bf16"),
+        ("wgmma.fence.sync.aligned;", None),
+        ("tcgen05.cp.cta_group::1.32x128b.warpx4", None),
+        ("mov.b32", None),
+    ],
+)
+def test_matrix_instructions_are_told_apart_by_kind(instruction: str, kind: str | None) -> None:
+    assert offline.mma_kind(instruction) == kind
+    assert kind is None or offline.is_block_scaled(kind) == (".block_scale" in instruction)
+
+
+def test_a_bare_trap_and_what_ptxas_says_are_seen() -> None:
+    """A trap is what Triton makes of some kernels that are too large, without an error."""
+    ptx = ".version 8.8\n.target sm_100a\n.visible .entry f()\n{\n\ttrap;\n\tmul.ftz.f32 %f1, %f1, %f1;\n}\n"
+    binary = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(shared=0, tmem_size=None))
+    log = "ptxas info : Used 8 registers\n16 bytes spill stores, 8 bytes spill loads\n"
+    found = offline._inspect(binary, log)
+    assert found == Compiled(
+        target="sm_100a",
+        mma_blocks=(),
+        registers=8,
+        spilled_bytes=16,
+        shared_bytes=0,
+        tensor_columns=0,
+        serialized=False,
+        trap=True,
+        flushing=("mul.ftz.f32",),
+        before_wait=None,
+        mma_ended=(),
+    )
+    log += "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to it\n"
+    assert offline._inspect(binary, log) == replace(found, serialized=True)
+    assert found.emulated
+
+
+def test_memory_instructions_before_the_wait_are_seen_but_for_prefetches_and_arguments() -> None:
+    head = "\tld.param.b64 %rd1, [f_param_0];\n\tprefetch.global.L2 [%rd1];\n"
+    early = "\tld.global.b32 %r1, [%rd1];\n\tcp.async.ca.shared.global [%r2], [%rd1], 16;\n"
+    wait = "\tgriddepcontrol.wait;\n"
+    assert offline._before_wait(head + early) is None
+    assert offline._before_wait(head + wait + early) == ()
+    assert offline._before_wait(head + early + wait) == ("cp.async.ca.shared.global", "ld.global.b32")
+
+
+def test_matrix_instructions_that_read_registers_are_waited_for_before_the_next_step() -> None:
+    from_registers = "\twgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%r1,%r2}, {%r3,%r4}, %rd1, %p1, 1, 1;\n"
+    from_memory = from_registers.replace("{%r3,%r4}", "%rd2")
+    some, all_ = (f"\twgmma.wait_group.sync.aligned {n};\n" for n in (3, 0))
+    back = "\t@%p3 bra \t$L__BB0_1;\n"
+    assert list(offline._mma_ended(from_registers + back)) == [False]
+    assert list(offline._mma_ended(from_registers + some + back)) == [False]
+    assert list(offline._mma_ended(from_registers + all_ + from_registers + "$L__BB0_2:\n" + all_)) == [False]
+    assert list(offline._mma_ended(from_registers + some + all_ + back + from_registers)) == [True, False]
+    assert list(offline._mma_ended(from_memory + back)) == []
+
+
+def test_instructions_are_counted_between_labels_and_branches() -> None:
+    wgmma = "\twgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1}, %rd1;\n"
+    text = f"$L__BB0_1:\n{wgmma}{wgmma}$L__tmp1:\n{wgmma}\t@%p3 bra \t$L__BB0_1;\n{wgmma}"
+    assert list(offline._mma_blocks(text)) == [("wgmma bf16", 3), ("wgmma bf16", 1)]
+    predicated = "\t@%p14 tcgen05.mma.cta_group::1.kind::mxf4.block_scale.scale_vec::2X [ %r664 + 0 ], %rd1;\n"
+    assert Counter(offline._mma_blocks(predicated)) == {("tcgen05.mma mxf4", 1): 1}
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run the kernel's Python, not compile it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        offline.compile_kernel(TABLE[0].kernel)
+
+
+def test_a_kernel_described_wrongly_is_refused_by_name() -> None:
+    """The message comes from another process."""
+    kernel = replace(TABLE[0].kernel, signature={"x4": "*u8"})
+    with pytest.raises(RuntimeError, match="mixed_mx_mm_kernel takes"):
+        offline.compile_all([kernel], workers=1)
+
+
+def test_importing_the_module_imports_no_triton_and_the_package_does_not_import_it() -> None:
+    code = (
+        "import sys, micromix_compile; print('micromix_compile.targets.offline' in sys.modules); "
+        "import micromix_compile.targets.offline; print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "False"], done.stderr
