@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 from micromix_compile.integrations import transformers_hook
 
 if TYPE_CHECKING:
-    from micromix_compile.calibrate import calibrate, calibrate_each
     from micromix_compile.calibration.assignment import assign
     from micromix_compile.changes.versions import refresh
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.integrations.checkpoint import seal
     from micromix_compile.linear.packed import MicroMixLinear
-    from micromix_compile.quantize import quantize_
     from micromix_compile.recipe.types import Recipe
     from micromix_compile.session.registry import recipe_of
+    from micromix_compile.verbs.calibrate import calibrate, calibrate_each
+    from micromix_compile.verbs.quantize import quantize_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,9 +46,9 @@ _HOMES = {
     "MicroMixLinear": "linear.packed",
     "Recipe": "recipe.types",
     "assign": "calibration.assignment",
-    "calibrate": "calibrate",
-    "calibrate_each": "calibrate",
-    "quantize_": "quantize",
+    "calibrate": "verbs.calibrate",
+    "calibrate_each": "verbs.calibrate",
+    "quantize_": "verbs.quantize",
     "recipe_of": "session.registry",
     "refresh": "changes.versions",
     "seal": "integrations.checkpoint",

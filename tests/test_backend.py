@@ -18,12 +18,12 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import micromix_compile as micromix
-from micromix_compile import backend as backend_module
-from micromix_compile.backend import parse_options
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.ops.pack import pack_weight
 from micromix_compile.session import registry
 from micromix_compile.targets import native
+from micromix_compile.verbs import backend as backend_module
+from micromix_compile.verbs.backend import parse_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable

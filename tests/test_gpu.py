@@ -17,12 +17,12 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import micromix_compile as micromix
-from micromix_compile import backend as backend_module
 from micromix_compile import ops
 from micromix_compile.numerics import reference
 from micromix_compile.ops.folded import runs_folded
 from micromix_compile.recipe.fingerprint import Checksums
 from micromix_compile.targets import target
+from micromix_compile.verbs import backend as backend_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,6 +23,7 @@ from transformers import (
 import micromix_compile as micromix
 import micromix_compile.integrations.hf
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.ops.pack import pack_weight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,4 +209,4 @@ def test_a_wrong_channel_count_is_refused() -> None:
     net = make_net(layers=1)
     recipe = micromix.calibrate(net, [torch.randn(2, 6, 64)])
     with pytest.raises(ValueError, match=r"group layers.0.gate orders 64 channels, but the weight has 96"):
-        micromix_compile.quantize.pack_weight(torch.randn(8, 96), recipe.linears["layers.0.gate"].group, recipe.config)
+        pack_weight(torch.randn(8, 96), recipe.linears["layers.0.gate"].group, recipe.config)

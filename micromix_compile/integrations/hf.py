@@ -31,9 +31,9 @@ from micromix_compile.integrations import checkpoint
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE
-from micromix_compile.quantize import share_orders
 from micromix_compile.recipe.file import check_order
 from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
+from micromix_compile.verbs.quantize import share_orders
 
 if TYPE_CHECKING:
     from torch import Tensor

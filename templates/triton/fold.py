@@ -1,6 +1,6 @@
 """Device functions that unpack MX weights to folded E4M3, for FP8 MMA without block scales (sm_90).
 
-`micromix_compile.folding` says what folded means. Where it counts they are inline PTX on words of four bytes: table
+`numerics.folding` says what folded means. Where it counts they are inline PTX on words of four bytes: table
 look-ups by byte permutation, bit placement and packed conversion, two to three instructions a code. The interpreter,
 which has no inline PTX, takes the branch beside it that says the same in integers.
 """
@@ -84,9 +84,10 @@ def fold_fp4(packed, factor):
         pairs = tl.reshape(tl.join(packed & 0xF, packed >> 4), (shape[0], shape[1] // 4, 2, 4))
         low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
         return _fold_codes(tl.reshape(low, shape), factor), _fold_codes(tl.reshape(high, shape), factor)
-    return tl.inline_asm_elementwise(
-        _E2M1_PTX, "=&r,=&r,r,r", [packed, factor], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            _E2M1_PTX, "=&r,=&r,r,r", [packed, factor], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+        )
 
 
 @triton.jit
@@ -112,11 +113,12 @@ def fold_fp6(plane0, plane1, plane2, factor, FP6: tl.constexpr):
             fold_e4m3(plane0 & used, factor), fold_e4m3(plane1 & used, factor), fold_e4m3(plane2 & used, factor),
             fold_e4m3(fourth, factor),
         )  # fmt: skip
-    source: tl.constexpr = _E3M2_PTX if FP6 == "e3m2" else _E2M3_PTX
-    return tl.inline_asm_elementwise(
-        source, "=&r,=&r,=&r,=&r,r,r,r,r", [plane0, plane1, plane2, factor],
-        dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4,
-    )  # fmt: skip
+    else:
+        source: tl.constexpr = _E3M2_PTX if FP6 == "e3m2" else _E2M3_PTX
+        return tl.inline_asm_elementwise(
+            source, "=&r,=&r,=&r,=&r,r,r,r,r", [plane0, plane1, plane2, factor],
+            dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -125,7 +127,8 @@ def fold_e4m3(byte, factor):
     if _INTERPRETED:
         value = (factor.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
         return float32_to_e4m3(e4m3_to_float32(byte) * value)
-    return tl.inline_asm_elementwise(_E4M3_PTX, "=&r,r,r", [byte, factor], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        return tl.inline_asm_elementwise(_E4M3_PTX, "=&r,r,r", [byte, factor], dtype=tl.uint8, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -211,4 +214,5 @@ def float32_to_e4m3(x):
         first: tl.constexpr = (121 + 20) << 23
         code = total + (total >> 20) - (first + (first >> 20))
         return (code | ((x.to(tl.int32, bitcast=True) >> 31) & 0x80)).to(tl.uint8)
-    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)

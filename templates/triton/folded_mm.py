@@ -61,12 +61,14 @@ def _add_dot(acc, w, x, inside, step, stop, SUM_STEPS: tl.constexpr):
     if _INTERPRETED:
         right = e4m3_to_float32(tl.load(x + column, mask=mask, other=0))
         return tl.dot(e4m3_to_float32(w), tl.trans(right), acc, input_precision="ieee")
-    rows = x.to(tl.pointer_type(tl.float8e4nv))
-    right = tl.load(rows + column, mask=mask, other=0.0)
-    left = w.to(tl.float8e4nv, bitcast=True)
-    if SUM_STEPS:
-        return acc + tl.dot(left, tl.trans(right))
-    return _ended(tl.dot(left, tl.trans(right), acc))
+    else:
+        rows = x.to(tl.pointer_type(tl.float8e4nv))
+        right = tl.load(rows + column, mask=mask, other=0.0)
+        left = w.to(tl.float8e4nv, bitcast=True)
+        if SUM_STEPS:
+            return acc + tl.dot(left, tl.trans(right))
+        else:
+            return _ended(tl.dot(left, tl.trans(right), acc))
 
 
 @triton.jit
@@ -247,7 +249,9 @@ def folded_mm_kernel(
     )  # fmt: skip
     if LAUNCH_PDL and RELEASES:
         let_next_start()
-    if SPLIT_K == 1 or parts == 1:  # nothing else is compiled then; parts is known only when the kernel runs
+    if SPLIT_K == 1:  # nothing else is compiled then; parts is known only when the kernel runs
+        _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)
+    elif parts == 1:
         _store(acc, out, x_row_scale, w_row_scale, bias, m, n, M, N, HAS_BIAS)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M

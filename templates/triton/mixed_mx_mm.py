@@ -2,7 +2,7 @@
 
 `mixed_mx_mm_tile` computes one (BLOCK_M, BLOCK_N) tile. Two shells call it: `mixed_mx_mm_kernel` below, for eager
 calls and tests, and `mixed_mx_mm.py.jinja`, which Inductor renders with the epilogue it fuses. Operands are laid out as
-in `micromix_compile.packing`; extents along K come at run time, in blocks of 32 channels, so that one binary serves
+in `numerics.packing`; extents along K come at run time, in blocks of 32 channels, so that one binary serves
 every layer of a model.
 
 MODE says how two MX operands are multiplied:
@@ -94,7 +94,8 @@ def _operand(byte, scale, ELEM_FORMAT: tl.constexpr, MODE: tl.constexpr):
     """Dequantize what memory holds of one operand; "e2m1" is packed by two, anything else E4M3 bytes."""
     if ELEM_FORMAT == "e2m1":
         return _values(_unpack_fp4(byte), scale, _E2M1_TO_E4M3_SHIFT, MODE)
-    return _values(byte, scale, 0, MODE)
+    else:
+        return _values(byte, scale, 0, MODE)
 
 
 @triton.jit
@@ -162,7 +163,8 @@ def _load_scale(base, row0, rows, all_rows, first, step, blocks, row_blocks, ROW
         flat = tl.load(base + offset + tl.arange(0, 512)[None, None, :], mask=inside, other=0)
         scale = tl.reshape(flat, (row_tiles, step_tiles, 32, 4, 4))
         return tl.reshape(tl.permute(scale, (0, 3, 2, 1, 4)), (ROWS, STEP_BLOCKS))
-    return _load(base + rows * row_blocks + first, step * STEP_BLOCKS, blocks, STEP_BLOCKS)
+    else:
+        return _load(base + rows * row_blocks + first, step * STEP_BLOCKS, blocks, STEP_BLOCKS)
 
 
 @triton.jit
@@ -242,7 +244,8 @@ def _mx_dot_fp4_weights(x, x_scale, w, w_scale, acc, MODE: tl.constexpr, SWAP: t
     """`mx_dot` of E4M3 activations and packed MXFP4 weights."""
     if WIDEN:
         return mx_dot(x, x_scale, _widen_fp4(w), w_scale, acc, "e4m3", "e4m3", MODE, SWAP)
-    return mx_dot(x, x_scale, w, w_scale, acc, "e4m3", "e2m1", MODE, SWAP)
+    else:
+        return mx_dot(x, x_scale, w, w_scale, acc, "e4m3", "e2m1", MODE, SWAP)
 
 
 @triton.jit

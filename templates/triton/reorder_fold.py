@@ -3,14 +3,14 @@
 In front of the RMSNorm may stand the sum with a residual, which others read, and which is written too.
 
 The values are those of `reorder_quantize`, divided by the row's power of two and rounded to E4M3, in the order in which
-`folded_mm` meets them; `micromix_compile.folding` is the contract. A program takes one row or a part of it. Launched
-by `micromix_compile.gpu_folded`.
+`folded_mm` meets them; `numerics.folding` is the contract. A program takes one row or a part of it. Launched
+by `targets.gpu_folded`.
 """
 
 import triton
 import triton.language as tl
 
-from micromix_compile.targets.tiles import FEW_ROWS
+from micromix_compile.templates.tiles import FEW_ROWS
 from micromix_compile.templates.triton.ahead import let_next_start, prefetch, wait_for_inputs
 from micromix_compile.templates.triton.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
 from micromix_compile.templates.triton.reorder_quantize import (

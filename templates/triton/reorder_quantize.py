@@ -6,7 +6,7 @@ again (90 against 58 us, H200, 8192 x 4096 bfloat16). One tile holds blocks of a
 between formats is data (one number a block), not code.
 
 Every rounding of the quantizer is made of integer operations and float32 additions, which are the same on every target
-and in Triton's interpreter. `reference` is the contract: equal bytes. Launched by `micromix_compile.gpu`.
+and in Triton's interpreter. `reference` is the contract: equal bytes. Launched by `targets.gpu`.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def to_float32(x):
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """float32 rounded to DTYPE, to nearest even."""
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
+    if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         y = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import micromix_compile as micromix
-from micromix_compile import quantize
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.verbs import quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import micromix_compile as micromix
-from micromix_compile import backend, ops
+from micromix_compile import ops
 from micromix_compile.config import DUMPED, MicroMixConfig
 from micromix_compile.ops import prepared
 from micromix_compile.passes import (
@@ -33,6 +33,7 @@ from micromix_compile.passes.pre_grad.fold_products import fold_products
 from micromix_compile.passes.pre_grad.rewrite_linears import rewrite_linears
 from micromix_compile.passes.pre_grad.share_activations import share_activations
 from micromix_compile.session.session import Session, open_graph
+from micromix_compile.verbs import backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from micromix_compile import ops
-from micromix_compile.calibrate import compile_observed
 from micromix_compile.calibration.assignment import assign
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.gradient import wants_gradients
@@ -29,6 +28,7 @@ from micromix_compile.session.heirloom import inherited_recipe, leave_heirloom
 from micromix_compile.session.registry import SessionKey, find_session, model_of, remember, watched_file
 from micromix_compile.session.session import LinearState, RecipeFile, Session, close_graph, open_graph
 from micromix_compile.targets.target import target_of
+from micromix_compile.verbs.calibrate import compile_observed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
