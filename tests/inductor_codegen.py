@@ -3,7 +3,7 @@
     echo '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}' | python tests/inductor_codegen.py
 
 Answers {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "pdl": {name: whether
-it may start early}, "analyses": how many of the launches Inductor had to look into}.
+it may start early}, "analyses": how many of the launches Inductor had to look into, "digest": see `digests.of_code`}.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import digests
 import torch
 from fake_cuda import fake_cuda, generate
 from fork_server import serve
@@ -254,7 +255,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
-    return {**found, "analyses": len(torch_compat._analyses)}
+    return {**found, "analyses": len(torch_compat._analyses), "digest": digests.of_code(code)}
 
 
 if __name__ == "__main__":
