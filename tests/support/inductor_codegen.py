@@ -3,7 +3,7 @@
     echo '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}' | PYTHONPATH=tests python -m support.inductor_codegen
 
 Answers {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "pdl": {name: whether
-it may start early}, "analyses": how many of the launches Inductor had to look into}.
+it may start early}, "analyses": how many of the launches Inductor had to look into, "digest": see `digests.of_code`}.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from micromix_compile.numerics import folding
 from micromix_compile.passes import POST_GRAD_PASSES
 from micromix_compile.targets import gpu_folded
 from micromix_compile.targets.offline import mma_kind
+from support import digests
 from support.fake_cuda import fake_cuda, generate
 from support.fork_server import serve
 
@@ -256,7 +257,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
-    return {**found, "analyses": len(torch_compat._analyses)}
+    return {**found, "analyses": len(torch_compat._analyses), "digest": digests.of_code(code)}
 
 
 if __name__ == "__main__":
