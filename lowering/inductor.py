@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch._inductor.custom_graph_pass import CustomGraphPass
-
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private import inductor as torch_inductor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +43,7 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()
 
 
-class PostGradPasses(CustomGraphPass):
+class PostGradPasses(torch_inductor.CustomGraphPass):
     """Our passes on the post-grad graph. Its uuid is what puts our sources into the cache key."""
 
     def __init__(self, passes: Sequence[Callable[[fx.Graph], int]], settings: Mapping[str, Any]) -> None:
@@ -59,8 +57,8 @@ class PostGradPasses(CustomGraphPass):
         Where Inductor calls every other operation as eager does (its option fallback_by_default), our operations are
         marked as ones to compile, and none takes a norm or an activation into its kernel.
         """
-        if torch_compat.inductor_setting("fallback_by_default"):
-            torch_compat.compile_nodes(node for node in graph.nodes if _is_ours(node))
+        if torch_inductor.inductor_setting("fallback_by_default"):
+            torch_inductor.compile_nodes(node for node in graph.nodes if _is_ours(node))
             return
         for graph_pass in self._passes:
             graph_pass(graph)
@@ -88,7 +86,7 @@ def _is_ours(node: fx.Node) -> bool:
 
 def compiles_for_us() -> bool:
     """Whether the graph that Inductor is lowering came through `compile_graph`, whose cache key knows our sources."""
-    return isinstance(torch_compat.inductor_setting(POST_GRAD_HOOK), PostGradPasses)
+    return isinstance(torch_inductor.inductor_setting(POST_GRAD_HOOK), PostGradPasses)
 
 
 def compile_graph(
@@ -107,4 +105,4 @@ def compile_graph(
 
     as_eager = EAGER_OPTIONS if options.get("fallback_by_default") else {}
     patches = {**DEFAULT_OPTIONS, **as_eager, **options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
-    return torch_compat.compile_with_inductor(gm, example_inputs, patches)
+    return torch_inductor.compile_with_inductor(gm, example_inputs, patches)

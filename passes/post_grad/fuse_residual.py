@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from micromix_compile import ops
+from micromix_compile.lowering.torch_private.tracing import statically_known_true
 from micromix_compile.ops.folded import runs_folded
 from micromix_compile.passes.post_grad.producers import same_shape
 

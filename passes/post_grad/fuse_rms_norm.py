@@ -6,7 +6,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch._inductor.pattern_matcher import (
+
+from micromix_compile import ops
+from micromix_compile.lowering.torch_private.patterns import (
     MULTIPLE,
     CallFunction,
     KeywordArg,
@@ -15,8 +17,6 @@ from torch._inductor.pattern_matcher import (
     PatternMatcherPass,
     register_graph_pattern,
 )
-
-from micromix_compile import ops
 from micromix_compile.passes.post_grad.producers import quantized, quantizes_rows_of, replace_quantize
 
 if TYPE_CHECKING:

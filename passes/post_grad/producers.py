@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from micromix_compile import ops
+from micromix_compile.lowering.torch_private.patterns import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
+from micromix_compile.lowering.torch_private.tracing import statically_known_true
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
+from micromix_compile.lowering.torch_private.operators import BUILTIN_LINEAR
 from micromix_compile.numerics.reference import FLOAT_DTYPES
 from micromix_compile.passes.manager import LinearSite, PassContext
 from micromix_compile.passes.mutations import memory_of, written_memory
@@ -15,7 +16,7 @@ from micromix_compile.passes.mutations import memory_of, written_memory
 if TYPE_CHECKING:
     from torch.fx.node import Argument
 
-LINEAR_TARGETS = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
+LINEAR_TARGETS = (torch.nn.functional.linear, BUILTIN_LINEAR, torch.ops.aten.linear.default)
 ADDMM_TARGETS = (torch.addmm, torch.ops.aten.addmm.default)
 MATMUL_TARGETS = (torch.mm, torch.matmul, operator.matmul, torch.ops.aten.mm.default)
 MATMUL_METHODS = ("matmul", "mm", "__matmul__")

@@ -24,7 +24,7 @@ import micromix_compile.lowering.mixed_mx_mm
 import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
 from micromix_compile import ops
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private import user_kernels
 from micromix_compile.numerics import folding
 from micromix_compile.passes import POST_GRAD_PASSES
 from micromix_compile.targets import gpu_folded
@@ -256,7 +256,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
-    return {**found, "analyses": len(torch_compat._analyses)}
+    return {**found, "analyses": len(user_kernels._analyses)}
 
 
 if __name__ == "__main__":
