@@ -44,15 +44,18 @@ def fingerprint(root: Path) -> str:
 
 
 class PostGradPasses(torch_inductor.CustomGraphPass):
-    """Our passes on the post-grad graph. Its uuid is what puts our sources into the cache key."""
+    """Our passes on the post-grad graph. Its uuid is what puts our sources into the cache key.
 
-    def __init__(self, passes: Sequence[Callable[[fx.Graph], int]], settings: Mapping[str, Any]) -> None:
-        self._passes = tuple(passes)
+    passes: runs them. settings: what the compiled code depends on beside the graph and our sources.
+    """
+
+    def __init__(self, passes: Callable[[fx.Graph], object], settings: Mapping[str, Any]) -> None:
+        self._passes = passes
         self._dumps = bool(settings.get("dump"))
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Run the passes in order.
+        """Run the passes.
 
         Where Inductor calls every other operation as eager does (its option fallback_by_default), our operations are
         marked as ones to compile, and none takes a norm or an activation into its kernel.
@@ -60,8 +63,11 @@ class PostGradPasses(torch_inductor.CustomGraphPass):
         if torch_inductor.inductor_setting("fallback_by_default"):
             torch_inductor.compile_nodes(node for node in graph.nodes if _is_ours(node))
             return
-        for graph_pass in self._passes:
-            graph_pass(graph)
+        self._passes(graph)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PostGradPasses:
+        """Itself: Inductor copies its options now and then, and passes know a whole model."""
+        return self
 
     def uuid(self) -> str | None:
         """Changes with any source file of the package and with the settings.
@@ -94,12 +100,13 @@ def compile_graph(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any],
-    post_grad_passes: Sequence[Callable[[fx.Graph], int]],
+    post_grad_passes: Callable[[fx.Graph], object],
     settings: Mapping[str, Any],
 ) -> Callable[..., Any]:
     """Compile a graph whose linears are micromix ops.
 
-    options: Inductor's own. settings: what the compiled code depends on beside the graph, for the cache key.
+    options: Inductor's own. post_grad_passes: runs passes on Inductor's graph.
+    settings: what the compiled code depends on beside the graph, for the cache key.
     """
     from micromix_compile.lowering import folded, mixed_mx_mm, reorder_quantize  # noqa: F401 - they register lowerings
 

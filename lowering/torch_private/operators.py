@@ -8,6 +8,8 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import fx
 
 BUILTIN_LINEAR: Final = torch._C._nn.linear
@@ -44,14 +46,29 @@ def schema_of(target: object) -> Any:
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
     """What a call of an operator gets, by the names of its schema, defaults included. Raises TypeError for others."""
-    schema = schema_of(node.target)
+    return bound(_known_schema(node.target), node.args, node.kwargs)
+
+
+def argument_names(target: object) -> tuple[str, ...]:
+    """The names of an operator's arguments, in order. Raises TypeError for what is no operator."""
+    return tuple(one.name for one in _known_schema(target).arguments)
+
+
+def _known_schema(target: object) -> Any:
+    schema = schema_of(target)
     if schema is None:
-        raise TypeError(f"{node.target} is no operator with a schema")
-    return bound(schema, node.args, node.kwargs)
+        raise TypeError(f"{target} is no operator with one schema")
+    return schema
 
 
-def bound(schema: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`args` and `kwargs` by the names of a schema, with its defaults. Keywords that it lacks are kept."""
-    found = {one.name: one.default_value for one in schema.arguments if one.has_default_value()}
-    found |= dict(zip((one.name for one in schema.arguments), args, strict=False))
+def bound(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call binds to the names of a schema, in its order, with its defaults. Keywords that it lacks come last."""
+    found: dict[str, Any] = {}
+    for place, one in enumerate(schema.arguments):
+        if place < len(args):
+            found[one.name] = args[place]
+        elif one.name in kwargs:
+            found[one.name] = kwargs[one.name]
+        elif one.has_default_value():
+            found[one.name] = one.default_value
     return {**found, **kwargs}

@@ -23,7 +23,14 @@ from micromix_compile.lowering.torch_private.inductor import inductor_options, m
 from micromix_compile.lowering.torch_private.regions import running_region, running_transform, source_modules
 from micromix_compile.ops.folded import runs_folded
 from micromix_compile.ops.prepared import Kept
-from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, input_devices, run_passes
+from micromix_compile.passes import (
+    CONVERT_PASSES,
+    POST_GRAD_PASSES,
+    for_inductor,
+    input_devices,
+    outside_sources,
+    run_passes,
+)
 from micromix_compile.recipe.types import Recipe
 from micromix_compile.session.distributed import check_not_distributed
 from micromix_compile.session.heirloom import inherited_recipe, leave_heirloom
@@ -212,7 +219,7 @@ def compile_quantized(
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
     context.folds = None if session.config.exact else _folds
-    run_passes(gm, CONVERT_PASSES, context)
+    run_passes(gm.graph, CONVERT_PASSES, context)
     close_graph(session, context)
     appended = gm.graph.find_nodes(op="placeholder")[len(placeholders) :]
     products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
@@ -226,8 +233,8 @@ def compile_quantized(
             gm,
             [*example_inputs, *(node.meta["example_value"] for node in appended)],
             options=options,
-            post_grad_passes=dumping(POST_GRAD_PASSES, context.dump, context.dump_dir),
-            settings=session.config.to_dict(),
+            post_grad_passes=for_inductor(POST_GRAD_PASSES, context),
+            settings=_cache_settings(session.config),
         )
     position = {node: i for i, node in enumerate(placeholders)}
     inputs = [(position[weight], index) for weight, index in context.inputs]
@@ -256,6 +263,12 @@ def compile_quantized(
             return compiled(*args, *more)
 
     return run
+
+
+def _cache_settings(config: MicroMixConfig) -> dict[str, Any]:
+    """What compiled code depends on beside the graph and this package."""
+    outside = outside_sources(POST_GRAD_PASSES)
+    return {**config.to_dict(), **({"passes": outside} if outside else {})}
 
 
 def _check_target(config: MicroMixConfig, devices: Sequence[torch.device]) -> None:

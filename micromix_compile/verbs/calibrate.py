@@ -231,7 +231,7 @@ def compile_observed(
     """
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    observed = run_passes(gm, CALIBRATE_PASSES, context)["insert_observers"]
+    observed = run_passes(gm.graph, CALIBRATE_PASSES, context)["insert_observers"]
     close_graph(session, context)
     names = [source_name(node) for node in placeholders]
     masks = [i for i, name in enumerate(names) if "attention_mask" in name and _is_token_mask(example_inputs[i])]

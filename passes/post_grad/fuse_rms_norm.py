@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import fx
     from torch.fx import Node
 
+    from micromix_compile.passes.context import PassContext
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -32,12 +34,9 @@ FUSED = {
 }
 
 
-def fuse_rms_norm(graph: fx.Graph) -> int:
+def fuse_rms_norm(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite RMSNorm -> reorder_quantize to micromix::rms_norm_reorder_quantize. Returns how many were rewritten."""
-    matched = _patterns().apply(graph)
-    if matched:
-        graph.eliminate_dead_code()
-    return int(matched)
+    return int(_patterns().apply(graph))
 
 
 @cache
@@ -76,4 +75,4 @@ def _is_row_norm(match: Match) -> bool:
 
 
 def _replace(match: Match, x: Node, weight: Node, eps: float, **_: object) -> None:
-    replace_quantize(match, FUSED, (x,), weight, eps)
+    replace_quantize(match, FUSED, {"x": x}, weight=weight, eps=eps)

@@ -14,27 +14,29 @@ from torch import Tensor, fx, nn
 
 from micromix_compile.lowering.torch_private.operators import ENCODER_LAYER, ENTER_AUTOCAST, MULTI_HEAD_ATTENTION
 from micromix_compile.lowering.torch_private.tracing import make_fx
-from micromix_compile.passes.manager import PassContext, copy_meta
+from micromix_compile.passes.graph import copy_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from micromix_compile.passes.context import PassContext
 
 logger = logging.getLogger("micromix_compile")
 functional = torch.nn.functional
 
 
-def open_attention(gm: fx.GraphModule, context: PassContext) -> int:
+def open_attention(graph: fx.Graph, context: PassContext) -> int:
     """Replace what `PLAIN` knows, with the numbers of torch.nn's own path without fused kernels.
 
     What can't be replaced is noted in `context.unopened` under the names of its weights. Returns how many were.
     """
-    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
+    inputs = dict(zip(graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
     opened = 0
-    for node in list(gm.graph.nodes):
+    for node in list(graph.nodes):
         plain = PLAIN.get(node.target) if node.op == "call_function" else None
         if plain is None:
             continue
-        reason = _why_not(node) or _replace(gm.graph, node, plain)
+        reason = _why_not(node) or _replace(graph, node, plain)
         if reason is None:
             opened += 1
             continue
