@@ -3,7 +3,7 @@
     echo '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}' | PYTHONPATH=tests python -m support.inductor_codegen
 
 Answers {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "pdl": {name: whether
-it may start early}, "analyses": how many of the launches Inductor had to look into}.
+it may start early}, "analyses": how many of the launches Inductor had to look into, "digest": see `digests.of_code`}.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from micromix_compile import ops
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.torch_private import user_kernels
 from micromix_compile.numerics import folding
-from micromix_compile.passes import POST_GRAD_PASSES
+from micromix_compile.passes import POST_GRAD_PASSES, PassContext, for_inductor
 from micromix_compile.targets import gpu_folded
 from micromix_compile.targets.offline import mma_kind
+from support import digests
 from support.fake_cuda import fake_cuda, generate
 from support.fork_server import serve
 
@@ -242,8 +243,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     kernels: dict[str, str] = {}
     mma: dict[str, list[str]] = {}
     pdl: dict[str, bool] = {}
+    passes = for_inductor(POST_GRAD_PASSES, PassContext(owner=None, example_inputs=()))  # type: ignore[arg-type]
     with fake_cuda(tuple(request["capability"])), config.patch(use_static_triton_launcher=False):
-        hook = {POST_GRAD_HOOK: PostGradPasses(POST_GRAD_PASSES, {})} if request["ours"] else {}
+        hook = {POST_GRAD_HOOK: PostGradPasses(passes, {})} if request["ours"] else {}
         code = generate(function, specs, dynamic_rows=request["dynamic"], **hook, **request["options"])
         for name, source in re.findall(
             r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", code, re.M | re.S
@@ -256,7 +258,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
-    return {**found, "analyses": len(user_kernels._analyses)}
+    return {**found, "analyses": len(user_kernels._analyses), "digest": digests.of_code(code)}
 
 
 if __name__ == "__main__":
