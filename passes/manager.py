@@ -51,7 +51,7 @@ def outside_sources(passes: Sequence[Pass]) -> dict[str, str]:
 
     Caches of compiled code know this package's files only. Raises ValueError for a pass that has no file.
     """
-    outside = [one for one in passes if getattr(one, "__module__", "").partition(".")[0] != "micromix_compile"]
+    outside = [one for one in passes if str(getattr(one, "__module__", "")).partition(".")[0] != "micromix_compile"]
     return {name_of(one): hashlib.sha256(_file_of(one).read_bytes()).hexdigest() for one in outside}
 
 
