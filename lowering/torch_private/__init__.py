@@ -22,5 +22,5 @@ to 2.15. What looks for names or texts inside of torch, where a change would not
     dynamo              the texts of sources, which name weights, masks and what is resumed, and the key "grapharg":
                         tests/lowering/test_torch_private.py
     dynamo              the mark of inputs that stay where they are: tests/lowering/test_torch_private.py
-    inductor            the mark of nodes to compile: tests/lowering/test_torch_private.py
+    inductor            the mark of nodes to compile: tests/lowering/test_codegen.py
 """
