@@ -52,7 +52,7 @@ def parameter_name(placeholder: fx.Node) -> str:
 
 
 def is_resumed(source_names: Iterable[str]) -> bool:
-    """Whether a graph with inputs of these names is what follows a graph break: it gets what was on the stack."""
+    """Whether a graph with inputs of these names follows a graph break and gets what was on the stack there."""
     return any("___stack" in name for name in source_names)
 
 
