@@ -67,7 +67,8 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.layers[0]["up"](x) * attention_mask
-        return self.layers[1]["up"](x + twice(x))
+        x = x + twice(x)
+        return self.layers[1]["up"](x)
 
 
 def test_sources_name_weights_masks_and_what_follows_a_break() -> None:
