@@ -101,7 +101,7 @@ def test_packed_weights_are_inputs_that_inductor_need_not_copy(monkeypatch: pyte
         return compile_inner(gm, example_inputs, **options)
 
     monkeypatch.setattr(torch._inductor.compile_fx, "_compile_fx_inner", watched)
-    with torch.no_grad():
+    with torch._functorch.config.patch(enable_autograd_cache=False), torch.no_grad():
         torch.compile(net, backend="micromix", options={"recipe": recipe}, dynamic=False)(x)
     assert moving == [1]
 
