@@ -11,13 +11,18 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
-from torch._inductor.virtualized import V
 
 from micromix_compile import ops
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private.lowerings import (
+    V,
+    fallback_handler,
+    is_at_least,
+    lowerings,
+    register_lowering,
+)
+from micromix_compile.lowering.torch_private.operators import arguments_of, is_overload
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.targets import gpu_folded, target
 from micromix_compile.targets.gpu_folded import ExpandedWeights, FoldedWeight, Residual
@@ -38,8 +43,8 @@ def _products(node: fx.Node) -> list[list[int]]:
     readers = {reader for output in node.users for reader in output.users if reader.target is ops.folded_mm}
     columns = []
     for reader in readers:
-        *_, w_row_scale, _bias, _fp6, _out_dtype = reader.args
-        columns.append([int(one.meta["val"].shape[0]) for one in w_row_scale])  # type: ignore[union-attr]
+        scales = arguments_of(reader)["w_row_scale"]
+        columns.append([int(one.meta["val"].shape[0]) for one in scales])
     return columns
 
 
@@ -128,7 +133,7 @@ def _asks_library(rows: Any, weights: Any, out_dtype: torch.dtype) -> bool:
         return gpu_folded.uses_library(rows, weights, out_dtype)
     least = gpu_folded.EXPAND_FROM
     fits = gpu_folded.uses_library(least, weights, out_dtype)
-    return bool(fits and torch_compat.is_at_least(V.graph.sizevars, rows, least))
+    return bool(fits and is_at_least(V.graph.sizevars, rows, least))
 
 
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)
@@ -193,7 +198,7 @@ def _needs_own_memory(node: fx.Node) -> bool:
 
 
 def _reads_by_index(target: Any) -> bool:
-    is_known = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims", "micromix")
+    is_known = is_overload(target) and target.namespace in ("aten", "prims", "micromix")
     return is_known and not any(name in target.name() for name in ("as_strided", "resize", "set_"))
 
 

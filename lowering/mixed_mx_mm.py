@@ -7,14 +7,23 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import sympy
-from torch._inductor import config, ir
-from torch._inductor.lowering import fallback_handler, register_lowering
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
-from torch._inductor.virtualized import V
 
 from micromix_compile import ops, templates
 from micromix_compile.lowering import inductor
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private.lowerings import (
+    V,
+    config,
+    fallback_handler,
+    ir,
+    register_lowering,
+    size_hint,
+)
+from micromix_compile.lowering.torch_private.templates import (
+    SymbolicGridFn,
+    TritonTemplate,
+    TritonTemplateKernel,
+    select_algorithm,
+)
 from micromix_compile.numerics.formats import BLOCK_SIZE
 from micromix_compile.targets import gpu, target
 
@@ -81,7 +90,7 @@ def _lower_mixed_mx_mm(
     size = [x_scale.get_size()[0], w_scale.get_size()[0]]
     layout = ir.FixedLayout(x_scale.get_device(), out_dtype, size)
     w_fp4 = gpu.weights_are_fp4(_split(x4, x6, x8), _split(w4, w6, w8))
-    tiles = family.tiles_for(torch_compat.size_hint(V.graph.sizevars, size[0]))
+    tiles = family.tiles_for(size_hint(V.graph.sizevars, size[0]))
     choices: list[Any] = []
     for tile in tiles if config.max_autotune or config.max_autotune_gemm else tiles[:1]:
         constants = family.constants(tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias is not None)
@@ -92,7 +101,7 @@ def _lower_mixed_mx_mm(
             **options,
         )  # fmt: skip
         assert error is None, f"the template takes every tile of the table: {error}"
-    return torch_compat.select_algorithm("mixed_mx_mm", choices, operands, layout)
+    return select_algorithm("mixed_mx_mm", choices, operands, layout)
 
 
 def _in_memory(tensor: Any) -> Any:

@@ -157,10 +157,9 @@ def main(
 
 def exit_of(error: Exception) -> tuple[int, str | None]:
     """(exit code, line to print); no line for errors that aren't the user's."""
-    from torch._dynamo.exc import BackendCompilerFailed
+    from micromix_compile.lowering.torch_private.dynamo import cause_of
 
-    if isinstance(error, BackendCompilerFailed):
-        error = error.inner_exception
+    error = cause_of(error)
     if isinstance(error, UsageError):
         return 2, str(error)
     if isinstance(error, USER_ERRORS):
@@ -383,7 +382,7 @@ def doctor() -> None:
 
     The exit code is 1 if the backend isn't registered.
     """
-    import torch._dynamo
+    import torch
 
     from micromix_compile.evaluation import evaluation
     from micromix_compile.targets import native, target
@@ -391,7 +390,7 @@ def doctor() -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (*evaluation.versions().items(), *evaluation.hardware().items()):
         table.add_row(name, value)
-    registered = "micromix" in torch._dynamo.list_backends()
+    registered = "micromix" in torch.compiler.list_backends()
     table.add_row("backend", "registered" if registered else "not registered: pip install micromix-compile")
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         with _status(f"looking at {device}"):

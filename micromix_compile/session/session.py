@@ -31,7 +31,7 @@ from micromix_compile.calibration.token_layout import TokenLayout
 from micromix_compile.changes.versions import Snapshot
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.packed import MicroMixLinear
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private import dynamo
 from micromix_compile.ops.pack import packed_weight, round_weights
 from micromix_compile.passes import LinearPlan, PassContext
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import fx
-    from torch._guards import CompileId
 
+    from micromix_compile.lowering.torch_private.recompile_limit import CompileId
     from micromix_compile.numerics.layout import PackedWeight
 
 logger = logging.getLogger("micromix_compile")
@@ -382,7 +382,7 @@ class Session:
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""
-        return torch_compat.add_static_input(graph, name, example)
+        return dynamo.add_static_input(graph, name, example)
 
     # Packed weights
 
@@ -566,11 +566,11 @@ class Session:
         if idle:
             logger.warning(
                 "%d linears of %s have a recipe but ran quantized seldom or never (%s, ...): they aren't reached, or "
-                "torch.compile gave up on their graph at torch._dynamo.config.recompile_limit=%d",
+                "torch.compile gave up on their graph at %s",
                 len(idle),
                 self.model_id,
                 idle[0],
-                torch._dynamo.config.recompile_limit,
+                dynamo.limit_text(),
             )
 
 
@@ -607,10 +607,10 @@ def open_graph(
     """A copy of a Dynamo graph that passes may change, and their context; every weight in it is known to `session`."""
     session.check_not_training()
     check_real(example_inputs)
-    gm = torch_compat.copy_graph_module(gm)
+    gm = dynamo.copy_graph_module(gm)
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, nn.Parameter) and value.dim() >= 2 and not session.knows(value):
-            session.adopt(value, torch_compat.parameter_name(node))
+            session.adopt(value, dynamo.parameter_name(node))
     config = session.config
     return gm, PassContext(owner=session, example_inputs=example_inputs, dump=config.dump, dump_dir=config.dump_dir)
 
@@ -623,6 +623,6 @@ def close_graph(session: Session, context: PassContext) -> None:
     say_unopened(context.unopened, strict=session.config.strict)
     session.note_refusals({**context.refusals, **context.unopened})
     for site in context.sites:
-        torch_compat.guard_attribute(site.weight, session.state_attribute, "key")
+        dynamo.guard_attribute(site.weight, session.state_attribute, "key")
     if context.sites and session.state(context.sites[0].parameter).file is not None:
-        torch_compat.guard_attribute(context.sites[0].weight, session.state_attribute, "recipe_digest")
+        dynamo.guard_attribute(context.sites[0].weight, session.state_attribute, "recipe_digest")

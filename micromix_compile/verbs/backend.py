@@ -18,10 +18,19 @@ from micromix_compile.calibration.assignment import assign
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.gradient import wants_gradients
 from micromix_compile.lowering import inductor
-from micromix_compile.lowering.torch_private import recompile_limit, torch_compat
+from micromix_compile.lowering.torch_private import recompile_limit
+from micromix_compile.lowering.torch_private.inductor import inductor_options, mode_options
+from micromix_compile.lowering.torch_private.regions import running_region, running_transform, source_modules
 from micromix_compile.ops.folded import runs_folded
 from micromix_compile.ops.prepared import Kept
-from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, input_devices, run_passes
+from micromix_compile.passes import (
+    CONVERT_PASSES,
+    POST_GRAD_PASSES,
+    for_inductor,
+    input_devices,
+    outside_sources,
+    run_passes,
+)
 from micromix_compile.recipe.types import Recipe
 from micromix_compile.session.distributed import check_not_distributed
 from micromix_compile.session.heirloom import inherited_recipe, leave_heirloom
@@ -34,9 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import fx
-    from torch._guards import CompileId
 
-    from micromix_compile.lowering.torch_private.torch_compat import Region
+    from micromix_compile.lowering.torch_private.recompile_limit import CompileId
+    from micromix_compile.lowering.torch_private.regions import Region
 
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
@@ -91,14 +100,14 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     if not isinstance(recipe, Recipe | str | os.PathLike | None):
         raise TypeError(f"recipe must be a Recipe or the path of one, got {type(recipe).__name__}")
     ours = {name: given.pop(name) for name in MicroMixConfig.option_names() if name in given}
-    refused = sorted((set(given) - torch_compat.inductor_options()) | (set(given) & {inductor.POST_GRAD_HOOK}))
+    refused = sorted((set(given) - inductor_options()) | (set(given) & {inductor.POST_GRAD_HOOK}))
     if refused:
         raise ValueError(
             f"unknown option {refused[0]!r}; the options of this backend are recipe, mode, "
             f"{', '.join(MicroMixConfig.option_names())}; those of Inductor pass through, but {inductor.POST_GRAD_HOOK}"
         )
     MicroMixConfig(**ours)  # refuses values
-    from_mode = torch_compat.mode_options(mode) if mode and mode != "default" else {}
+    from_mode = mode_options(mode) if mode and mode != "default" else {}
     if isinstance(recipe, str | os.PathLike):
         recipe = watched_file(Path(recipe).absolute())
     return Options(ours=ours, recipe=recipe, inductor={**from_mode, **given})
@@ -129,9 +138,9 @@ def _session_of(gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Optio
     """The session that a graph belongs to, made if there is none yet."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     weights = {n: v for n, v in zip(placeholders, example_inputs, strict=True) if isinstance(v, nn.Parameter)}
-    region = torch_compat.running_region()
+    region = running_region()
     if region.compiled is None:
-        reached = torch_compat.source_modules(weights)
+        reached = source_modules(weights)
         region = dataclasses.replace(region, compiled=reached[0] if len(reached) == 1 else None)
     session = find_session(parsed.key, list(weights.values()), region)
     if session is None:
@@ -163,7 +172,7 @@ class _PerSession:
 
     def check(self) -> None:
         """Refuse what Dynamo may compile nothing of: transforms of torch.func, models spread over processes."""
-        region, transform = torch_compat.running_region(), torch_compat.running_transform()
+        region, transform = running_region(), running_transform()
         if transform is not None:
             model = "a function" if region.compiled is None else type(region.compiled).__name__
             raise ValueError(
@@ -175,7 +184,7 @@ class _PerSession:
 
     def counted(self, backend: Any) -> frozenset[CompileId] | None:
         """Those of the session of what is running; None where a function has no module to know it by."""
-        region = torch_compat.running_region()
+        region = running_region()
         if region.compiled is None:
             return None
         session = find_session(_options_of(backend).key, [], region)
@@ -183,7 +192,7 @@ class _PerSession:
 
     def gave_up(self, backend: Any, function: str, limit: str) -> None:
         """Say that what runs next is not quantized, or refuse to run it."""
-        region, parsed = torch_compat.running_region(), _options_of(backend)
+        region, parsed = running_region(), _options_of(backend)
         model = "a function" if region.compiled is None else type(region.compiled).__name__
         message = (
             f"torch.compile gave up on {model} at {limit} (in {function}): its linears run UNQUANTIZED for inputs that "
@@ -210,7 +219,7 @@ def compile_quantized(
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
     context.folds = None if session.config.exact else _folds
-    run_passes(gm, CONVERT_PASSES, context)
+    run_passes(gm.graph, CONVERT_PASSES, context)
     close_graph(session, context)
     appended = gm.graph.find_nodes(op="placeholder")[len(placeholders) :]
     products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
@@ -224,8 +233,8 @@ def compile_quantized(
             gm,
             [*example_inputs, *(node.meta["example_value"] for node in appended)],
             options=options,
-            post_grad_passes=dumping(POST_GRAD_PASSES, context.dump, context.dump_dir),
-            settings=session.config.to_dict(),
+            post_grad_passes=for_inductor(POST_GRAD_PASSES, context),
+            settings=_cache_settings(session.config),
         )
     position = {node: i for i, node in enumerate(placeholders)}
     inputs = [(position[weight], index) for weight, index in context.inputs]
@@ -254,6 +263,12 @@ def compile_quantized(
             return compiled(*args, *more)
 
     return run
+
+
+def _cache_settings(config: MicroMixConfig) -> dict[str, Any]:
+    """What compiled code depends on beside the graph and this package."""
+    outside = outside_sources(POST_GRAD_PASSES)
+    return {**config.to_dict(), **({"passes": outside} if outside else {})}
 
 
 def _check_target(config: MicroMixConfig, devices: Sequence[torch.device]) -> None:

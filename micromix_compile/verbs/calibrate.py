@@ -11,13 +11,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 from micromix_compile.calibration.memory import OBSERVING, SENSITIVITY, naming_out_of_memory
 from micromix_compile.calibration.sensitivity import lacks_gradient, pull_back
 from micromix_compile.calibration.token_layout import token_mask_of
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.lowering.torch_private import recompile_limit, torch_compat
+from micromix_compile.lowering.torch_private import recompile_limit
+from micromix_compile.lowering.torch_private.dynamo import cause_of, is_resumed, source_name
+from micromix_compile.lowering.torch_private.regions import original_module, running_region, uncompiled
 from micromix_compile.passes import CALIBRATE_PASSES, run_passes
 from micromix_compile.progress import CallProgress, track
 from micromix_compile.session.session import Session, close_graph, open_graph
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import fx
-    from torch._guards import CompileId
 
+    from micromix_compile.lowering.torch_private.recompile_limit import CompileId
     from micromix_compile.recipe.types import Recipe
 
 logger = logging.getLogger("micromix_compile")
@@ -69,7 +70,7 @@ def calibrate_each(
     """
     if isinstance(batches, Tensor) or hasattr(batches, "keys"):
         raise TypeError(f"batches must be several tensors or mappings, put one {type(batches).__name__} into a list")
-    model = torch_compat.original_module(model)
+    model = original_module(model)
     session = Session(configs[0], also=configs[1:])
     session.prepare(model)
     if session.is_packed and not session.has_candidates:
@@ -108,7 +109,7 @@ def observing(
         return compile_graph(gm, example_inputs)
 
     recompile_limit.count_apart(backend, _Unlimited())
-    with _turns.setdefault(model, threading.RLock()), torch_compat.uncompiled(model):
+    with _turns.setdefault(model, threading.RLock()), uncompiled(model):
         try:
             yield torch.compile(model, backend=backend)
         finally:
@@ -136,8 +137,11 @@ def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping
     session.token_mask = token_mask_of(positional, named)
     try:
         return observed(*positional, **named)
-    except BackendCompilerFailed as error:
-        raise error.inner_exception from None
+    except Exception as error:
+        cause = cause_of(error)
+        if cause is error:
+            raise
+        raise cause from None
 
 
 class _FirstTokens:
@@ -227,9 +231,9 @@ def compile_observed(
     """
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    observed = run_passes(gm, CALIBRATE_PASSES, context)["insert_observers"]
+    observed = run_passes(gm.graph, CALIBRATE_PASSES, context)["insert_observers"]
     close_graph(session, context)
-    names = [torch_compat.source_name(node) for node in placeholders]
+    names = [source_name(node) for node in placeholders]
     masks = [i for i, name in enumerate(names) if "attention_mask" in name and _is_token_mask(example_inputs[i])]
     starts_pass = _starts_pass(session, names)
     progress = CallProgress("micromix calibrates", show=on_converted is not None)
@@ -253,8 +257,8 @@ def _starts_pass(session: Session, names: Sequence[str]) -> bool:
     """Whether a graph with these inputs is the beginning of the model's forward pass, not its rest after a break."""
     if any("input_ids" in name or "inputs_embeds" in name for name in names):
         return True
-    running = torch_compat.running_region().running
-    return bool(running) and session.is_model(running[0]) and not any("___stack" in name for name in names)
+    running = running_region().running
+    return bool(running) and session.is_model(running[0]) and not is_resumed(names)
 
 
 def _is_token_mask(value: object) -> bool:

@@ -6,7 +6,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch._inductor.pattern_matcher import (
+
+from micromix_compile import ops
+from micromix_compile.lowering.torch_private.patterns import (
     MULTIPLE,
     CallFunction,
     KeywordArg,
@@ -15,13 +17,13 @@ from torch._inductor.pattern_matcher import (
     PatternMatcherPass,
     register_graph_pattern,
 )
-
-from micromix_compile import ops
 from micromix_compile.passes.post_grad.producers import quantized, quantizes_rows_of, replace_quantize
 
 if TYPE_CHECKING:
     from torch import fx
     from torch.fx import Node
+
+    from micromix_compile.passes.context import PassContext
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -32,12 +34,9 @@ FUSED = {
 }
 
 
-def fuse_rms_norm(graph: fx.Graph) -> int:
+def fuse_rms_norm(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite RMSNorm -> reorder_quantize to micromix::rms_norm_reorder_quantize. Returns how many were rewritten."""
-    matched = _patterns().apply(graph)
-    if matched:
-        graph.eliminate_dead_code()
-    return int(matched)
+    return int(_patterns().apply(graph))
 
 
 @cache
@@ -76,4 +75,4 @@ def _is_row_norm(match: Match) -> bool:
 
 
 def _replace(match: Match, x: Node, weight: Node, eps: float, **_: object) -> None:
-    replace_quantize(match, FUSED, (x,), weight, eps)
+    replace_quantize(match, FUSED, {"x": x}, weight=weight, eps=eps)

@@ -6,7 +6,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch._inductor.pattern_matcher import (
+
+from micromix_compile import ops
+from micromix_compile.lowering.torch_private.patterns import (
     CallFunction,
     KeywordArg,
     Match,
@@ -14,14 +16,14 @@ from torch._inductor.pattern_matcher import (
     PatternMatcherPass,
     register_graph_pattern,
 )
-
-from micromix_compile import ops
 from micromix_compile.passes.post_grad.producers import quantized, quantizes_rows_of, replace_quantize, same_shape
 from micromix_compile.targets import target
 
 if TYPE_CHECKING:
     from torch import fx
     from torch.fx import Node
+
+    from micromix_compile.passes.context import PassContext
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -32,12 +34,9 @@ FUSED = {
 }
 
 
-def fuse_silu_mul(graph: fx.Graph) -> int:
+def fuse_silu_mul(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite SiLU * up -> reorder_quantize to micromix::silu_mul_reorder_quantize. Returns how many were rewritten."""
-    matched = _patterns().apply(graph)
-    if matched:
-        graph.eliminate_dead_code()
-    return int(matched)
+    return int(_patterns().apply(graph))
 
 
 @cache
@@ -75,4 +74,4 @@ def _is_row_product(match: Match) -> bool:
 
 
 def _replace(match: Match, gate: Node, up: Node, **_: object) -> None:
-    replace_quantize(match, FUSED, (gate, up))
+    replace_quantize(match, FUSED, {"gate": gate, "up": up})
