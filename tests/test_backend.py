@@ -22,8 +22,8 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.ops.pack import pack_weight
 from micromix_compile.session import registry
 from micromix_compile.targets import native
-from micromix_compile.verbs import backend as backend_module
-from micromix_compile.verbs.backend import parse_options
+from micromix_compile.verbs import quantized
+from micromix_compile.verbs.options import parse_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -336,7 +336,7 @@ def test_it_converts_itself_across_graph_breaks_and_layers_compiled_alone() -> N
 
 def observed_tokens() -> set[int]:
     """Tokens that the observers of models still calibrating themselves have seen."""
-    return {o.tokens for s in registry.sessions() if s.recipe is None for o in s.observers()}
+    return {o.tokens for s in registry.sessions() if s.recipe is None for o in s.observation.observers()}
 
 
 def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:
@@ -485,7 +485,7 @@ def test_strict_refuses_plain_pytorch(monkeypatch: pytest.MonkeyPatch, caplog: p
     missing = native.NativeStatus(available=False, reason="no compiler", isa="", library=None, threads=1)
     monkeypatch.setattr(native, "load", lambda: False)
     monkeypatch.setattr(native, "status", lambda: missing)
-    monkeypatch.setattr(backend_module, "_said", set())
+    monkeypatch.setattr(quantized, "_said", set())
     with pytest.raises(BackendCompilerFailed, match=r"strict=True: the linears run as plain PyTorch.*no compiler"):
         compiled_with(net, recipe, strict=True)(torch.randn(2, 5, 64))
     torch._dynamo.reset()
@@ -511,9 +511,9 @@ def test_a_position_on_another_device_leaves_linears_what_their_own_device_runs(
     x, scale, table = torch.randn(2, 5, 64).bfloat16(), torch.tensor(2.0), torch.empty(3, device="meta")
     model = Positioned().eval()
     recipe = micromix.calibrate(net, [x])
-    original = backend_module.target_of
-    monkeypatch.setattr(backend_module, "target_of", lambda device: asked.append(device) or original(device))
-    monkeypatch.setattr(backend_module, "_folds", lambda weight: folding.append(weight.device.type) or True)
+    original = quantized.target_of
+    monkeypatch.setattr(quantized, "target_of", lambda device: asked.append(device) or original(device))
+    monkeypatch.setattr(quantized, "_folds", lambda weight: folding.append(weight.device.type) or True)
     with torch.no_grad():
         out, _ = compiled_with(model, recipe)(x, scale, table)
         micromix.quantize_(net, recipe)

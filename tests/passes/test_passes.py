@@ -32,8 +32,9 @@ from micromix_compile.passes.post_grad.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.pre_grad.fold_products import fold_products
 from micromix_compile.passes.pre_grad.rewrite_linears import rewrite_linears
 from micromix_compile.passes.pre_grad.share_activations import share_activations
-from micromix_compile.session.session import Session, open_graph
-from micromix_compile.verbs import backend
+from micromix_compile.session.graph import open_graph
+from micromix_compile.session.session import Session
+from micromix_compile.verbs import quantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -451,7 +452,7 @@ def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
     outputs = []
     for folds in (False, True):
         torch._dynamo.reset()
-        monkeypatch.setattr(backend, "_folds", lambda _, folds=folds: folds)
+        monkeypatch.setattr(quantized, "_folds", lambda _, folds=folds: folds)
         fast = torch.compile(net, backend="micromix", options={"recipe": recipe})
         with torch.no_grad():
             outputs.append(fast(x))
@@ -474,7 +475,7 @@ class Flat(nn.Module):
 def test_joint_products_are_contiguous_as_single_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Flat().eval(), torch.randn(2, 3, 64).bfloat16()
     recipe = micromix.calibrate(model, [x], MicroMixConfig(skip=()))
-    monkeypatch.setattr(backend, "_folds", lambda _: True)
+    monkeypatch.setattr(quantized, "_folds", lambda _: True)
     torch._dynamo.reset()
     with torch.no_grad():
         flat, k = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
