@@ -27,7 +27,7 @@ from rich.progress import track
 from torchao_linears import torchao_configs, torchao_linear
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.targets import gpu, gpu_folded
