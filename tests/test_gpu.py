@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.llama import LAYERS, llama, token_batches
 from support.models import make_net
-from test_llm import LAYERS, llama, token_batches
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
