@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
 
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.targets import gpu_folded
 from micromix_compile.targets.gpu_folded import FoldedWeight, Parts
 from micromix_compile.targets.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile

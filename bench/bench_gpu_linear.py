@@ -27,7 +27,7 @@ from rich.progress import track
 from torchao_linears import torchao_configs, torchao_linear
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.lowering.torch_private.dynamo import dynamo_settings
 from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.numerics import folding, packing, reference

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.targets.target import target_of
 

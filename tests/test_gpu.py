@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.llama import LAYERS, llama, token_batches
 from support.models import make_net
-from test_llm import LAYERS, llama, token_batches
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -22,7 +22,7 @@ from micromix_compile.numerics import reference
 from micromix_compile.ops.folded import runs_folded
 from micromix_compile.recipe.fingerprint import Checksums
 from micromix_compile.targets import target
-from micromix_compile.verbs import backend as backend_module
+from micromix_compile.verbs import quantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +124,7 @@ def test_a_gpu_without_kernels_is_said_once_and_refused_when_strict(
         expected = compiled(net, recipe)(x)
     poor = dataclasses.replace(target.target_of(x.device), emulated="no bfloat16 MMA", family=None)
     monkeypatch.setattr(target, "_gpu_target", lambda _: poor)
-    backend_module._said.clear()
+    quantized._said.clear()
     torch._dynamo.reset()
     with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
         actual = compiled(net, recipe, fx_graph_cache=False)(x)

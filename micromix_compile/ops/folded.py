@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from micromix_compile import ops
 from micromix_compile.numerics import folding, reference
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, factor_shape, fold_width
 from micromix_compile.numerics.formats import ScaleRounding
+from micromix_compile.ops import exact
 from micromix_compile.targets import gpu, gpu_folded, target
 from micromix_compile.targets.gpu_folded import MAX_GROUP, FoldedWeight, Residual
 
@@ -74,7 +74,7 @@ def _fold(
         )  # fmt: skip
     if producer == "rms_norm":
         assert other is not None, "a norm has a weight"
-        x = ops.rms_norm(x, other, eps)
+        x = exact.rms_norm(x, other, eps)
     elif producer == "silu_mul":
         assert other is not None, "a gate has an up"
         x = torch.nn.functional.silu(x) * other

@@ -7,22 +7,20 @@ under them, and take their packed weights with them.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering.torch_private.regions import original_module
-from micromix_compile.session.session import RecipeFile, Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from torch import nn
 
     from micromix_compile.lowering.torch_private.regions import Region
     from micromix_compile.recipe.types import Recipe
+    from micromix_compile.session.session import Session
 
 SessionKey = tuple[tuple[str, ...], MicroMixConfig, object]
 
@@ -69,12 +67,6 @@ def _is_layer_of(layer: nn.Module, model: nn.Module) -> bool:
         if any(child is layer for child in children) and sum(type(child) is type(layer) for child in children) > 1:
             return True
     return False
-
-
-@cache
-def watched_file(path: Path) -> RecipeFile:
-    """The one that stands for `path`, absolute, in this process."""
-    return RecipeFile(path)
 
 
 def recipe_of(model: nn.Module) -> Recipe:

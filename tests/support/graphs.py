@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.passes import PassContext, run_passes
-from micromix_compile.session.session import Session, open_graph
+from micromix_compile.session.graph import open_graph
+from micromix_compile.session.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -23,7 +23,7 @@ from micromix_compile.passes import (
     rewrite_linears,
     share_activations,
 )
-from micromix_compile.verbs import backend
+from micromix_compile.verbs import quantized
 
 pytestmark = pytest.mark.versions
 
@@ -121,7 +121,7 @@ def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
     outputs = []
     for folds in (False, True):
         torch._dynamo.reset()
-        monkeypatch.setattr(backend, "_folds", lambda _, folds=folds: folds)
+        monkeypatch.setattr(quantized, "_folds", lambda _, folds=folds: folds)
         fast = torch.compile(net, backend="micromix", options={"recipe": recipe})
         with torch.no_grad():
             outputs.append(fast(x))
@@ -144,7 +144,7 @@ class Flat(nn.Module):
 def test_joint_products_are_contiguous_as_single_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Flat().eval(), torch.randn(2, 3, 64).bfloat16()
     recipe = micromix.calibrate(model, [x], MicroMixConfig(skip=()))
-    monkeypatch.setattr(backend, "_folds", lambda _: True)
+    monkeypatch.setattr(quantized, "_folds", lambda _: True)
     torch._dynamo.reset()
     with torch.no_grad():
         flat, k = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
