@@ -29,7 +29,7 @@ from micromix_compile.passes import (
     share_activations,
 )
 from micromix_compile.passes.manager import name_of
-from micromix_compile.verbs import backend
+from micromix_compile.verbs import quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,9 +118,9 @@ def test_compiled_code_is_cached_by_the_files_of_passes_from_outside() -> None:
     assert outside_sources([*CONVERT_PASSES, *POST_GRAD_PASSES]) == {}
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     assert outside_sources([*POST_GRAD_PASSES, count_quantizers]) == {"count_quantizers": digest}
-    assert backend._cache_settings(MicroMixConfig()) == MicroMixConfig().to_dict()
+    assert quantized._cache_settings(MicroMixConfig()) == MicroMixConfig().to_dict()
     with added(POST_GRAD_PASSES, count_quantizers, after=fuse_rms_norm):
-        assert backend._cache_settings(MicroMixConfig())["passes"] == {"count_quantizers": digest}
+        assert quantized._cache_settings(MicroMixConfig())["passes"] == {"count_quantizers": digest}
 
 
 def test_a_post_grad_pass_without_a_file_is_refused_by_name() -> None:
