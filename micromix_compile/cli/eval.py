@@ -92,7 +92,8 @@ def eval_(
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
     wanted = _tasks(loaded, tasks, lm_eval, task_items)
-    if is_packed(model):
+    packed = is_packed(model)
+    if packed:
         results = _measure_packed(loaded, measured, wanted)
     else:
         source = CalibrationText(data=data, column=column, windows=calibration_windows, length=window_length)
@@ -104,9 +105,9 @@ def eval_(
             "data": text.name,
             "windows": windows,
             "window_length": window_length,
-            "calibration_windows": None if recipe_file or is_packed(model) else calibration_windows,
+            "calibration_windows": None if recipe_file or packed else calibration_windows,
             "dtype": dtype,
-            "config": None if is_packed(model) else config.to_dict(),
+            "config": None if packed else config.to_dict(),
         }
         write_json(json_file, settings, results)
 

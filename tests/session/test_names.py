@@ -1,0 +1,54 @@
+"""Names of weights: which a model's weights get, and what happens where one is refused."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import pytest
+from torch import nn
+
+from micromix_compile.session.names import Names
+
+if TYPE_CHECKING:
+    from micromix_compile.session.state import LinearState
+
+
+def accept(state: LinearState, parameter: nn.Parameter) -> None:
+    """A weight as it is."""
+
+
+def test_a_weight_that_is_refused_while_it_is_taken_in_stays_unknown() -> None:
+    def refuse(state: LinearState, parameter: nn.Parameter) -> None:
+        raise ValueError("another model's")
+
+    names, model = Names(), nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="another model's"):
+        names.take_in(model, refuse)
+    assert not names.knows(model[0].weight)
+    assert not list(names)
+
+
+def test_weights_of_no_module_get_names_of_their_own() -> None:
+    names, weights = Names(), [nn.Parameter(nn.Linear(4, 4).weight.detach()) for _ in range(3)]
+    for weight in weights:
+        names.adopt(weight, "w", accept)
+    assert [names.state(weight).name for weight in weights] == ["w", "w#1", "w#2"]
+
+
+def test_a_weight_that_replaced_another_takes_its_name_over() -> None:
+    names, model = Names(), nn.Sequential(nn.Linear(4, 4))
+    names.belong_to(model)
+    names.take_in(model, accept)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    gc.collect()
+    names.adopt(model[0].weight, "whatever", accept)
+    assert [state.name for state in names] == ["0"]
+
+
+def test_names_go_without_a_trace() -> None:
+    names, model = Names(), nn.Sequential(nn.Linear(4, 4))
+    names.take_in(model, accept)
+    assert vars(model[0].weight)
+    del names
+    assert not vars(model[0].weight)
