@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.gradient import wants_gradients
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.torch_private import recompile_limit, torch_compat
-from micromix_compile.ops.folded import runs_folded
 from micromix_compile.ops.prepared import Kept
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, dumping, input_devices, run_passes
 from micromix_compile.recipe.types import Recipe
@@ -31,19 +30,16 @@ from micromix_compile.targets.target import target_of
 from micromix_compile.verbs.calibrate import compile_observed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import fx
     from torch._guards import CompileId
 
     from micromix_compile.lowering.torch_private.torch_compat import Region
+    from micromix_compile.targets.target import Target
 
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
-
-
-_folds = runs_folded
-"""Whether products with such a weight are to be folded."""
 
 PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, ops.folded_mm)
 
@@ -209,13 +205,13 @@ def compile_quantized(
     """Rewrite the graph's linears and compile it with Inductor; packed weights are looked up for every call."""
     gm, context = open_graph(session, gm, example_inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    context.folds = None if session.config.exact else _folds
+    context.target_of = cache(partial(target_of, exact=session.config.exact))
     run_passes(gm, CONVERT_PASSES, context)
     close_graph(session, context)
     appended = gm.graph.find_nodes(op="placeholder")[len(placeholders) :]
     products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
     if products:
-        _check_target(session.config, input_devices(products))
+        _check_targets(session.config, map(context.target_of, input_devices(products)))
     elif context.sites and not session.is_packed:
         logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
     gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
@@ -256,10 +252,11 @@ def compile_quantized(
     return run
 
 
-def _check_target(config: MicroMixConfig, devices: Sequence[torch.device]) -> None:
-    """Say where linears on `devices` run as plain PyTorch. Raises RuntimeError instead if strict."""
-    for target in map(target_of, devices):
+def _check_targets(config: MicroMixConfig, targets: Iterable[Target]) -> None:
+    """Log who computes, and warn where that is plain PyTorch. Raises RuntimeError instead of the latter if strict."""
+    for target in targets:
         if target.emulated is None:
+            _say_once(f"the linears run on {target.name}: their products take {target.takes} operands", logging.DEBUG)
             continue
         message = f"the linears run as plain PyTorch operations on {target.name}: {target.emulated}"
         if config.strict:
@@ -267,7 +264,7 @@ def _check_target(config: MicroMixConfig, devices: Sequence[torch.device]) -> No
         _say_once(message)
 
 
-def _say_once(message: str) -> None:
+def _say_once(message: str, level: int = logging.WARNING) -> None:
     if message not in _said:
         _said.add(message)
-        logger.warning(message)
+        logger.log(level, message)

@@ -14,8 +14,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from micromix_compile import ops
-from micromix_compile.ops.folded import runs_folded
 from micromix_compile.passes.post_grad.producers import same_shape
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -47,7 +47,12 @@ def _is_sum(total: Node, rows: Node) -> bool:
     value = total.meta["val"]
     parts = [arg.meta["val"] for arg in total.args if isinstance(arg, Node)]
     same = all(isinstance(part, torch.Tensor) and part.dtype == value.dtype for part in parts)
-    if not same or not same_shape(value, *parts) or not value.is_contiguous() or not runs_folded(value):
+    if (
+        not same
+        or not same_shape(value, *parts)
+        or not value.is_contiguous()
+        or not target_of(value.device).wants("fuse_residual")
+    ):
         return False
     return value.dim() > 0 and statically_known_true(value.shape[-1] == rows.meta["val"].shape[-1])
 

@@ -18,6 +18,7 @@ from torch._inductor.pattern_matcher import (
 
 from micromix_compile import ops
 from micromix_compile.passes.post_grad.producers import quantized, quantizes_rows_of, replace_quantize
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -72,7 +73,8 @@ def _is_row_norm(match: Match) -> bool:
     """Whether the rows that are normalized are the rows that are quantized, as the op computes them."""
     x, weight = (match.kwargs[name].meta["val"] for name in ("x", "weight"))
     same_type = weight.dim() == 1 and weight.shape[0] == x.shape[-1] and weight.dtype == x.dtype
-    return bool(same_type and isinstance(match.kwargs["eps"], float | int) and quantizes_rows_of(match, x))
+    wanted = target_of(x.device).wants("fuse_rms_norm")
+    return bool(wanted and same_type and isinstance(match.kwargs["eps"], float | int) and quantizes_rows_of(match, x))
 
 
 def _replace(match: Match, x: Node, weight: Node, eps: float, **_: object) -> None:

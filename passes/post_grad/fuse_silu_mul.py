@@ -17,7 +17,7 @@ from torch._inductor.pattern_matcher import (
 
 from micromix_compile import ops
 from micromix_compile.passes.post_grad.producers import quantized, quantizes_rows_of, replace_quantize, same_shape
-from micromix_compile.targets import target
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -71,7 +71,7 @@ def _is_row_product(match: Match) -> bool:
     """Whether the rows that are multiplied are the rows that are quantized, on a device with the fused kernel."""
     gate, up = (match.kwargs[name].meta["val"] for name in ("gate", "up"))
     same = same_shape(gate, up) and gate.dtype == up.dtype
-    return bool(target.triton_family(gate) and same and quantizes_rows_of(match, gate))
+    return bool(target_of(gate.device).wants("fuse_silu_mul") and same and quantizes_rows_of(match, gate))
 
 
 def _replace(match: Match, gate: Node, up: Node, **_: object) -> None:

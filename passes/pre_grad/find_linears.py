@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
-from micromix_compile.numerics.reference import FLOAT_DTYPES
+from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.passes.manager import LinearSite, PassContext
 from micromix_compile.passes.mutations import memory_of, written_memory
 

@@ -14,11 +14,11 @@ import torch
 
 from micromix_compile import ops
 from micromix_compile.numerics.folding import factor_shape
-from micromix_compile.numerics.layout import order_dtype
+from micromix_compile.numerics.layout import order_dtype, split_of_weight
 from micromix_compile.ops import prepared
 from micromix_compile.passes.manager import PassContext, copy_meta
 from micromix_compile.passes.pre_grad.share_activations import is_quantize
-from micromix_compile.targets.gpu_folded import MAX_GROUP
+from micromix_compile.targets.groups import MAX_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,13 +34,11 @@ def fold_products(gm: fx.GraphModule, context: PassContext) -> int:
 
     The device of the weights decides for each: a graph may have inputs, or linears, on several.
     """
-    if context.folds is None:
-        return 0
     folded: dict[fx.Node, tuple[fx.Node, ...]] = {}
     rewritten = 0
     for quantize in [node for node in gm.graph.nodes if is_quantize(node)]:
         products = _products(quantize)
-        if products and context.folds(_example(products[0].args[4])):
+        if products and context.target_of(_example(products[0].args[4]).device).wants("fold_products"):
             _rewrite(gm.graph, context, quantize, products, folded)
             rewritten += 1
     return rewritten
@@ -140,7 +138,7 @@ def _folded_inputs(
     assert isinstance(w_scale, torch.fx.Node), "scales are a graph input"
     if w_scale not in folded:
         scale = _example(w_scale)
-        split = (_example(w4).shape[1] * 2, _example(w6).shape[2] * 4, _example(w8).shape[1])
+        split = split_of_weight(_example(w4), _example(w6), _example(w8))
         name = f"micromix_folded_{len(context.folded)}"
         folded[w_scale] = (
             context.owner.add_input(graph, f"{name}_factor", scale.new_empty(factor_shape(scale.shape[0], split))),

@@ -10,7 +10,7 @@ by `targets.gpu_folded`.
 import triton
 import triton.language as tl
 
-from micromix_compile.templates.tiles import FEW_ROWS
+from micromix_compile.targets.folded_tiles import AHEAD_ROWS
 from micromix_compile.templates.triton.ahead import let_next_start, prefetch, wait_for_inputs
 from micromix_compile.templates.triton.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
 from micromix_compile.templates.triton.reorder_quantize import (
@@ -23,7 +23,7 @@ from micromix_compile.templates.triton.reorder_quantize import (
 )
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_FEW_ROWS = tl.constexpr(FEW_ROWS)
+_FEW_ROWS = tl.constexpr(AHEAD_ROWS)
 
 
 def _fold_ptx(clamp: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from support.models import Block, make_net
+from support.targets import FOLDING, served_by
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -33,7 +33,7 @@ from micromix_compile.passes.pre_grad.fold_products import fold_products
 from micromix_compile.passes.pre_grad.rewrite_linears import rewrite_linears
 from micromix_compile.passes.pre_grad.share_activations import share_activations
 from micromix_compile.session.session import Session, open_graph
-from micromix_compile.verbs import backend
+from micromix_compile.targets.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -280,14 +280,12 @@ def residual_program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tupl
 
 @pytest.mark.parametrize("shape", [(2, 3, 64), (6, 64)])
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
-def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], mode: str
-) -> None:
-    monkeypatch.setattr(sys.modules[fuse_residual.__module__], "runs_folded", lambda _: True)
+def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(shape: tuple[int, ...], mode: str) -> None:
     inputs = (*torch.randn(2, *shape).bfloat16(), torch.rand(64).bfloat16(), torch.randperm(64))
     gm = make_fx(residual_program, tracing_mode=mode)(*inputs)
     want = gm(*inputs)
-    assert fuse_residual(gm.graph) == 2
+    with served_by(FOLDING):
+        assert fuse_residual(gm.graph) == 2
     gm.graph.lint()
     gm.recompile()
     targets = Counter(str(node.target) for node in gm.graph.nodes)
@@ -297,10 +295,7 @@ def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64)])
-def test_a_sum_of_other_shapes_stays_and_leaves_sizes_free(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
-) -> None:
-    monkeypatch.setattr(sys.modules[fuse_residual.__module__], "runs_folded", lambda _: True)
+def test_a_sum_of_other_shapes_stays_and_leaves_sizes_free(shape: tuple[int, ...]) -> None:
     inputs = (torch.randn(5, 3, 64), torch.randn(shape), torch.rand(64), torch.randperm(64))
 
     def program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
@@ -310,7 +305,8 @@ def test_a_sum_of_other_shapes_stays_and_leaves_sizes_free(
     gm = make_fx(program, tracing_mode="symbolic")(*inputs)
     environment = next(iter(gm.graph.nodes)).meta["val"].fake_mode.shape_env
     guards = len(environment.guards)
-    assert fuse_residual(gm.graph) == 0
+    with served_by(FOLDING):
+        assert fuse_residual(gm.graph) == 0
     assert len(environment.guards) == guards
 
 
@@ -363,7 +359,7 @@ def folded_graph(model: nn.Module, *inputs: Tensor, folds: bool = True, **option
     session = session_with(model=model, recipe=recipe)
 
     def fold(gm: fx.GraphModule, context: PassContext) -> int:
-        context.folds = lambda _: folds
+        context.target_of = lambda _: FOLDING if folds else Target(name="exact")
         return fold_products(gm, context)
 
     session.passes = (find_linears, rewrite_linears, share_activations, fold)  # type: ignore[attr-defined]
@@ -402,7 +398,7 @@ def test_a_packed_model_is_quantized_by_short_orders_once_for_each_activation() 
     packed = micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()]))
 
     def fold(gm: fx.GraphModule, context: PassContext) -> int:
-        context.folds = lambda _: True
+        context.target_of = lambda _: FOLDING
         return fold_products(gm, context)
 
     session = session_with(share_activations, fold, model=packed)
@@ -436,14 +432,14 @@ def test_a_quantize_with_another_reader_stays() -> None:
     quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
     graph.output(graph.call_function(operator.getitem, (quantize, 3)))
     gm = fx.GraphModule({}, graph)
-    context = PassContext(owner=None, example_inputs=(), folds=lambda _: True)  # type: ignore[arg-type]
+    context = PassContext(owner=None, example_inputs=(), target_of=lambda _: FOLDING)  # type: ignore[arg-type]
     assert fold_products(gm, context) == 0
     assert quantize in gm.graph.nodes
 
 
 @pytest.mark.parametrize("weights", ["same", "mxfp4"])
 def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
-    weights: str, monkeypatch: pytest.MonkeyPatch
+    weights: str,
 ) -> None:
     net = make_net(torch.bfloat16)
     recipe = micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()], MicroMixConfig(weights=weights))
@@ -451,9 +447,8 @@ def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
     outputs = []
     for folds in (False, True):
         torch._dynamo.reset()
-        monkeypatch.setattr(backend, "_folds", lambda _, folds=folds: folds)
-        fast = torch.compile(net, backend="micromix", options={"recipe": recipe})
-        with torch.no_grad():
+        fast = torch.compile(net, backend="micromix", options={"recipe": recipe, "exact": not folds})
+        with torch.no_grad(), served_by(FOLDING):
             outputs.append(fast(x))
     difference = (outputs[0] - outputs[1]).float().abs()
     assert difference.mean() <= 2.0**-9 * outputs[0].float().abs().mean()
@@ -471,12 +466,11 @@ class Flat(nn.Module):
         return self.q(x).view(-1), self.k(x)
 
 
-def test_joint_products_are_contiguous_as_single_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_products_are_contiguous_as_single_ones_are() -> None:
     model, x = Flat().eval(), torch.randn(2, 3, 64).bfloat16()
     recipe = micromix.calibrate(model, [x], MicroMixConfig(skip=()))
-    monkeypatch.setattr(backend, "_folds", lambda _: True)
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), served_by(FOLDING):
         flat, k = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
         want = micromix.quantize_(model, recipe)(x)
     assert k.is_contiguous()
@@ -516,7 +510,11 @@ def test_each_linears_own_device_decides_whether_it_folds() -> None:
     graph.output((*products, positions))
     assert input_devices(products) == [torch.device("cpu"), torch.device("meta")]
     gm = fx.GraphModule({}, graph)
-    context = PassContext(owner=Inputs(), example_inputs=(), folds=lambda weight: weight.is_meta)  # type: ignore[arg-type]
+    context = PassContext(
+        owner=Inputs(),
+        example_inputs=(),
+        target_of=lambda device: FOLDING if device.type == "meta" else Target(name="exact"),
+    )  # type: ignore[arg-type]
     assert fold_products(gm, context) == 1
     gm.graph.lint()
     joint = [node for node in gm.graph.nodes if node.target is ops.folded_mm]
@@ -555,7 +553,7 @@ def test_what_products_do_not_share_keeps_them_apart(change: str) -> None:
     graph.output(tuple(products))
     gm = fx.GraphModule({}, graph)
 
-    context = PassContext(owner=Inputs(), example_inputs=(), folds=lambda _: True)  # type: ignore[arg-type]
+    context = PassContext(owner=Inputs(), example_inputs=(), target_of=lambda _: FOLDING)  # type: ignore[arg-type]
     fold_products(gm, context)
     gm.graph.lint()
     joint = [node for node in gm.graph.nodes if node.target is ops.folded_mm]
