@@ -16,10 +16,10 @@ Policy = Literal["budget", "mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6"
 POLICIES: Final[tuple[str, ...]] = get_args(Policy)
 THRESHOLD_POLICIES: Final = ("mxfp8-anchor", "paper", "released")
 """Policies that split channels by calibrated thresholds."""
-SORTING_POLICIES: Final = ("budget", *THRESHOLD_POLICIES)
-"""Policies that mix formats."""
 UNIFORM_POLICIES: Final = ("mxfp4", "mxfp6", "mxfp8")
 """Policies that give every channel one format."""
+ADDED_POLICIES: Final[list[str]] = []
+"""What `calibration.policies.add_policy` brought."""
 
 TARGET_KINDS: Final = ("element", "stored", "time")
 WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
@@ -104,7 +104,7 @@ class MicroMixConfig:
     dump_dir: str = "micromix_graphs"
 
     def __post_init__(self) -> None:
-        _one_of("policy", self.policy, POLICIES)
+        _one_of("policy", self.policy, (*POLICIES, *ADDED_POLICIES))
         _typed("target_bits", self.target_bits, int | float, "a number")
         if not MIN_TARGET_BITS <= self.target_bits <= MAX_TARGET_BITS:
             raise ValueError(f"target_bits must be in [{MIN_TARGET_BITS}, {MAX_TARGET_BITS}], got {self.target_bits}")

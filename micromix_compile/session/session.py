@@ -22,9 +22,10 @@ from weakref import finalize, ref
 import torch
 from torch import Tensor, nn
 
-from micromix_compile.calibration.assignment import assign, channel_order, thresholds_to_count
+from micromix_compile.calibration.assignment import assign, channel_order
 from micromix_compile.calibration.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.calibration.observer import ChannelObserver
+from micromix_compile.calibration.policies import policy_of
 from micromix_compile.calibration.sensitivity import CostProbe
 from micromix_compile.calibration.token_layout import TokenLayout
 from micromix_compile.changes.versions import Snapshot
@@ -329,7 +330,7 @@ class Session:
             state.transposed = flipped
         observer = next((state.observer for state in states if state.observer is not None), None)
         if observer is None:
-            counted = tuple(dict.fromkeys(t for config in self.configs for t in thresholds_to_count(config)))
+            counted = tuple(dict.fromkeys(t for config in self.configs for t in policy_of(config).counted(config)))
             observer = ChannelObserver(
                 states[0].name,
                 x.shape[-1],
@@ -368,7 +369,7 @@ class Session:
     @property
     def needs_costs(self) -> bool:
         """Whether a config spends a budget."""
-        return any(config.policy == "budget" for config in self.configs)
+        return any(policy_of(config).needs_costs for config in self.configs)
 
     def probes(self) -> list[CostProbe]:
         """The distinct probes made so far."""

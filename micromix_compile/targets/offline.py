@@ -9,6 +9,7 @@ state: `compile_all` therefore works in processes of its own.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -55,6 +56,15 @@ _POINTERS: Final = {
     torch.int32: "*i32",
 }  # fmt: skip
 
+# What PTX says of the source: comments, its lines and files with the labels for them, debug sections, modules.
+_OF_SOURCE: Final = (
+    r"//.*",
+    r"^\s*\.(loc|file)\b.*",
+    r"^\s*\$L__(tmp|func_begin|func_end)\d+:",
+    r"^\s*\.section\s+\.debug\w*\s*\{[^}]*\}",
+    r"\bmicromix_compile(\.|_\$_)(\w+?(\.|_\$_))*",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
@@ -85,7 +95,8 @@ class Compiled:
     can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
     float32 subnormals for zero, such as "rsqrt.approx.ftz.f32". before_wait: those that read or write memory before the
     kernel waits for its inputs, None if it does not wait. mma_ended: of each straight piece with asynchronous matrix
-    instructions that read registers, which ptxas writes to behind it: whether it waits for all of them.
+    instructions that read registers, which ptxas writes to behind it: whether it waits for all of them. ptx_digest: see
+    the function.
     """
 
     target: str
@@ -99,6 +110,7 @@ class Compiled:
     flushing: tuple[str, ...]
     before_wait: tuple[str, ...] | None
     mma_ended: tuple[bool, ...]
+    ptx_digest: str
 
     @property
     def mma(self) -> dict[str, int]:
@@ -238,6 +250,17 @@ def mma_kind(instruction: str) -> str | None:
     return f"{match[1]} {name}"
 
 
+def ptx_digest(ptx: str) -> str:
+    """16 hexadecimal digits of the SHA-256 of a kernel's PTX, which stay the same when its source moves.
+
+    Another line, file or module of a function changes nothing, nor does a comment; any other instruction does.
+    """
+    for pattern in _OF_SOURCE:
+        ptx = re.sub(pattern, "", ptx, flags=re.MULTILINE)
+    lines = (line.strip() for line in ptx.splitlines())
+    return hashlib.sha256("\n".join(line for line in lines if line).encode()).hexdigest()[:16]
+
+
 def _source(kernel: Kernel) -> Any:
     """Triton's description of what to compile, with what it finds at a launch: tensors and multiples of 16 are aligned.
 
@@ -298,6 +321,7 @@ def _inspect(binary: Any, log: str) -> Compiled:
         flushing=tuple(sorted(set(re.findall(r"[a-z][\w.]*\.ftz\b[\w.]*", ptx)))),
         before_wait=_before_wait(ptx),
         mma_ended=tuple(_mma_ended(ptx)),
+        ptx_digest=ptx_digest(ptx),
     )
 
 

@@ -1,4 +1,4 @@
-// The ops of micromix_compile/ops.py for CPU tensors: checks every argument, then calls the kernels.
+// The ops of micromix_compile/ops/exact.py for CPU tensors: checks every argument, then calls the kernels.
 #include <limits>
 #include <optional>
 #include <string>

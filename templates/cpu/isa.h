@@ -5,7 +5,6 @@
 #if !defined(MICROMIX_PORTABLE) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__GFNI__)
 #define MICROMIX_AVX512_BF16 1
-#include <immintrin.h>
 #else
 #define MICROMIX_AVX512_BF16 0
 #endif

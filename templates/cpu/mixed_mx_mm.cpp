@@ -202,18 +202,6 @@ void arrange_x(const QuantizedMatrix& x, int64_t x_begin, int64_t tiles, Operand
   });
 }
 
-// Writes values[i] + bias[i] for i < count <= 16.
-template <typename Out>
-inline void write_sums(const float* values, const float* bias, int64_t count, Out* out) {
-#if MICROMIX_AVX512_BF16
-  store_lanes(_mm512_add_ps(_mm512_loadu_ps(values), _mm512_loadu_ps(bias)), count, out);
-#else
-  float biased[kTileRows];
-  for (int i = 0; i < kTileRows; ++i) biased[i] = values[i] + bias[i];
-  narrow(biased, count, out);
-#endif
-}
-
 // Adds the bias to one 16x16 tile of sums and writes it as out[row][column ..].
 template <typename Out>
 void write_tile(const float* sums, const float* bias, Out* out, int64_t out_stride, int64_t rows, int64_t columns) {

@@ -1,4 +1,4 @@
-// The MX element formats and byte layouts of micromix_compile/{formats,packing}.py, for C++.
+// The MX element formats and byte layouts of micromix_compile/numerics/{formats,packing}.py, for C++.
 #pragma once
 
 #include <bit>
@@ -70,7 +70,7 @@ inline float decode_fp4(uint8_t nibble) {
 }
 
 // How the fourth E4M3 byte of FP6 weights hides in the bits that the codes leave unused in the other three
-// (packing.py, _PLANES). Bits `mask` of the fourth byte are those of plane `plane`, shifted left by `shift` (right
+// (numerics/packing.py). Bits `mask` of the fourth byte are those of plane `plane`, shifted left by `shift` (right
 // where it is negative).
 struct PlaneMove {
   int plane;

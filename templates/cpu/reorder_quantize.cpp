@@ -1,4 +1,4 @@
-// The quantizer, bit for bit that of micromix_compile/reference.py. One row at a time: widen it to float32 (and
+// The quantizer, bit for bit that of micromix_compile/numerics/reference.py. One row at a time: widen it to float32 (and
 // normalize it), gather its channels, then encode block by block. The loops are plain so that the compiler vectorizes
 // them for whatever the machine has.
 #include "reorder_quantize.h"
@@ -9,6 +9,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "block.h"
 #include "float_rows.h"
 
 namespace micromix {
@@ -63,34 +64,6 @@ int encode_block(const float* x, ScaleRounding rounding, uint32_t (&codes)[kBloc
   for (int i = 0; i < kBlock; ++i) codes[i] = encode<format>(x[i] * reciprocal);
   return byte;
 }
-
-#if MICROMIX_AVX512_BF16
-
-void store_bytes(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
-  for (int i = 0; i < kBlock; i += 16) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtepi32_epi8(_mm512_loadu_si512(codes + i)));
-  }
-}
-
-void store_nibbles(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
-  for (int i = 0; i < kBlock; i += 16) {
-    const __m512i pairs = _mm512_loadu_si512(codes + i);
-    const __m128i packed = _mm512_cvtepi64_epi8(_mm512_or_si512(pairs, _mm512_srli_epi64(pairs, 28)));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes + i / 2), packed);
-  }
-}
-
-#else
-
-void store_bytes(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
-  for (int i = 0; i < kBlock; ++i) bytes[i] = static_cast<uint8_t>(codes[i]);
-}
-
-void store_nibbles(const uint32_t (&codes)[kBlock], uint8_t* bytes) {
-  for (int i = 0; i < kBlock / 2; ++i) bytes[i] = static_cast<uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4));
-}
-
-#endif
 
 struct Fp4Block {
   static constexpr int bytes = kBlock / 2;

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from micromix_compile.templates.triton.ahead import wait_for_inputs
 from micromix_compile.templates.triton.fold import (
+    blocks_of,
     data_blocks,
     factor_at,
     fold_e4m3,
@@ -28,6 +29,11 @@ def _store_step(folded, out, inside, step, stop):
     """Columns before `stop` of a segment. folded: (BLOCK_N, C)."""
     column = step * folded.shape[1] + tl.arange(0, folded.shape[1])[None, :]
     tl.store(out + column, folded, mask=inside & (column < stop))
+
+
+@triton.jit
+def _copy(target, source, mask):
+    tl.store(target, tl.load(source, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -95,14 +101,12 @@ def expand_weights_kernel(
     step = tl.program_id(1)
     if step == 0:
         scales = of_group(tile, tiles0, tiles1, w_row_scale_0, w_row_scale_1, w_row_scale_2, GROUPS)
-        tl.store(row_scale + row, tl.load(scales + n, mask=inside), mask=inside)
+        _copy(row_scale + row, scales + n, inside)
         if HAS_BIAS:
             biases = of_group(tile, tiles0, tiles1, bias_0, bias_1, bias_2, GROUPS)
-            tl.store(bias + row, tl.load(biases + n, mask=inside), mask=inside)
+            _copy(bias + row, biases + n, inside)
 
-    blocks4 = (odd4 >> 1) - 1
-    blocks6 = (odd6 >> 1) - 1
-    blocks8 = (odd8 >> 1) - 1
+    blocks4, blocks6, blocks8 = blocks_of(odd4, odd6, odd8)
     steps4 = tl.cdiv(blocks4, STEP)
     steps6 = tl.cdiv(blocks6, STEP)
     word_stride = N * 4

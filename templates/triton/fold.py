@@ -221,3 +221,9 @@ def float32_to_e4m3(x):
         return (code | ((x.to(tl.int32, bitcast=True) >> 31) & 0x80)).to(tl.uint8)
     else:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def blocks_of(odd4, odd6, odd8):
+    """Blocks of each segment from 2 * blocks + 3: a number that no compiler specializes a kernel on."""
+    return (odd4 >> 1) - 1, (odd6 >> 1) - 1, (odd8 >> 1) - 1

@@ -168,6 +168,17 @@ def _load_scale(base, row0, rows, all_rows, first, step, blocks, row_blocks, ROW
 
 
 @triton.jit
+def _load_fp6(w6, n, N, step, blocks6, FP6: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_N, BLOCK_K) E4M3 bytes of one step of packed MXFP6 weights. n: (BLOCK_N, 1) rows."""
+    plane = (blocks6 * 2).to(tl.int64) * N  # words
+    words = w6.to(tl.pointer_type(tl.uint32)) + n * (blocks6 * 2)
+    plane0 = _load(words, step * (BLOCK_K // 16), blocks6 * 2, BLOCK_K // 16)
+    plane1 = _load(words + plane, step * (BLOCK_K // 16), blocks6 * 2, BLOCK_K // 16)
+    plane2 = _load(words + 2 * plane, step * (BLOCK_K // 16), blocks6 * 2, BLOCK_K // 16)
+    return _unpack_fp6(plane0, plane1, plane2, FP6)
+
+
+@triton.jit
 def mixed_mx_mm_tile(
     x4, x6, x8, x_scale, w4, w6, w8, w_scale, M, N, m0, n0, blocks4, blocks6, blocks8,
     FP6: tl.constexpr, W_FP4: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr, WIDEN_FP4: tl.constexpr,
@@ -191,10 +202,7 @@ def mixed_mx_mm_tile(
     x_row_scales = tiles if X_SWIZZLED else blocks
     w_row_scales = tiles if W_SWIZZLED else blocks
     w4_row = (blocks if W_FP4 else blocks4) * 16
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
 
     for step in range(tl.cdiv(blocks4, step_blocks)):
         x = _load(x4 + m * (blocks4 * 16), step * (BLOCK_K // 2), blocks4 * 16, BLOCK_K // 2)
@@ -213,12 +221,7 @@ def mixed_mx_mm_tile(
             w = _load(w4 + n * w4_row + blocks4 * 16, step * (BLOCK_K // 2), blocks6 * 16, BLOCK_K // 2)
             acc = _mx_dot_fp4_weights(x, xs, w, ws, acc, MODE, SWAP, WIDEN_FP4)
         else:
-            plane = (blocks6 * 2).to(tl.int64) * N  # words
-            words = w6.to(tl.pointer_type(tl.uint32)) + n * (blocks6 * 2)
-            plane0 = _load(words, step * (BLOCK_K // 16), blocks6 * 2, BLOCK_K // 16)
-            plane1 = _load(words + plane, step * (BLOCK_K // 16), blocks6 * 2, BLOCK_K // 16)
-            plane2 = _load(words + 2 * plane, step * (BLOCK_K // 16), blocks6 * 2, BLOCK_K // 16)
-            w = _unpack_fp6(plane0, plane1, plane2, FP6)
+            w = _load_fp6(w6, n, N, step, blocks6, FP6, BLOCK_K)
             acc = mx_dot(x, xs, w, ws, acc, "e4m3", "e4m3", MODE, SWAP)
 
     x_first = tiles4 + tiles6 if X_SWIZZLED else blocks4 + blocks6
@@ -234,9 +237,7 @@ def mixed_mx_mm_tile(
         else:
             w = _load(w8 + n * (blocks8 * 32), step * BLOCK_K, blocks8 * 32, BLOCK_K)
             acc = mx_dot(x, xs, w, ws, acc, "e4m3", "e4m3", MODE, SWAP)
-    if SWAP:
-        acc = tl.trans(acc)
-    return acc
+    return tl.trans(acc) if SWAP else acc
 
 
 @triton.jit

@@ -62,24 +62,16 @@ _CLAMP_AND_FOLD_PTX = tl.constexpr(_fold_ptx(" neg.bf16x2 power, $6; max.bf16x2 
 def reorder_fold_kernel(
     x_ptr,  # (M, C)
     other_ptr,  # rms_norm: weight (C,), any float dtype; silu_mul: up (M, C); none: unused
-    residual_ptr,  # (M, C), added to x where ADDS
-    total_ptr,  # (M, C), the sum of both
+    residual_ptr, total_ptr,  # (M, C): what is added to x where ADDS, and the sum of both
     channel_perm_ptr,  # (K,) any integer dtype, -1 reads as zero
     q_ptr,  # (M, `folding.fold_width`) uint8: E4M3 bytes
     row_scale_ptr,  # (M,) float32
     locks_ptr,  # (LOCKS,) int32, set to zero for the products that follow
-    C,
-    stride_x,
-    stride_other,
-    stride_residual,
-    odd4,  # 2 * b4 + 3, and so on: compilers make another kernel for an argument of 1 or a multiple of 16
-    odd6,
-    odd8,
+    C, stride_x, stride_other, stride_residual,
+    odd4, odd6, odd8,  # 2 * b4 + 3 ...: compilers make another kernel for an argument of 1 or a multiple of 16
     PRODUCER: tl.constexpr,  # "none", "rms_norm" or "silu_mul"
     ADDS: tl.constexpr,  # behind an RMSNorm only
-    EPS: tl.constexpr,
-    FP6: tl.constexpr,  # "e2m3" or "e3m2"
-    SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil", "even" or "fit"
+    EPS: tl.constexpr, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr,
     W_FP4: tl.constexpr,  # all weights are MXFP4: every block in their order
     FORMATS: tl.constexpr,  # digest of the table that `by_format` reads
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
@@ -87,10 +79,9 @@ def reorder_fold_kernel(
     HAS_ROOM: tl.constexpr,  # see `gpu.QuantizerTile`
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
     WHOLE_ROW: tl.constexpr,  # BLOCK_K covers K
-    LOCKS: tl.constexpr,
-    LAUNCH_PDL: tl.constexpr,
+    LOCKS: tl.constexpr, LAUNCH_PDL: tl.constexpr,
     RELEASE: tl.constexpr,  # the next kernel may start at this one's "start", its "stores" or its "end"
-):
+):  # fmt: skip
     """Fold BLOCK_K output channels, from program_id(1) * BLOCK_K on, of row program_id(0)."""
     BLOCKS: tl.constexpr = BLOCK_K // 32
     b4 = (odd4 >> 1) - 1
@@ -102,12 +93,7 @@ def reorder_fold_kernel(
     width = blocks if W_FP4 else row_blocks(b4, b6, b8)
     row = tl.program_id(0).to(tl.int64)
     if LAUNCH_PDL:
-        if RELEASE == "start":
-            let_next_start()
-        if RELEASE != "end":  # the order lies in no cache
-            line = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCKS) * 32
-            prefetch(channel_perm_ptr + line, (line < blocks * 32) & (tl.num_programs(0) <= _FEW_ROWS))
-        wait_for_inputs()
+        _begin(channel_perm_ptr, blocks, BLOCK_K, RELEASE)
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(locks_ptr + tl.arange(0, LOCKS), tl.zeros((LOCKS,), tl.int32))
     x_ptr += row * stride_x
@@ -123,6 +109,33 @@ def reorder_fold_kernel(
         x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, index, C, PRODUCER, ADDS, EPS, BLOCK_C,
         ROW_CHUNKS, HAS_ROOM, PTX=True,
     )  # fmt: skip
+    first, second = _fold(
+        y, amax, block, b4, b4 + b6, row_scale_ptr, row, FP6, SCALE_ROUNDING, BLOCKS, WHOLE_ROW
+    )  # fmt: skip
+    if LAUNCH_PDL and RELEASE == "stores":
+        let_next_start()
+    _store_words(first, second, q_ptr, row, b4, b4 + b6, blocks, halves, data, width, BLOCKS)
+
+
+@triton.jit
+def _begin(channel_perm_ptr, blocks, BLOCK_K: tl.constexpr, RELEASE: tl.constexpr):
+    """What comes before the inputs are there: the next kernel may start, and the order is asked for."""
+    if RELEASE == "start":
+        let_next_start()
+    if RELEASE != "end":  # the order lies in no cache
+        line = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K // 32) * 32
+        prefetch(channel_perm_ptr + line, (line < blocks * 32) & (tl.num_programs(0) <= _FEW_ROWS))
+    wait_for_inputs()
+
+
+@triton.jit
+def _fold(y, amax, block, b4, b46, row_scale_ptr, row, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr,
+          BLOCKS: tl.constexpr, WHOLE_ROW: tl.constexpr):  # fmt: skip
+    """Every first and every second word of the row's blocks, two (BLOCKS, 4) uint32; the row's scale is stored.
+
+    y: (BLOCKS * 32,). amax: `magnitude_bits` of the row's largest value; that of y where it is the WHOLE_ROW. block:
+    (BLOCKS,), where in the row they are. b4, b46: where MXFP4 and MXFP6 end.
+    """
     is_packed: tl.constexpr = y.dtype == tl.bfloat16
     if is_packed:  # two bfloat16 a register, of which one instruction does both
         a, b, c, d = _as_pairs(y, BLOCKS)
@@ -130,9 +143,8 @@ def reorder_fold_kernel(
     else:
         y = to_float32(tl.reshape(y, (BLOCKS, 32)))
         block_amax = tl.max(magnitude_bits(y), 1)
-
     is4 = block < b4
-    is8 = block >= b4 + b6
+    is8 = block >= b46
     if WHOLE_ROW:
         amax = tl.max(block_amax, 0)
     # ceil(log2(amax / 384)) + 127: 384 is the largest value that E2M1, E2M3, E3M2 and E4M3 reach with 1.5 * 2**n.
@@ -149,15 +161,21 @@ def reorder_fold_kernel(
     else:
         code = float32_to_e4m3(_round_folded(y, exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
         first, second = _as_words(code)
+    return first, second
 
-    if LAUNCH_PDL and RELEASE == "stores":
-        let_next_start()
-    # Four channels are a word, and where in its row it goes depends on the format. In one dimension, for in two the
-    # compiler does not see along which neighbours lie.
+
+@triton.jit
+def _store_words(first, second, q_ptr, row, b4, b46, blocks, halves, data, width, BLOCKS: tl.constexpr):
+    """Write a program's words to their places in the row. first, second: (BLOCKS, 4) uint32, as `_fold` returns them.
+
+    Four channels are a word, and where in its row it goes depends on the format. b4, b46, blocks: where MXFP4, MXFP6
+    and the channels end, in blocks; halves: those in the order of FP4 weights; data, width: of a row, in blocks.
+    """
+    # In one dimension, for in two the compiler does not see along which neighbours lie.
     eight = tl.program_id(1) * (BLOCKS * 4) + tl.arange(0, BLOCKS * 4)
     block = eight >> 2
     is_half = block < halves
-    is_plane = (block < b4 + b6) & (block >= halves)
+    is_plane = (block < b46) & (block >= halves)
     place = block * 8 + tl.where(is_plane, -6 * ((block - b4) & 1), tl.where(is_half, 0, (data - blocks) * 8))
     place += (eight & 3) * tl.where(is_plane, 4, tl.where(is_half, 1, 2))
     row_ptr = q_ptr.to(tl.pointer_type(tl.uint32)) + row * (width * 8)
@@ -166,7 +184,7 @@ def reorder_fold_kernel(
     tl.store(first_ptrs, tl.reshape(first, (BLOCKS * 4,)), mask=block < blocks)
     tl.store(second_ptrs, tl.reshape(second, (BLOCKS * 4,)), mask=block < blocks)
     if data > blocks:  # zeros in the place of the second of the last pair, which has none, and behind the data
-        is_last = block == b4 + b6 - 1
+        is_last = block == b46 - 1
         tl.store(first_ptrs + 2, tl.zeros_like(place), mask=is_last)
         tl.store(second_ptrs + 2, tl.zeros_like(place), mask=is_last)
         if tl.program_id(1) == tl.num_programs(1) - 1:

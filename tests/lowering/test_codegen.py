@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.digests import assert_recorded
 from support.fork_server import ForkServer
 from support.inductor_codegen import SPLITS, C
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
@@ -25,6 +26,10 @@ pytestmark = [
 ]
 
 CODEGEN = ForkServer("support.inductor_codegen", without="TRITON_INTERPRET")
+DEFAULTS: dict[str, Any] = {
+    "rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True,
+    "widen": 1, "max_expanded": None, "options": {},
+}  # fmt: skip
 KINDS = {
     (9, 0): {"wgmma bf16"},
     (10, 0): {"tcgen05.mma mxf4", "tcgen05.mma mxf8f6f4"},
@@ -39,11 +44,14 @@ def codegen() -> Iterator[None]:
 
 
 def generated(case: str, capability: tuple[int, int], **changes: Any) -> dict[str, Any]:
-    """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter."""
-    request = {"rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True}
-    request |= {"widen": 1, "max_expanded": None, "options": {}}
-    request |= changes
-    result: dict[str, Any] = CODEGEN.ask({"case": case, "capability": capability} | request)
+    """What Inductor generates for a case of `inductor_codegen.py`, in a process without Triton's interpreter.
+
+    It is the code that is recorded; whether it's compiled too makes no difference to it.
+    """
+    result: dict[str, Any] = CODEGEN.ask({"case": case, "capability": capability} | DEFAULTS | changes)
+    others = [f"{name}={value}" for name, value in changes.items() if value != DEFAULTS[name] and name != "compile"]
+    target = "sm_{}{}".format(*capability)
+    assert_recorded("code", ", ".join([case, target, *sorted(others)]), result["digest"])
     return result
 
 

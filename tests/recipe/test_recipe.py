@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import micromix_compile as micromix
-from micromix_compile.calibration.assignment import assign, thresholds_to_count
+from micromix_compile.calibration.assignment import assign
+from micromix_compile.calibration.thresholds import thresholds_to_count
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.files import write_atomically
 from micromix_compile.numerics.layout import PackedWeight, order_dtype

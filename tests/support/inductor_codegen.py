@@ -3,7 +3,7 @@
     echo '{"case": "mlp", "capability": [10, 0], "rows": 70, ...}' | PYTHONPATH=tests python -m support.inductor_codegen
 
 Answers {"launches": [names in order], "kernels": {name: source}, "mma": {name: kinds in the PTX}, "pdl": {name: whether
-it may start early}, "analyses": how many of the launches Inductor had to look into}.
+it may start early}, "analyses": how many of the launches Inductor had to look into, "digest": see `digests.of_code`}.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.offline import mma_kind
 from micromix_compile.targets.target import FOLDED, Row, Target, register_target
 from micromix_compile.targets.tiles import SM_90
+from support import digests
 from support.fake_cuda import fake_cuda, generate
 from support.fork_server import serve
 
@@ -269,7 +270,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
-    return {**found, "analyses": len(torch_compat._analyses)}
+    return {**found, "analyses": len(torch_compat._analyses), "digest": digests.of_code(code)}
 
 
 if __name__ == "__main__":

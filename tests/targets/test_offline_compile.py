@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ import pytest
 import torch
 from filelock import FileLock
 from support.covering import cover, params, runs_deep
+from support.digests import assert_recorded
 
 from micromix_compile.numerics.layout import activation_shapes
 from micromix_compile.numerics.reference import QuantizedActivation
@@ -190,7 +192,10 @@ QUICK_QUANTIZE = cover(
     ),
 )
 UNWIDENED = replace(MIXED_TILES["sm_120"], widen_fp4=False)
-UNWIDENED_KERNEL = offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True)
+OTHERS = {
+    **{name: case.kernel for name, case in BAD.items()},
+    "unwidened": offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +203,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     """Everything this file looks at: by case, the bad ones by name."""
     cases = (*TABLE, *QUANTIZE) if runs_deep(request) else (*QUICK, *QUICK_QUANTIZE)
     kernels: dict[Case | QuantizeCase | str, Kernel] = {case: case.kernel for case in cases}
-    kernels |= {name: case.kernel for name, case in BAD.items()} | {"unwidened": UNWIDENED_KERNEL}
-    return compile_once(kernels, tmp_path_factory, "offline_compile")
+    return compile_once(kernels | OTHERS, tmp_path_factory, "offline_compile")
 
 
 def compile_once(
@@ -220,7 +224,7 @@ def compile_once(
 
 
 @pytest.fixture
-def result(compiled: Results, case: Case | QuantizeCase) -> Compiled:
+def result(compiled: Results, case: Case | QuantizeCase | str) -> Compiled:
     found = compiled[case]
     if isinstance(found, NotSupported):
         pytest.skip(found.reason)
@@ -308,6 +312,13 @@ def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: Quan
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if case.producer == "rms_norm" else set())
 
 
+@pytest.mark.parametrize("case", params([*TABLE, *QUANTIZE, *OTHERS], [*QUICK, *QUICK_QUANTIZE, *OTHERS]), ids=str)
+def test_the_ptx_is_what_is_recorded(
+    case: Case | QuantizeCase | str, result: Compiled, request: pytest.FixtureRequest
+) -> None:
+    assert_recorded("ptx", str(case), result.ptx_digest, may_lack=runs_deep(request))
+
+
 def test_every_tile_of_every_family_is_compiled_for_some_target() -> None:
     tiles = {(name, tile) for name, family in MIXED_TILES.items() for _, tiles in family.tiles for tile in tiles}
     assert {(case.family, case.tile) for case in QUICK} == tiles
@@ -391,6 +402,7 @@ def test_a_bare_trap_and_what_ptxas_says_are_seen() -> None:
         flushing=("mul.ftz.f32",),
         before_wait=None,
         mma_ended=(),
+        ptx_digest=offline.ptx_digest(ptx),
     )
     log += "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to it\n"
     assert offline._inspect(binary, log) == replace(found, serialized=True)
@@ -424,6 +436,21 @@ def test_instructions_are_counted_between_labels_and_branches() -> None:
     assert list(offline._mma_blocks(text)) == [("wgmma bf16", 3), ("wgmma bf16", 1)]
     predicated = "\t@%p14 tcgen05.mma.cta_group::1.kind::mxf4.block_scale.scale_vec::2X [ %r664 + 0 ], %rd1;\n"
     assert Counter(offline._mma_blocks(predicated)) == {("tcgen05.mma mxf4", 1): 1}
+
+
+def test_a_digest_of_ptx_knows_instructions_but_not_where_their_source_stands() -> None:
+    def ptx(path: str, line: int, module: str, label: int, value: int) -> str:
+        return (
+            f".visible .entry f()  // {path}\n{{\n\t.loc\t1 {line} 0  // {path}:{line}\n$L__func_begin0:\n"
+            f"$L__tmp{label}:\n\tadd.s32 %r1, %r2, {value};\n\tcall micromix_compile_$_{module}_$_g__i32;\n\n}}\n"
+            f'\t.file\t1 "{path}"\n\t.section\t.debug_info\n\t{{\n.b8 {line}  // {path}\n\t}}\n'
+            f"\t.section\t.debug_macinfo\t{{\t}}\n"
+        )
+
+    digest = offline.ptx_digest(ptx("/here/f.py", 1, "templates_$_fold", 2, 3))
+    assert digest == offline.ptx_digest(ptx("/there/f.py", 7, "fold", 8, 3))
+    assert digest != offline.ptx_digest(ptx("/here/f.py", 1, "templates_$_fold", 2, 4))
+    assert re.fullmatch("[0-9a-f]{16}", digest)
 
 
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from support.covering import cover, params, runs_deep
+from support.digests import assert_recorded
 from test_offline_compile import ROUNDINGS, SPILL_LIMIT, compile_once
 
 from micromix_compile.numerics import folding
@@ -201,6 +202,13 @@ def test_nothing_is_read_or_written_before_the_wait_for_the_kernels_before(
     compiled: dict[Case | str, Compiled], case: Case | str
 ) -> None:
     assert compiled[case].before_wait == ()
+
+
+@pytest.mark.parametrize("case", params([*PRODUCTS, *FOLDS, *EXPANSIONS], [*QUICK, *QUICK_FOLDS, *EXPANSIONS]), ids=str)
+def test_the_ptx_is_what_is_recorded(
+    compiled: dict[Case | str, Compiled], case: Case | str, request: pytest.FixtureRequest
+) -> None:
+    assert_recorded("ptx", str(case), compiled[case].ptx_digest, may_lack=runs_deep(request))
 
 
 def test_quantizers_of_every_release_are_compiled() -> None:
