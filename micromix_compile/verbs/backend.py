@@ -238,7 +238,7 @@ def compile_quantized(
             given += make(*[given[i] for i in places])
         return [session.state(args[i]) for i in weights], given[len(args) :]
 
-    kept = Kept(append)
+    kept = Kept(append, guarded=True)
 
     def run(*args: Any) -> Any:
         session.check_not_training()
