@@ -131,6 +131,9 @@ class CompiledExact(PlainExact):
         return out
 
 
+COMPILED_EXACT: Final = CompiledExact()
+
+
 def _serves(*operands: Tensor | None) -> bool:
     tensors = [one for one in operands if one is not None]
     return all(one.device.type == "cpu" and one.layout == torch.strided for one in tensors)
