@@ -26,7 +26,9 @@ from rich.table import Table
 
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
-from micromix_compile.evaluation.evaluation import evaluate, hardware, linear_sqnr, versions
+from micromix_compile.evaluation.machine import hardware, versions
+from micromix_compile.evaluation.perplexity import evaluate
+from micromix_compile.evaluation.sqnr import linear_sqnr
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

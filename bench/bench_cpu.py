@@ -27,7 +27,7 @@ from transformers import StaticCache
 
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.targets import cpu
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
 
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile, Parts, tiles_of
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import FoldedWeight

@@ -28,7 +28,9 @@ from rich.progress import track
 from torchao_linears import torchao_configs, torchao_linear
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
+from micromix_compile.lowering.torch_private.dynamo import dynamo_settings
+from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.targets.expansion import ExpandedWeights, expand_weights, library_mm
@@ -160,9 +162,7 @@ def expand(weights: Sequence[FoldedWeight], runs: Sequence[slice], rooms: Sequen
 
 def fp8_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     """FP8 product with a scale a row on both sides. weight: (N, K)."""
-    return torch._scaled_mm(
-        x, weight.T, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=BF16, use_fast_accum=True
-    )
+    return scaled_mm(x, weight.T, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=BF16, use_fast_accum=True)
 
 
 def fp8_bias(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor) -> Tensor | None:
@@ -461,15 +461,13 @@ def main() -> None:
     console = Console(width=160)
     header: dict[str, Any] = {**hardware(), **versions(), "cuda": torch.version.cuda}
     console.print("  ".join(f"{name} {value}" for name, value in header.items()))
-    torch._dynamo.config.recompile_limit = 256
-    # A compiled competitor has code for each M: with M left open FP8's quantizer takes up to twice as long.
-    torch._dynamo.config.automatic_dynamic_shapes = False
     torch.manual_seed(0)
     every_m, splits = (QUICK_ROWS, SPLITS[:1]) if arguments.quick else (ROWS, SPLITS)
     if arguments.shares:
         every_m, splits = SHARE_ROWS, SHARE_SPLITS
     every_m, splits = tuple(arguments.rows or every_m), tuple(arguments.split or splits)
-    with torch.inference_mode():
+    # A compiled competitor has code for each M: with M left open FP8's quantizer takes up to twice as long.
+    with torch.inference_mode(), dynamo_settings(recompile_limit=256, automatic_dynamic_shapes=False):
         check(arguments.scale_rounding)
         gc.freeze()  # every capture of a graph collects garbage
         cases = cases_of(arguments.model or ["llama-8b"])

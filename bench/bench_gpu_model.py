@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
+from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, cache_leng
     cache_length: of a static cache, all of which attention reads, whatever is in it. waiting: each step is waited for
     before the next is launched, as sampling on the host does. queued: none is.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     cache = StaticCache(config=model.config, max_cache_len=cache_length)
     model(torch.randint(0, 1000, (batch, PROMPT), device=CUDA), past_key_values=cache, logits_to_keep=1)
     fast = torch.compile(model, **keywords)
@@ -168,7 +169,7 @@ def compare_launches(
     logits: Tensor | None = None
     ours = {"recipe": recipe, "strict": True, "mode": mode}
     for name, keywords in (("inductor", {"mode": mode}), ("micromix", {"options": ours})):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         fast = torch.compile(model, backend=name, **keywords)
         seconds = first_call(lambda fast=fast: fast(ids, use_cache=False, **inputs))
         fast(ids, use_cache=False, **inputs)  # records, where there are CUDA graphs
@@ -182,7 +183,7 @@ def compare_launches(
             "gpu_ms": busy,
         }
         logits = fast(ids, use_cache=False, **inputs).logits.clone()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     assert logits is not None, "both backends ran"
     expected = micromix.quantize_(model, recipe)(ids, use_cache=False, **inputs).logits
     result["logits beside eager's"] = difference(logits, expected)
@@ -229,7 +230,7 @@ def smollm2_tokens(arguments: Arguments, dtype: torch.dtype = torch.float32) -> 
     result: dict[str, Any] = {"eager": tokenizer.decode(expected)}
     forward = model.forward
     for name, options in (("as eager", AS_EAGER), ("fused", {})):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         model.forward = torch.compile(
             forward, backend="micromix", options={"recipe": recipe, "strict": True, **options}
         )
@@ -346,7 +347,7 @@ def random_llama_8b_and_recipe() -> tuple[nn.Module, micromix.Recipe, Tensor]:
 
 def forward_ms(model: nn.Module, ids: Tensor, mode: str) -> float:
     """Milliseconds of a forward pass without a cache, as in `llama_8b`, compiled by Inductor."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     fast = torch.compile(model, mode=mode)
     for _ in range(2):  # compiles; records, where there are CUDA graphs
         fast(ids, use_cache=False, logits_to_keep=1)
@@ -370,9 +371,7 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., N)."""
         q, scale = self._quantize(x.reshape(-1, x.shape[-1]))
-        out = torch._scaled_mm(
-            q, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
-        )
+        out = scaled_mm(q, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True)
         return out.reshape(*x.shape[:-1], -1)
 
 
@@ -423,7 +422,7 @@ def main() -> None:
     results: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "target": target_of(CUDA).name}
     with torch.no_grad():
         for part in arguments.part or PARTS:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             torch.cuda.empty_cache()
             results[part] = PARTS[part](arguments)
             print(part, json.dumps(results[part], indent=2), flush=True)

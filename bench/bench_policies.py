@@ -29,7 +29,7 @@ from shares import Shares, with_shares
 import micromix_compile as micromix
 from micromix_compile.calibration.assignment import assign
 from micromix_compile.evaluation import texts, zoo
-from micromix_compile.evaluation.evaluation import hardware, versions
+from micromix_compile.evaluation.machine import hardware, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

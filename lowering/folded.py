@@ -11,13 +11,18 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
-from torch._inductor.virtualized import V
 
 from micromix_compile import ops
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, contiguous, empty, in_memory, launch
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private.lowerings import (
+    V,
+    fallback_handler,
+    is_at_least,
+    lowerings,
+    register_lowering,
+)
+from micromix_compile.lowering.torch_private.operators import arguments_of, is_overload
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, fold_width
 from micromix_compile.targets.expansion import ExpandedWeights, expand_call
 from micromix_compile.targets.folded_tiles import partial_size
@@ -43,8 +48,8 @@ def _products(node: fx.Node) -> list[list[int]]:
     readers = {reader for output in node.users for reader in output.users if reader.target is ops.folded_mm}
     columns = []
     for reader in readers:
-        *_, w_row_scale, _bias, _fp6, _out_dtype = reader.args
-        columns.append([int(one.meta["val"].shape[0]) for one in w_row_scale])  # type: ignore[union-attr]
+        scales = arguments_of(reader)["w_row_scale"]
+        columns.append([int(one.meta["val"].shape[0]) for one in scales])
     return columns
 
 
@@ -133,7 +138,7 @@ def _asks_library(tiles: FoldedTiles, rows: Any, weights: Any, out_dtype: torch.
     if isinstance(rows, int):
         return tiles.uses_library(rows, weights, out_dtype)
     fits = tiles.fits_library(weights, out_dtype)
-    return bool(fits and torch_compat.is_at_least(V.graph.sizevars, rows, tiles.expand_from))
+    return bool(fits and is_at_least(V.graph.sizevars, rows, tiles.expand_from))
 
 
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)
@@ -200,7 +205,7 @@ def _needs_own_memory(node: fx.Node) -> bool:
 
 
 def _reads_by_index(target: Any) -> bool:
-    is_known = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims", "micromix")
+    is_known = is_overload(target) and target.namespace in ("aten", "prims", "micromix")
     return is_known and not any(name in target.name() for name in ("as_strided", "resize", "set_"))
 
 

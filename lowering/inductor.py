@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch._inductor.custom_graph_pass import CustomGraphPass
-
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private import inductor as torch_inductor
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
@@ -48,25 +46,31 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()
 
 
-class PostGradPasses(CustomGraphPass):
-    """Our passes on the post-grad graph. Its uuid is what puts our sources into the cache key."""
+class PostGradPasses(torch_inductor.CustomGraphPass):
+    """Our passes on the post-grad graph. Its uuid is what puts our sources into the cache key.
 
-    def __init__(self, passes: Sequence[Callable[[fx.Graph], int]], settings: Mapping[str, Any]) -> None:
-        self._passes = tuple(passes)
+    passes: runs them. settings: what the compiled code depends on beside the graph and our sources.
+    """
+
+    def __init__(self, passes: Callable[[fx.Graph], object], settings: Mapping[str, Any]) -> None:
+        self._passes = passes
         self._dumps = bool(settings.get("dump"))
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Run the passes in order.
+        """Run the passes.
 
         Where Inductor calls every other operation as eager does (its option fallback_by_default), our operations are
         marked as ones to compile, and none takes a norm or an activation into its kernel.
         """
-        if torch_compat.inductor_setting("fallback_by_default"):
-            torch_compat.compile_nodes(node for node in graph.nodes if _is_ours(node))
+        if torch_inductor.inductor_setting("fallback_by_default"):
+            torch_inductor.compile_nodes(node for node in graph.nodes if _is_ours(node))
             return
-        for graph_pass in self._passes:
-            graph_pass(graph)
+        self._passes(graph)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PostGradPasses:
+        """Itself: Inductor copies its options now and then, and passes know a whole model."""
+        return self
 
     def uuid(self) -> str | None:
         """Changes with any source file of the package and with the settings.
@@ -96,7 +100,7 @@ def target_for_us(node: Any) -> Target | None:
 
 def compiles_for_us() -> bool:
     """Whether the graph that Inductor is lowering came through `compile_graph`, whose cache key knows our sources."""
-    return isinstance(torch_compat.inductor_setting(POST_GRAD_HOOK), PostGradPasses)
+    return isinstance(torch_inductor.inductor_setting(POST_GRAD_HOOK), PostGradPasses)
 
 
 def compile_graph(
@@ -104,15 +108,16 @@ def compile_graph(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any],
-    post_grad_passes: Sequence[Callable[[fx.Graph], int]],
+    post_grad_passes: Callable[[fx.Graph], object],
     settings: Mapping[str, Any],
 ) -> Callable[..., Any]:
     """Compile a graph whose linears are micromix ops.
 
-    options: Inductor's own. settings: what the compiled code depends on beside the graph, for the cache key.
+    options: Inductor's own. post_grad_passes: runs passes on Inductor's graph.
+    settings: what the compiled code depends on beside the graph, for the cache key.
     """
     from micromix_compile.lowering import folded, mixed_mx_mm, reorder_quantize  # noqa: F401 - they register lowerings
 
     as_eager = EAGER_OPTIONS if options.get("fallback_by_default") else {}
     patches = {**DEFAULT_OPTIONS, **as_eager, **options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}
-    return torch_compat.compile_with_inductor(gm, example_inputs, patches)
+    return torch_inductor.compile_with_inductor(gm, example_inputs, patches)

@@ -11,10 +11,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings
 
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private.lowerings import ir, lowerings
+from micromix_compile.lowering.torch_private.user_kernels import lower_kernel_launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +60,7 @@ def launch(call: KernelCall) -> None:
     """Add a launch whose tensors are `Operand`s to the graph."""
     args = {name: value.node if isinstance(value, Operand) else value for name, value in call.args.items()}
     kernel = _tuned(call.kernel, call.num_warps, call.num_stages)
-    torch_compat.lower_kernel_launch(kernel, call.grid, args, call.constexprs)
+    lower_kernel_launch(kernel, call.grid, args, call.constexprs)
 
 
 @cache

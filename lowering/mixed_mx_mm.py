@@ -7,15 +7,24 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import sympy
-from torch._inductor import config, ir
-from torch._inductor.lowering import fallback_handler, register_lowering
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
-from torch._inductor.virtualized import V
 
 from micromix_compile import ops, templates
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private.lowerings import (
+    V,
+    config,
+    fallback_handler,
+    ir,
+    register_lowering,
+    size_hint,
+)
+from micromix_compile.lowering.torch_private.templates import (
+    SymbolicGridFn,
+    TritonTemplate,
+    TritonTemplateKernel,
+    select_algorithm,
+)
 from micromix_compile.numerics.layout import block_counts, split_of_activation, split_of_weight, weights_are_fp4
 
 if TYPE_CHECKING:
@@ -80,7 +89,7 @@ def _lower_mixed_mx_mm(
     layout = ir.FixedLayout(x_scale.get_device(), out_dtype, size)
     x_split, w_split = split_of_activation(*map(Operand, (x4, x6, x8))), split_of_weight(*map(Operand, (w4, w6, w8)))
     w_fp4 = weights_are_fp4(x_split, w_split)
-    tiles = target.exact.tiles.tiles_for(torch_compat.size_hint(V.graph.sizevars, size[0]))
+    tiles = target.exact.tiles.tiles_for(size_hint(V.graph.sizevars, size[0]))
     choices: list[Any] = []
     for tile in tiles if config.max_autotune or config.max_autotune_gemm else tiles[:1]:
         constants = target.exact.tiles.constants(tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias is not None)
@@ -91,7 +100,7 @@ def _lower_mixed_mx_mm(
             **options,
         )  # fmt: skip
         assert error is None, f"the template takes every tile of the table: {error}"
-    return torch_compat.select_algorithm("mixed_mx_mm", choices, operands, layout)
+    return select_algorithm("mixed_mx_mm", choices, operands, layout)
 
 
 def _in_memory(tensor: Any) -> Any:

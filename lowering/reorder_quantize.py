@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor.lowering import fallback_handler, register_lowering
 
 from micromix_compile import ops
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, empty, in_memory, launch
+from micromix_compile.lowering.torch_private.lowerings import fallback_handler, register_lowering
 from micromix_compile.numerics.layout import activation_shapes
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets.quantizers import reorder_quantize_call

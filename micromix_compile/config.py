@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
@@ -21,6 +23,7 @@ UNIFORM_POLICIES: Final = ("mxfp4", "mxfp6", "mxfp8")
 ADDED_POLICIES: Final[list[str]] = []
 """What `calibration.policies.add_policy` brought."""
 
+SCALE_ROUNDINGS: Final = tuple(ScaleRounding)
 TARGET_KINDS: Final = ("element", "stored", "time")
 WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
 WEIGHT_MODES: Final = ("same", "mxfp4")
@@ -50,6 +53,102 @@ GRANULARITIES: Final = (32, 64, 128)
 
 DEBUGGING: Final = ("dump", "dump_dir")
 """Wishes for one run, which no file carries: someone else's recipe decides numbers, and writes nothing."""
+
+
+Check = Callable[[str, Any], None]
+"""Called with a field's name and value; raises ValueError or TypeError that says what is accepted."""
+
+
+def _is_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    accepted = f"one of {', '.join(map(str, choices))}"
+    if isinstance(choices[0], int):
+        _check_type(name, value, int, accepted)
+    if value not in choices:
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def _is_policy(name: str, value: object) -> None:
+    _is_one_of(name, value, (*POLICIES, *ADDED_POLICIES))
+
+
+def _is_in_range(name: str, value: Any) -> None:
+    _check_type(name, value, int | float, "a number")
+    if not MIN_TARGET_BITS <= value <= MAX_TARGET_BITS:
+        raise ValueError(f"{name} must be in [{MIN_TARGET_BITS}, {MAX_TARGET_BITS}], got {value}")
+
+
+def _is_positive(name: str, value: Any) -> None:
+    _check_type(name, value, int | float, "a number")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def _is_count(name: str, value: Any) -> None:
+    _check_type(name, value, int, "a positive integer")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value}")
+
+
+def _is_seed(name: str, value: Any) -> None:
+    accepted = "an integer from 0 to 2**63 - 1"
+    _check_type(name, value, int, accepted)
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def _is_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _is_text(name: str, value: object) -> None:
+    _check_type(name, value, str, "a string")
+
+
+def _are_texts(name: str, value: object) -> None:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list or tuple of strings, got {value!r}")
+
+
+def _are_passes(name: str, value: Any) -> None:
+    _are_texts(name, value)
+    for one in value:
+        if one not in ("all", *DUMPED):
+            raise ValueError(f"{name} must list passes, all, {', '.join(DUMPED)}, got {one!r}")
+
+
+def _check_type(name: str, value: object, kind: type | UnionType, accepted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} must be {accepted}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """What belongs to a field of the config besides its type and default.
+
+    help_text: what commands say of the option, without its choices and the full stop. They don't take one without it.
+    """
+
+    choices: tuple[object, ...] = ()
+    check: Check
+    help_text: str
+
+    @classmethod
+    def of(cls, field: Field[Any]) -> Option:
+        """The one of a field of `MicroMixConfig`."""
+        option = field.metadata["option"]
+        assert isinstance(option, cls), "every field has one"
+        return option
+
+
+def _takes(
+    accepted: Check | tuple[object, ...], help_text: str = "", *, choices: tuple[object, ...] = ()
+) -> dict[str, Option]:
+    """The metadata of a field. accepted: the values that it may have, or what checks them, with `choices` to show."""
+    if isinstance(accepted, tuple):
+        check = partial(_is_one_of, choices=accepted)
+        return {"option": Option(choices=accepted, check=check, help_text=help_text)}
+    return {"option": Option(choices=choices, check=accepted, help_text=help_text)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,60 +182,40 @@ class MicroMixConfig:
     Raises ValueError or TypeError that names the field, its value and what is accepted.
     """
 
-    policy: str = "budget"
-    target_bits: float = 5.5
-    target_kind: str = "element"
-    lam: float = 1.0
-    fp6: str = "e2m3"
-    weights: str = "same"
-    scale_rounding: ScaleRounding = ScaleRounding.FIT
-    weight_rounding: str = "gptq"
-    scale_search: bool = True
-    uniform_order: str = "sheltered"
-    granularity: int = 32
-    skip: tuple[str, ...] = DEFAULT_SKIP
-    strict: bool = False
-    exact: bool = False
-    seed: int = 0
-    calibration_batches: int = 32
-    calibration_tokens: int = 65_536
-    dump: tuple[str, ...] = ()
-    dump_dir: str = "micromix_graphs"
+    policy: str = field(default="budget", metadata=_takes(_is_policy, "How channels are split", choices=POLICIES))
+    target_bits: float = field(
+        default=5.5, metadata=_takes(_is_in_range, "What the policy budget may spend on average")
+    )
+    target_kind: str = field(default="element", metadata=_takes(TARGET_KINDS, "The bits that the target counts"))
+    lam: float = field(default=1.0, metadata=_takes(_is_positive, "Factor on the thresholds; larger means more MXFP4"))
+    fp6: str = field(default="e2m3", metadata=_takes(FP6_FORMATS, "The MXFP6 element format"))
+    weights: str = field(default="same", metadata=_takes(WEIGHT_MODES, "Formats of the weights"))
+    scale_rounding: ScaleRounding = field(
+        default=ScaleRounding.FIT, metadata=_takes(SCALE_ROUNDINGS, "How block scales are rounded")
+    )
+    weight_rounding: str = field(default="gptq", metadata=_takes(WEIGHT_ROUNDINGS, "How weights are rounded"))
+    scale_search: bool = field(default=True, metadata=_takes(_is_flag, "Choose the scales of weights by error"))
+    uniform_order: str = field(
+        default="sheltered", metadata=_takes(UNIFORM_ORDERS, "Order of channels that all have one format")
+    )
+    granularity: int = field(default=32, metadata=_takes(GRANULARITIES, "Channel counts are multiples of"))
+    skip: tuple[str, ...] = field(
+        default=DEFAULT_SKIP, metadata=_takes(_are_texts, "Names (fnmatch) of linears to leave as they are; repeatable")
+    )
+    strict: bool = field(default=False, metadata=_takes(_is_flag))
+    exact: bool = field(default=False, metadata=_takes(_is_flag))
+    seed: int = field(default=0, metadata=_takes(_is_seed))
+    calibration_batches: int = field(default=32, metadata=_takes(_is_count))
+    calibration_tokens: int = field(default=65_536, metadata=_takes(_is_count))
+    dump: tuple[str, ...] = field(default=(), metadata=_takes(_are_passes))
+    dump_dir: str = field(default="micromix_graphs", metadata=_takes(_is_text))
 
     def __post_init__(self) -> None:
-        _one_of("policy", self.policy, (*POLICIES, *ADDED_POLICIES))
-        _typed("target_bits", self.target_bits, int | float, "a number")
-        if not MIN_TARGET_BITS <= self.target_bits <= MAX_TARGET_BITS:
-            raise ValueError(f"target_bits must be in [{MIN_TARGET_BITS}, {MAX_TARGET_BITS}], got {self.target_bits}")
-        _one_of("target_kind", self.target_kind, TARGET_KINDS)
-        _one_of("fp6", self.fp6, FP6_FORMATS)
-        _one_of("weights", self.weights, WEIGHT_MODES)
-        _one_of("scale_rounding", self.scale_rounding, tuple(ScaleRounding))
-        _one_of("weight_rounding", self.weight_rounding, WEIGHT_ROUNDINGS)
-        _one_of("uniform_order", self.uniform_order, UNIFORM_ORDERS)
-        _typed("granularity", self.granularity, int, f"one of {', '.join(map(str, GRANULARITIES))}")
-        _one_of("granularity", self.granularity, GRANULARITIES)
-        _typed("lam", self.lam, int | float, "a number")
-        if not 0.0 < self.lam < float("inf"):
-            raise ValueError(f"lam must be a positive finite number, got {self.lam}")
-        _typed("seed", self.seed, int, "an integer from 0 to 2**63 - 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed}")
-        for name in ("calibration_batches", "calibration_tokens"):
-            _typed(name, getattr(self, name), int, "a positive integer")
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
-        for name in ("skip", "dump"):
-            _strings(name, getattr(self, name))
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in self.dump:
-            if name not in ("all", *DUMPED):
-                raise ValueError(f"dump must list passes, all, {', '.join(DUMPED)}, got {name!r}")
-        for name in ("strict", "exact", "scale_search"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _typed("dump_dir", self.dump_dir, str, "a string")
+        for one in dataclasses.fields(self):
+            Option.of(one).check(one.name, getattr(self, one.name))
         object.__setattr__(self, "scale_rounding", ScaleRounding(self.scale_rounding))
+        for name in ("skip", "dump"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def rounds_weights(self) -> bool:
@@ -175,21 +254,6 @@ class MicroMixConfig:
         """Plain values, ready for JSON; `from_mapping` is its inverse."""
         values = dataclasses.asdict(self)
         return {**values, "scale_rounding": str(self.scale_rounding), "skip": list(self.skip), "dump": list(self.dump)}
-
-
-def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, accepted))}, got {value!r}")
-
-
-def _typed(name: str, value: object, kind: type | UnionType, accepted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {accepted}, got {value!r}")
-
-
-def _strings(name: str, value: object) -> None:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a list or tuple of strings, got {value!r}")
 
 
 assert all(granularity % BLOCK_SIZE == 0 for granularity in GRANULARITIES), "granularities are whole blocks"

@@ -1,17 +1,21 @@
-"""FX passes, one a file, in the order in which they run."""
+"""FX passes, one a file, in the order in which they run.
+
+A pass from outside joins a list of its phase, before the model is compiled:
+
+    CONVERT_PASSES.insert(CONVERT_PASSES.index(share_activations) + 1, my_pass)
+
+It is a function of a graph and a `PassContext` that returns how many places it matched; `dump=("all",)` writes its
+graphs, too. What is compiled is cached by the file in which a post-grad pass is defined.
+"""
 
 if __name__ == "passes":
     raise ImportError("import micromix_compile.passes: the folder at the repository's root is not a package of its own")
 
-from micromix_compile.passes.manager import (
-    LinearPlan,
-    LinearSite,
-    Owner,
-    PassContext,
-    dumping,
-    input_devices,
-    run_passes,
-)
+from typing import Final
+
+from micromix_compile.passes.context import LinearPlan, LinearSite, Owner, PassContext
+from micromix_compile.passes.graph import input_devices
+from micromix_compile.passes.manager import Pass, for_inductor, outside_sources, run_passes
 from micromix_compile.passes.post_grad.fuse_residual import fuse_residual
 from micromix_compile.passes.post_grad.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.post_grad.fuse_silu_mul import fuse_silu_mul
@@ -22,9 +26,9 @@ from micromix_compile.passes.pre_grad.open_attention import open_attention
 from micromix_compile.passes.pre_grad.rewrite_linears import rewrite_linears
 from micromix_compile.passes.pre_grad.share_activations import share_activations
 
-CALIBRATE_PASSES = (open_attention, find_linears, insert_observers)
-CONVERT_PASSES = (open_attention, find_linears, rewrite_linears, share_activations, fold_products)
-POST_GRAD_PASSES = (fuse_rms_norm, fuse_residual, fuse_silu_mul)
+CALIBRATE_PASSES: Final[list[Pass]] = [open_attention, find_linears, insert_observers]
+CONVERT_PASSES: Final[list[Pass]] = [open_attention, find_linears, rewrite_linears, share_activations, fold_products]
+POST_GRAD_PASSES: Final[list[Pass]] = [fuse_rms_norm, fuse_residual, fuse_silu_mul]
 
 __all__ = [
     "CALIBRATE_PASSES",
@@ -33,8 +37,19 @@ __all__ = [
     "LinearPlan",
     "LinearSite",
     "Owner",
+    "Pass",
     "PassContext",
-    "dumping",
+    "find_linears",
+    "fold_products",
+    "for_inductor",
+    "fuse_residual",
+    "fuse_rms_norm",
+    "fuse_silu_mul",
     "input_devices",
+    "insert_observers",
+    "open_attention",
+    "outside_sources",
+    "rewrite_linears",
     "run_passes",
+    "share_activations",
 ]

@@ -9,6 +9,9 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from micromix_compile.lowering.torch_private.operators import is_higher_order, overloads_of, schema_of
+from micromix_compile.lowering.torch_private.tensors import memory_id
+
 IN_PLACE_OPERATORS: Final = frozenset(
     {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
     | {"ilshift", "irshift", "imatmul"}
@@ -40,7 +43,7 @@ def memory_of(node: fx.Node) -> int | None:
     example = node.meta.get("example_value")
     if not isinstance(example, torch.Tensor) or example.layout is not torch.strided or example.is_nested:
         return None
-    return int(example.untyped_storage()._cdata)
+    return memory_id(example)
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
@@ -54,7 +57,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     first = [node.args[0]] if node.args else list(node.kwargs.values())[:1]
     if isinstance(node.target, str):
         return [*written, *first] if _is_in_place_name(node.target) else written  # type: ignore[list-item]
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is not None:
         return [*written, *_written_by_schema(node, schema)]
     if not _is_known(node.target):
@@ -66,11 +69,11 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_known(target: Any) -> bool:
-    if isinstance(target, torch._ops.HigherOrderOperator):  # kernels of Triton, functions with graphs inside
+    if is_higher_order(target):
         return False
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        written = [name for name in target.overloads() if getattr(target, name)._schema.is_mutable]
-        return all(name.endswith("out") for name in written)
+    if overloads := overloads_of(target):
+        schemas = [schema_of(overload) for overload in overloads]
+        return all(schema.overload_name.endswith("out") for schema in schemas if schema.is_mutable)
     module = getattr(target, "__module__", None)
     return module is None or module.partition(".")[0] in KNOWN_MODULES
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.llama import LAYERS, llama, token_batches
 from support.models import make_net
 from support.targets import served_by
-from test_llm import LAYERS, llama, token_batches
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -21,7 +21,7 @@ from micromix_compile import ops
 from micromix_compile.numerics import reference
 from micromix_compile.recipe.fingerprint import Checksums
 from micromix_compile.targets.target import Target, target_of
-from micromix_compile.verbs import backend as backend_module
+from micromix_compile.verbs import quantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +120,7 @@ def test_a_gpu_without_kernels_is_said_once_and_refused_when_strict(caplog: pyte
     with torch.no_grad():
         expected = compiled(net, recipe)(x)
     poor = Target(name="a GPU", emulated="no bfloat16 MMA")
-    backend_module._said.clear()
+    quantized._said.clear()
     torch._dynamo.reset()
     served = served_by(poor, "cuda")
     with served, caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():

@@ -1,4 +1,4 @@
-"""What counts towards Dynamo's recompile limit. Private parts of torch, as in `torch_compat`.
+"""What counts towards Dynamo's recompile limit.
 
 Dynamo counts whatever was compiled of a function, whoever compiled it, and past the limit runs the function as it is:
 here that would be unquantized, and for other backends slow. So versions that this backend compiled count for nobody
@@ -19,11 +19,19 @@ from torch._dynamo import convert_frame
 from torch._dynamo import eval_frame as dynamo_eval_frame
 from torch._guards import CompileContext, CompileId
 
+from micromix_compile.lowering.torch_private.changed import changed
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import CodeType
 
+__all__ = ["CompileId", "Counter", "count_apart", "current_compile_id", "forget"]
+
 MARK: Final = "_micromix_counts_apart"
+CHECK: Final = "exceeds_recompile_limit"
+"""The function of Dynamo's module convert_frame that says whether a version more may be compiled."""
+CODE, BACKEND = "code", "compiler_fn"
+"""Variables of its caller: what is to be compiled, and by which backend."""
 
 
 class Counter(Protocol):
@@ -47,13 +55,18 @@ def current_compile_id() -> CompileId:
 
 
 def count_apart(backend: Callable[..., Any], counter: Counter) -> None:
-    """From now on versions that `backend`, as torch.compile gets it, compiles count as `counter` says."""
+    """From now on versions that `backend`, as torch.compile gets it, compiles count as `counter` says.
+
+    Raises RuntimeError if this torch asks elsewhere whether there are too many.
+    """
     setattr(backend, MARK, counter)
-    dynamo: Any = convert_frame
-    original = dynamo.exceeds_recompile_limit
+    original = getattr(convert_frame, CHECK, None)
+    if original is None:
+        raise changed(f"a function {CHECK} in {convert_frame.__name__}")
     if not hasattr(original, MARK):
-        dynamo.exceeds_recompile_limit = functools.partial(_exceeds, original)
-        setattr(dynamo.exceeds_recompile_limit, MARK, True)
+        ours = functools.partial(_exceeds, original)
+        setattr(ours, MARK, True)
+        setattr(convert_frame, CHECK, ours)
 
 
 def _counter_of(backend: Any) -> Counter | None:
@@ -63,9 +76,7 @@ def _counter_of(backend: Any) -> Counter | None:
 
 def _exceeds(original: Callable[..., tuple[bool, str]], cache_size: Any, compile_id: CompileId) -> tuple[bool, str]:
     """Dynamo's own check, of the versions that count."""
-    asking = sys._getframe(1).f_locals
-    code: CodeType = asking["code"]
-    backend = dynamo_eval_frame.innermost_backend(asking["compiler_fn"])
+    code, backend = _asked(sys._getframe(1).f_locals)
     counter = _counter_of(backend)
     if counter is not None:
         counter.check()
@@ -77,6 +88,13 @@ def _exceeds(original: Callable[..., tuple[bool, str]], cache_size: Any, compile
         function = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
         counter.gave_up(backend, function, f"torch._dynamo.config.{limit}={getattr(torch._dynamo.config, limit)}")
     return exceeded, limit
+
+
+def _asked(variables: Mapping[str, Any]) -> tuple[CodeType, Any]:
+    """What is to be compiled and by which backend, from the variables of whoever asks."""
+    if not {CODE, BACKEND} <= set(variables):
+        raise changed(f"variables {CODE} and {BACKEND} where {CHECK} is called, there are {', '.join(variables)}")
+    return variables[CODE], dynamo_eval_frame.innermost_backend(variables[BACKEND])
 
 
 def _versions(code: CodeType) -> list[Any]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from micromix_compile.evaluation.tasks import TaskResult
+from micromix_compile.evaluation.types import TaskResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PreTrainedTokenizerBase
 
-    from micromix_compile.evaluation.evaluation import LanguageModel
+    from micromix_compile.evaluation.types import LanguageModel
 
 HARNESS_COMMAND: Final = "pip install 'micromix-compile[lm-eval]'"
 ACCURACIES: Final = ("acc", "exact_match")
@@ -68,9 +68,7 @@ def run_harness_task(model: LanguageModel, task: HarnessTask) -> TaskResult:
 
     Raises ValueError if the task measures something else than a share.
     """
-    importlib.import_module(
-        "micromix_compile.integrations.hf"
-    )  # the harness reads the config that a packed model carries
+    importlib.import_module("micromix_compile.integrations.hf")  # the harness reads a packed model's config
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

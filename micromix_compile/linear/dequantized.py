@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from micromix_compile.lowering.torch_private.tensors import DisableTorchFunctionSubclass, make_wrapper, tree_map_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ class DequantizedWeight(Tensor):
         cls, make: Callable[[], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> Self:
         """make: returns the (N, C) tensor of this dtype on this device."""
-        weight: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight = make_wrapper(cls, shape, dtype, device)
         weight._make = make
         return weight
 
@@ -50,7 +51,7 @@ class DequantizedWeight(Tensor):
             return args[0]
         if func.__name__ in _OF_MEMORY:
             args = _made(args)
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     @classmethod

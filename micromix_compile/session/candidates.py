@@ -6,7 +6,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
+
+from micromix_compile.lowering.torch_private.tensors import is_convolution
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +26,7 @@ def why_never_linear(
     owners = [modules.get("" if name == "weight" else name) for name in names]  # the model may be the layer
     if all(isinstance(owner, nn.Embedding) for owner in owners):
         return "it is an embedding", True
-    if any(isinstance(owner, _ConvNd) for owner in owners):
+    if any(map(is_convolution, owners)):
         return "it is a convolution", False
     if not parameter.numel():
         return f"its weight {tuple(parameter.shape)} is empty", True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from torch._subclasses.fake_tensor import FakeTensor
+from micromix_compile.lowering.torch_private.dynamo import WITHOUT_DDP_OPTIMIZER
+from micromix_compile.lowering.torch_private.tensors import is_fake
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,8 +50,8 @@ def _is_a(value: object, home: str, name: str) -> bool:
 
 def check_real(example_inputs: Iterable[Any]) -> None:
     """Raise ValueError if a graph's inputs are fake: torch's DDPOptimizer hands over such."""
-    if any(isinstance(value, FakeTensor) for value in example_inputs):
+    if any(map(is_fake, example_inputs)):
         raise ValueError(
             "the graph's inputs are fake tensors, as DistributedDataParallel's graph splitting makes them: compile the "
-            "module outside of DistributedDataParallel, or set torch._dynamo.config.optimize_ddp=False"
+            f"module outside of DistributedDataParallel, or set {WITHOUT_DDP_OPTIMIZER}"
         )

@@ -7,22 +7,20 @@ under them, and take their packed weights with them.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.lowering.torch_private import torch_compat
-from micromix_compile.session.session import RecipeFile, Session
+from micromix_compile.lowering.torch_private.regions import original_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from torch import nn
 
-    from micromix_compile.lowering.torch_private.torch_compat import Region
+    from micromix_compile.lowering.torch_private.regions import Region
     from micromix_compile.recipe.types import Recipe
+    from micromix_compile.session.session import Session
 
 SessionKey = tuple[tuple[str, ...], MicroMixConfig, object]
 
@@ -65,16 +63,10 @@ def model_of(region: Region) -> nn.Module | None:
 def _is_layer_of(layer: nn.Module, model: nn.Module) -> bool:
     """Whether `model` holds `layer` in a list, or the like, with others of its type."""
     for container in model.modules():
-        children = [torch_compat.original_module(child) for child in container.children()]
+        children = [original_module(child) for child in container.children()]
         if any(child is layer for child in children) and sum(type(child) is type(layer) for child in children) > 1:
             return True
     return False
-
-
-@cache
-def watched_file(path: Path) -> RecipeFile:
-    """The one that stands for `path`, absolute, in this process."""
-    return RecipeFile(path)
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -82,7 +74,7 @@ def recipe_of(model: nn.Module) -> Recipe:
 
     Raises ValueError if no graph of `model` was quantized yet, or if several recipes are in use.
     """
-    original = torch_compat.original_module(model)
+    original = original_module(model)
     found = {id(s.recipe): s.recipe for s in sessions() if s.is_model(original) and s.recipe is not None}
     if len(found) != 1:
         state = "has no quantized graph yet: call it first" if not found else f"runs by {len(found)} recipes"

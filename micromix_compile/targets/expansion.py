@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.numerics.folding import FoldedActivation, fold_width
 from micromix_compile.numerics.layout import block_counts
 from micromix_compile.targets.groups import group_args
@@ -77,7 +78,7 @@ def expand_call(
 def library_mm(x: FoldedActivation, w: ExpandedWeights, out_dtype: torch.dtype) -> Tensor:
     """The library's FP8 product with expanded weights: (M, N)."""
     e4m3 = torch.float8_e4m3fn
-    out = torch._scaled_mm(
+    out = scaled_mm(
         x.q.view(e4m3), w.w.view(e4m3).T, scale_a=x.row_scale[:, None], scale_b=w.row_scale[None], bias=w.bias,
         out_dtype=out_dtype, use_fast_accum=True,
     )  # fmt: skip

@@ -11,23 +11,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 from micromix_compile.calibration.memory import OBSERVING, SENSITIVITY, naming_out_of_memory
 from micromix_compile.calibration.sensitivity import lacks_gradient, pull_back
 from micromix_compile.calibration.token_layout import token_mask_of
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.lowering.torch_private import recompile_limit, torch_compat
-from micromix_compile.passes import CALIBRATE_PASSES, run_passes
-from micromix_compile.progress import CallProgress, track
-from micromix_compile.session.session import Session, close_graph, open_graph
+from micromix_compile.lowering.torch_private import recompile_limit
+from micromix_compile.lowering.torch_private.dynamo import cause_of
+from micromix_compile.lowering.torch_private.regions import original_module, uncompiled
+from micromix_compile.progress import track
+from micromix_compile.session.session import Session
+from micromix_compile.verbs.observed import compile_observed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import fx
-    from torch._guards import CompileId
 
+    from micromix_compile.lowering.torch_private.recompile_limit import CompileId
     from micromix_compile.recipe.types import Recipe
 
 logger = logging.getLogger("micromix_compile")
@@ -69,25 +70,25 @@ def calibrate_each(
     """
     if isinstance(batches, Tensor) or hasattr(batches, "keys"):
         raise TypeError(f"batches must be several tensors or mappings, put one {type(batches).__name__} into a list")
-    model = torch_compat.original_module(model)
+    model = original_module(model)
     session = Session(configs[0], also=configs[1:])
     session.prepare(model)
     if session.is_packed and not session.has_candidates:
         raise ValueError(f"{session.model_id} holds packed linears: calibrate the model that they were made from")
     first = _FirstTokens(SENSITIVITY_TOKENS)
-    session.takes_costs = False
+    session.observation.takes_costs = False
     try:
         with observing(model, partial(compile_observed, session)) as observed:
             with naming_out_of_memory(*OBSERVING), torch.no_grad():
                 for batch in track(batches, "calibrating", show=progress):
                     first.add(batch)
                     observe_batch(session, observed, batch)
-            if session.needs_costs:
+            if session.observation.needs_costs:
                 with naming_out_of_memory(*SENSITIVITY):
                     _measure_costs(session, model, observed, first.batches, progress)
         yield from session.recipes(progress=progress)
     finally:
-        session.release()
+        session.observation.release()
 
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -108,7 +109,7 @@ def observing(
         return compile_graph(gm, example_inputs)
 
     recompile_limit.count_apart(backend, _Unlimited())
-    with _turns.setdefault(model, threading.RLock()), torch_compat.uncompiled(model):
+    with _turns.setdefault(model, threading.RLock()), uncompiled(model):
         try:
             yield torch.compile(model, backend=backend)
         finally:
@@ -133,11 +134,14 @@ class _Unlimited:
 def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping[str, Any] | Tensor) -> Any:
     """The output of one batch through the observed model."""
     positional, named = _arguments(batch)
-    session.token_mask = token_mask_of(positional, named)
+    session.observation.token_mask = token_mask_of(positional, named)
     try:
         return observed(*positional, **named)
-    except BackendCompilerFailed as error:
-        raise error.inner_exception from None
+    except Exception as error:
+        cause = cause_of(error)
+        if cause is error:
+            raise
+        raise cause from None
 
 
 class _FirstTokens:
@@ -163,16 +167,11 @@ def _measure_costs(
     progress: bool,
 ) -> None:
     """What each channel costs in each format, from gradients where the model has them, else without."""
-    session.takes_statistics, session.takes_costs, session.takes_gradients = False, True, True
-    generator = torch.Generator().manual_seed(session.config.seed)
+    observation = session.observation
+    observation.takes_statistics, observation.takes_costs = False, True
     try:
         with torch.enable_grad(), _frozen(model):
-            for batch in track(batches, "measuring sensitivity", show=progress):
-                output = observe_batch(session, observed, batch)
-                if not pull_back(output, session.token_mask, generator):
-                    raise RuntimeError("its output has no gradient")
-                for probe in session.probes():
-                    probe.release()
+            _run_backward(session, observed, track(batches, "measuring sensitivity", show=progress))
         return
     except RuntimeError as error:
         if not lacks_gradient(error):
@@ -182,14 +181,30 @@ def _measure_costs(
             session.model_id,
             error,
         )
-    finally:
-        for probe in session.probes():
-            probe.release()
-        session.takes_gradients = False
-    session.forget_costs()
+    observation.forget_costs()
     with torch.no_grad():
         for batch in batches:
             observe_batch(session, observed, batch)
+
+
+def _run_backward(
+    session: Session, observed: Callable[..., Any], batches: Iterable[Mapping[str, Any] | Tensor]
+) -> None:
+    """Raises RuntimeError for a model without gradients."""
+    observation = session.observation
+    observation.takes_gradients = True
+    generator = torch.Generator().manual_seed(session.config.seed)
+    try:
+        for batch in batches:
+            output = observe_batch(session, observed, batch)
+            if not pull_back(output, observation.token_mask, generator):
+                raise RuntimeError("its output has no gradient")
+            for probe in observation.probes():
+                probe.release()
+    finally:
+        for probe in observation.probes():
+            probe.release()
+        observation.takes_gradients = False
 
 
 @contextlib.contextmanager
@@ -211,73 +226,3 @@ def _arguments(batch: Mapping[str, Any] | Tensor) -> tuple[tuple[Tensor, ...], d
     if hasattr(batch, "keys"):  # a dict, or what a tokenizer returns
         return (), dict(batch)
     raise TypeError(f"a batch must be a tensor or a mapping of keyword arguments, got {type(batch).__name__}")
-
-
-def compile_observed(
-    session: Session,
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    on_converted: Callable[[Session], None] | None = None,
-) -> Callable[..., Any]:
-    """The graph as it is, run eagerly, with observers in it.
-
-    on_converted: called when the session converts, which it does by itself where this is given, once it has seen
-    enough; it then reads the attention mask from the graph.
-    """
-    gm, context = open_graph(session, gm, example_inputs)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    observed = run_passes(gm, CALIBRATE_PASSES, context)["insert_observers"]
-    close_graph(session, context)
-    names = [torch_compat.source_name(node) for node in placeholders]
-    masks = [i for i, name in enumerate(names) if "attention_mask" in name and _is_token_mask(example_inputs[i])]
-    starts_pass = _starts_pass(session, names)
-    progress = CallProgress("micromix calibrates", show=on_converted is not None)
-
-    def run(*args: Any) -> Any:
-        session.check_not_training()
-        if on_converted is not None and (masks or starts_pass):
-            session.token_mask = args[masks[0]] if masks else None
-        with torch.set_grad_enabled(session.takes_gradients):
-            result = gm.forward(*args)
-        if on_converted is not None and observed:
-            with session.lock:
-                if session.recipe is None and _convert_when_done(session, progress):
-                    on_converted(session)
-        return result
-
-    return run
-
-
-def _starts_pass(session: Session, names: Sequence[str]) -> bool:
-    """Whether a graph with these inputs is the beginning of the model's forward pass, not its rest after a break."""
-    if any("input_ids" in name or "inputs_embeds" in name for name in names):
-        return True
-    running = torch_compat.running_region().running
-    return bool(running) and session.is_model(running[0]) and not any("___stack" in name for name in names)
-
-
-def _is_token_mask(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
-
-
-def _convert_when_done(session: Session, progress: CallProgress) -> bool:
-    """Convert once every linear has seen enough, or one has gone a batch further: some may never be reached.
-
-    Returns whether it did.
-    """
-    progress.update(session.observed_batches, session.config.calibration_batches)
-    if not session.has_seen_enough():
-        return False
-    progress.stop()
-    left = session.unobserved()
-    recipe = session.convert()
-    logger.warning(
-        "calibrated on %d batches; %s now runs quantized: %d linears, %s%s",
-        session.observed_batches,
-        session.model_id,
-        len(recipe.linears),
-        recipe.bits_text,
-        f"; {len(left)} were not reached and stay as they are ({left[0]}, ...)" if left else "",
-    )
-    return True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch._inductor.pattern_matcher import (
+
+from micromix_compile import ops
+from micromix_compile.lowering.torch_private.patterns import (
     CallFunction,
     KeywordArg,
     Match,
@@ -14,14 +16,19 @@ from torch._inductor.pattern_matcher import (
     PatternMatcherPass,
     register_graph_pattern,
 )
-
-from micromix_compile import ops
-from micromix_compile.passes.post_grad.producers import quantized, quantizes_rows_of, replace_quantize, same_shape
-from micromix_compile.targets.target import target_of
+from micromix_compile.passes.post_grad.producers import (
+    devices_with,
+    quantized,
+    quantizes_rows_of,
+    replace_quantize,
+    same_shape,
+)
 
 if TYPE_CHECKING:
     from torch import fx
     from torch.fx import Node
+
+    from micromix_compile.passes.context import PassContext
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -32,16 +39,14 @@ FUSED = {
 }
 
 
-def fuse_silu_mul(graph: fx.Graph) -> int:
+def fuse_silu_mul(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite SiLU * up -> reorder_quantize to micromix::silu_mul_reorder_quantize. Returns how many were rewritten."""
-    matched = _patterns().apply(graph)
-    if matched:
-        graph.eliminate_dead_code()
-    return int(matched)
+    return int(_patterns(devices_with("fuse_silu_mul", graph, context)).apply(graph))
 
 
 @cache
-def _patterns() -> PatternMatcherPass:
+def _patterns(devices: frozenset[torch.device]) -> PatternMatcherPass:
+    """What is matched where rows are on one of `devices`."""
     patterns = PatternMatcherPass(pass_name="micromix_fuse_silu_mul")
     gate, up = KeywordArg("gate"), KeywordArg("up")
     widened = CallFunction(prims.convert_element_type.default, gate, torch.float32, _users=2)
@@ -49,7 +54,7 @@ def _patterns() -> PatternMatcherPass:
     for silu, check in ((_silu(gate), _is_float32_product), (rounded, _is_rounded_product)):
         for factors in ((silu, up), (up, silu)):
             for pattern in quantized(CallFunction(aten.mul.Tensor, *factors)):
-                register_graph_pattern(pattern, pass_dict=patterns, extra_check=check)(_replace)
+                register_graph_pattern(pattern, pass_dict=patterns, extra_check=partial(check, devices))(_replace)
     return patterns
 
 
@@ -59,20 +64,20 @@ def _silu(x: PatternExpr) -> PatternExpr:
     return CallFunction(aten.div.Tensor, x, CallFunction(aten.add.Tensor, exp, 1))
 
 
-def _is_float32_product(match: Match) -> bool:
-    return _is_row_product(match) and match.kwargs["gate"].meta["val"].dtype is torch.float32
+def _is_float32_product(devices: frozenset[torch.device], match: Match) -> bool:
+    return _is_row_product(devices, match) and match.kwargs["gate"].meta["val"].dtype is torch.float32
 
 
-def _is_rounded_product(match: Match) -> bool:
-    return _is_row_product(match) and match.kwargs["rounded_to"] is match.kwargs["gate"].meta["val"].dtype
+def _is_rounded_product(devices: frozenset[torch.device], match: Match) -> bool:
+    return _is_row_product(devices, match) and match.kwargs["rounded_to"] is match.kwargs["gate"].meta["val"].dtype
 
 
-def _is_row_product(match: Match) -> bool:
-    """Whether the rows that are multiplied are the rows that are quantized, on a device with the fused kernel."""
+def _is_row_product(devices: frozenset[torch.device], match: Match) -> bool:
+    """Whether the rows that are multiplied are the rows that are quantized, on one of `devices`."""
     gate, up = (match.kwargs[name].meta["val"] for name in ("gate", "up"))
     same = same_shape(gate, up) and gate.dtype == up.dtype
-    return bool(target_of(gate.device).wants("fuse_silu_mul") and same and quantizes_rows_of(match, gate))
+    return bool(gate.device in devices and same and quantizes_rows_of(match, gate))
 
 
 def _replace(match: Match, gate: Node, up: Node, **_: object) -> None:
-    replace_quantize(match, FUSED, (gate, up))
+    replace_quantize(match, FUSED, {"gate": gate, "up": up})

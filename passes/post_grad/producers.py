@@ -5,28 +5,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from micromix_compile import ops
+from micromix_compile.lowering.torch_private.operators import argument_names, arguments_of
+from micromix_compile.lowering.torch_private.patterns import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
+from micromix_compile.lowering.torch_private.tracing import statically_known_true
+from micromix_compile.passes.graph import call
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
+
+    from torch import fx
+
+    from micromix_compile.passes.context import PassContext
 
 aten = torch.ops.aten
 
-LAYOUT: Final = ("channel_perm", "k4", "k6", "k8", "fp6", "scale_rounding")
-LAYOUTS: Final = {ops.reorder_quantize: LAYOUT, ops.reorder_fold: (*LAYOUT, "w_fp4")}
-"""What quantizes rows, and the names of its further arguments."""
+ROWS: Final = "x"
+"""What quantizers call the matrix that they quantize."""
+QUANTIZERS: Final = (ops.reorder_quantize, ops.reorder_fold)
+
+
+def devices_with(name: str, graph: fx.Graph, context: PassContext) -> frozenset[torch.device]:
+    """The devices on which rows are quantized in `graph` and whose targets have the pass `name`."""
+    quantizers = [node for node in graph.nodes if node.target in QUANTIZERS]
+    devices = {arguments_of(node)[ROWS].meta["val"].device for node in quantizers}
+    return frozenset(device for device in devices if context.target_of(device).wants(name))
 
 
 def quantized(rows: PatternExpr) -> list[PatternExpr]:
     """A quantize of `rows`: through a view, or of rows that are a matrix already."""
     viewed = CallFunction([aten.view.default, aten.reshape.default], rows, KeywordArg("row_shape"))
     return [
-        CallFunction(op, matrix, *map(KeywordArg, layout), _users=MULTIPLE)
-        for op, layout in LAYOUTS.items()
+        CallFunction(
+            op, *(matrix if name == ROWS else KeywordArg(name) for name in argument_names(op)), _users=MULTIPLE
+        )
+        for op in QUANTIZERS
         for matrix in (viewed, rows)
     ]
 
@@ -48,26 +63,26 @@ def quantizes_rows_of(match: Match, x: torch.Tensor) -> bool:
     return not any(node.kwargs for node in match.nodes) and _rows(match).meta["val"].shape[-1] == x.shape[-1]
 
 
-def replace_quantize(match: Match, fused_ops: Mapping[Any, Any], rows: Sequence[Node], *others: Any) -> None:
-    """Put fused_ops[quantize](*rows as matrices, *others, its layout) in the place of producer and quantize."""
+def replace_quantize(match: Match, fused_ops: Mapping[Any, Any], rows: Mapping[str, Node], **others: Any) -> None:
+    """Put fused_ops[quantize](rows as matrices, others, its layout) in the place of producer and quantize."""
     quantize, graph, found = match.output_node(), match.graph, match.kwargs
     shape = _rows(match).meta["val"].shape
     with graph.inserting_before(quantize):
-        matrices = []
-        for node in rows:
+        matrices = {}
+        for name, node in rows.items():
             matrix = node
             if "row_shape" in found:
                 matrix = graph.call_function(aten.reshape.default, (node, found["row_shape"]))
                 matrix.meta["val"] = node.meta["val"].reshape(shape)
-            matrices.append(matrix)
-        layout = (found[name] for name in LAYOUTS[quantize.target])  # type: ignore[index]
-        fused = graph.call_function(fused_ops[quantize.target], (*matrices, *others, *layout))
+            matrices[name] = matrix
+        layout = {name: value for name, value in arguments_of(quantize).items() if name != ROWS}
+        fused = call(graph, fused_ops[quantize.target], **matrices, **others, **layout)
         fused.meta["val"] = quantize.meta["val"]
     quantize.replace_all_uses_with(fused)
     graph.erase_node(quantize)
 
 
 def _rows(match: Match) -> Node:
-    rows = match.output_node().args[0]
+    rows = arguments_of(match.output_node())[ROWS]
     assert isinstance(rows, Node), "a quantize reads a tensor"
     return rows

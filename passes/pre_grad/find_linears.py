@@ -2,69 +2,73 @@
 
 from __future__ import annotations
 
-import operator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 
 from micromix_compile.numerics.checks import FLOAT_DTYPES
-from micromix_compile.passes.manager import LinearSite, PassContext
+from micromix_compile.passes.context import LinearSite, PassContext
 from micromix_compile.passes.mutations import memory_of, written_memory
+from micromix_compile.passes.pre_grad.products import Operands, is_transpose, operands_of
 
 if TYPE_CHECKING:
-    from torch.fx.node import Argument
+    from collections.abc import Mapping
 
-LINEAR_TARGETS = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
-ADDMM_TARGETS = (torch.addmm, torch.ops.aten.addmm.default)
-MATMUL_TARGETS = (torch.mm, torch.matmul, operator.matmul, torch.ops.aten.mm.default)
-MATMUL_METHODS = ("matmul", "mm", "__matmul__")
-
-CUTS = ("chunk", "getitem", "narrow", "select", "slice", "split", "split_with_sizes", "tensor_split", "unbind")
-
-_KEYWORDS = {"mat1": "input", "mat2": "weight", "other": "weight"}
+CUTS: Final = ("chunk", "getitem", "narrow", "select", "slice", "split", "split_with_sizes", "tensor_split", "unbind")
 
 
-def find_linears(gm: fx.GraphModule, context: PassContext) -> int:
+def find_linears(graph: fx.Graph, context: PassContext) -> int:
     """Fill `context.sites` and `context.refusals`. Changes nothing.
 
     A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2), as it is
     or transposed there (Falcon).
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    inputs = dict(zip(placeholders, context.example_inputs, strict=True))
-    written = written_memory(gm.graph)
-    orientation: dict[fx.Node, bool] = {}
-    depth = 0
-    for node in gm.graph.nodes:
-        depth += _entered_transforms(node)
-        operands = _operands(node)
-        if operands is None:
+    inputs = dict(zip(graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
+    search = _Search(context=context, inputs=inputs, written=written_memory(graph))
+    for node in graph.nodes:
+        search.depth += _entered_transforms(node)
+        found = operands_of(node)
+        if found is None:
             continue
-        x, operand, bias, transposed = operands
-        weight = operand
-        if transposed and _is_transpose(operand) and isinstance(inputs.get(operand.args[0]), nn.Parameter):
-            weight, transposed = operand.args[0], False  # type: ignore[assignment]
-        name, reason = _refusal(weight, x, bias, inputs, context)
-        if reason is None and depth:
-            name, reason = f"{name} (torch.func)", "it runs under a transform of torch.func, such as vmap"
-        if reason is None and memory_of(weight) in written:
-            reason = "its weight is written to in the graph that uses it"
-        if reason is None and (
-            orientation.setdefault(weight, transposed) != transposed
-            or context.owner.is_used_otherwise(inputs[weight], transposed=transposed)
-        ):
-            name, reason = f"{name} (transposed)", "its weight is used both as it is and transposed"
-        if reason is not None:
-            if transposed and not isinstance(inputs.get(weight), nn.Parameter):
-                continue  # a product of two activations
+        operands = _untransposed(found, inputs)
+        name, reason = search.refusal(operands)
+        if reason is None:
+            context.sites.append(_site(node, found.weight, operands, inputs))
+        elif _may_be_linear(operands, inputs):
             context.refusals[name] = reason
-            continue
-        site = LinearSite(
-            node=node, x=x, weight=weight, operand=operand, bias=bias, transposed=transposed, parameter=inputs[weight]
-        )
-        context.sites.append(site)
     return len(context.sites)
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """What is known on the way through a graph.
+
+    written: memory that the graph writes to. orientation: by weight, how its first use takes it. depth: in how many
+    transforms of torch.func the next node is.
+    """
+
+    context: PassContext
+    inputs: Mapping[fx.Node, Any]
+    written: frozenset[int]
+    orientation: dict[fx.Node, bool] = field(default_factory=dict)
+    depth: int = 0
+
+    def refusal(self, operands: Operands) -> tuple[str, str | None]:
+        """(name, why the candidate must stay as it is or None)."""
+        name, reason = _refusal(operands, self.inputs, self.context)
+        if reason is not None:
+            return name, reason
+        weight, transposed = operands.weight, operands.transposed
+        if self.depth:
+            return f"{name} (torch.func)", "it runs under a transform of torch.func, such as vmap"
+        if memory_of(weight) in self.written:
+            return name, "its weight is written to in the graph that uses it"
+        differs = self.orientation.setdefault(weight, transposed) != transposed
+        if differs or self.context.owner.is_used_otherwise(self.inputs[weight], transposed=transposed):
+            return f"{name} (transposed)", "its weight is used both as it is and transposed"
+        return name, None
 
 
 def _entered_transforms(node: fx.Node) -> int:
@@ -73,55 +77,44 @@ def _entered_transforms(node: fx.Node) -> int:
     return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
-    """(x, weight, bias, transposed) of a candidate, else None."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    names: tuple[str, ...]
-    if node.target in LINEAR_TARGETS:
-        names, transposed = ("input", "weight", "bias"), False
-    elif node.target in ADDMM_TARGETS:
-        names, transposed = ("bias", "input", "weight"), True
-    elif node.target in MATMUL_TARGETS or (node.op == "call_method" and node.target in MATMUL_METHODS):
-        names, transposed = ("input", "weight"), True
-    else:
-        return None
-    found: dict[str, Argument] = dict(zip(names, node.args, strict=False))
-    if not set(node.kwargs) <= {*names, *_KEYWORDS}:
-        return None  # factors, or an output that is given
-    found |= {_KEYWORDS.get(key, key): value for key, value in node.kwargs.items()}
-    x, weight, bias = found.get("input"), found.get("weight"), found.get("bias")
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
-        return None
-    return x, weight, bias if isinstance(bias, fx.Node) else None, transposed
+def _untransposed(operands: Operands, inputs: Mapping[fx.Node, object]) -> Operands:
+    """The same product with the Parameter itself where the graph transposes one for it."""
+    weight = operands.weight
+    if not operands.transposed or not is_transpose(weight):
+        return operands
+    origin = weight.args[0]
+    if not isinstance(origin, fx.Node) or not isinstance(inputs.get(origin), nn.Parameter):
+        return operands
+    return replace(operands, weight=origin, transposed=False)
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    """Whether `node` transposes a matrix; what has more dimensions is no linear's weight anyway."""
-    if str(node.target).removesuffix(".default") in ("aten.numpy_T", "aten.mT"):  # of `.T` and `.mT` from torch 2.15 on
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("T", "mT")
-    if node.kwargs or node.target not in ("t", torch.t, "transpose", torch.transpose, "permute", torch.permute):
-        return False
-    if node.target in ("t", torch.t):
-        return True
-    given = node.args[1:]
-    dims = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
-    swapped = tuple(dim % 2 for dim in dims if isinstance(dim, int))
-    return swapped == (1, 0) or (swapped == (0, 1) and node.target in ("transpose", torch.transpose))
+def _may_be_linear(operands: Operands, inputs: Mapping[fx.Node, object]) -> bool:
+    """Whether a user would take a product for a linear, and not for one of two activations."""
+    weight = _origin(operands.weight) if operands.grouped else operands.weight
+    return not operands.transposed or isinstance(inputs.get(weight), nn.Parameter)
 
 
-def _computed_name(weight: fx.Node, inputs: dict[fx.Node, object], context: PassContext) -> str:
+def _site(node: fx.Node, operand: fx.Node, operands: Operands, inputs: Mapping[fx.Node, Any]) -> LinearSite:
+    return LinearSite(
+        node=node, x=operands.x, weight=operands.weight, operand=operand, bias=operands.bias,
+        transposed=operands.transposed, parameter=inputs[operands.weight],
+    )  # fmt: skip
+
+
+def _computed_name(weight: fx.Node, inputs: Mapping[fx.Node, object], context: PassContext) -> str:
     """A weight that is computed goes by the Parameter that it comes from, if it is one's slice, view or multiple."""
-    node = weight
-    while node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    parameter = inputs.get(node)
+    parameter = inputs.get(_origin(weight))
     if not isinstance(parameter, nn.Parameter) or parameter.dim() < 2:
         return weight.name
     name = context.owner.name_of(parameter)
     return name if parameter.dim() > 2 else f"{name} (computed)"
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The input of the graph that `node` is a slice, view or multiple of."""
+    while node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def why_no_plain_weight(weight: Tensor) -> str | None:
@@ -143,13 +136,14 @@ def _cuts(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and name.partition(".")[0] in CUTS
 
 
-def _refusal(
-    weight: fx.Node, x: fx.Node, bias: fx.Node | None, inputs: dict[fx.Node, object], context: PassContext
-) -> tuple[str, str | None]:
-    """(name, why the candidate must stay as it is or None)."""
+def _refusal(operands: Operands, inputs: Mapping[fx.Node, object], context: PassContext) -> tuple[str, str | None]:
+    """(name, why it can't be a linear of ours, whatever else its graph does, or None)."""
+    weight = operands.weight
     parameter = inputs.get(weight)
     if weight.op == "get_attr":
         return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
+    if operands.grouped:
+        return _computed_name(weight, inputs, context), "its products are grouped, as experts' are: not covered yet"
     whole = inputs.get(_cut_from(weight))
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 2:
         return context.owner.name_of(whole), "it is cut into parts, which are weights of their own"
@@ -158,16 +152,21 @@ def _refusal(
     if parameter.dim() < 2:
         return weight.name, "its weight is a vector"
     name = context.owner.name_of(parameter)
+    return name, _refused_tensors(parameter, operands) or context.owner.refusal(parameter)
+
+
+def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
+    """Why a product of these tensors is not covered, or None."""
     if special := why_no_plain_weight(parameter):
-        return name, special
+        return special
     if parameter.dim() != 2:
-        return name, f"its weight has {parameter.dim()} dimensions, not 2"
+        return f"its weight has {parameter.dim()} dimensions, not 2"
     if parameter.dtype not in FLOAT_DTYPES:
-        return name, f"its weight is {parameter.dtype}, not float32, bfloat16 or float16"
-    example = x.meta.get("example_value")
+        return f"its weight is {parameter.dtype}, not float32, bfloat16 or float16"
+    example = operands.x.meta.get("example_value")
     if isinstance(example, torch.Tensor) and example.dtype not in FLOAT_DTYPES:
-        return name, f"its input is {example.dtype}, not float32, bfloat16 or float16"
-    added = None if bias is None else bias.meta.get("example_value")
+        return f"its input is {example.dtype}, not float32, bfloat16 or float16"
+    added = None if operands.bias is None else operands.bias.meta.get("example_value")
     if isinstance(added, torch.Tensor) and (added.dim() != 1 or added.shape[0] not in parameter.shape):
-        return name, f"its bias has shape {tuple(added.shape)}, not one element per output"
-    return name, context.owner.refusal(parameter)
+        return f"its bias has shape {tuple(added.shape)}, not one element per output"
+    return None

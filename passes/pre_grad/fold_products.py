@@ -8,16 +8,16 @@ from __future__ import annotations
 import operator
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from micromix_compile import ops
+from micromix_compile.lowering.torch_private.operators import arguments_of
 from micromix_compile.numerics.folding import factor_shape
-from micromix_compile.numerics.layout import order_dtype, split_of_weight
+from micromix_compile.numerics.layout import order_dtype, split_of_weight, weight_split
 from micromix_compile.ops import prepared
-from micromix_compile.passes.manager import PassContext, copy_meta
-from micromix_compile.passes.pre_grad.share_activations import is_quantize
+from micromix_compile.passes.graph import call, calls, copy_meta
 from micromix_compile.targets.groups import MAX_GROUP
 
 if TYPE_CHECKING:
@@ -25,23 +25,30 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-_FP6 = 9  # arguments of mixed_mx_mm: four of x, four of w, bias, fp6, out_dtype
-_BIAS = 8
+    from micromix_compile.passes.context import PassContext
+
+ACTIVATION: Final = ("x4", "x6", "x8", "x_scale")
+WEIGHT: Final = ("w4", "w6", "w8", "w_scale")
+"""What a product reads of either side, in the order of a quantizer's results."""
 
 
-def fold_products(gm: fx.GraphModule, context: PassContext) -> int:
+def fold_products(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite each quantize all of whose users are bfloat16 products; fills `context.folded`. Returns how many.
 
     The device of the weights decides for each: a graph may have inputs, or linears, on several.
     """
     folded: dict[fx.Node, tuple[fx.Node, ...]] = {}
     rewritten = 0
-    for quantize in [node for node in gm.graph.nodes if is_quantize(node)]:
+    for quantize in [node for node in graph.nodes if calls(node, ops.reorder_quantize)]:
         products = _products(quantize)
-        if products and context.target_of(_example(products[0].args[4]).device).wants("fold_products"):
-            _rewrite(gm.graph, context, quantize, products, folded)
+        if products and context.target_of(_device(products[0])).wants("fold_products"):
+            _rewrite(graph, context, quantize, products, folded)
             rewritten += 1
     return rewritten
+
+
+def _device(product: fx.Node) -> torch.device:
+    return _example(arguments_of(product)["w4"]).device
 
 
 def _products(quantize: fx.Node) -> list[fx.Node]:
@@ -49,22 +56,26 @@ def _products(quantize: fx.Node) -> list[fx.Node]:
     if any(part.target is not operator.getitem for part in quantize.users):
         return []
     users = {user for part in quantize.users for user in part.users}
-    for user in users:
-        is_product = user.target in (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm) and not user.kwargs
-        if not is_product or user.args[-1] != torch.bfloat16:
-            return []
-        if [getattr(part, "args", None) for part in user.args[:4]] != [(quantize, i) for i in range(4)]:
-            return []
-        if any(getattr(part, "op", None) != "placeholder" for part in user.args[4:_BIAS]):
-            return []  # factors are made from inputs of the graph
+    if not all(calls(user, ops.mixed_mx_mm) and _can_fold(user, quantize) for user in users):
+        return []
     kinds = {_weights_are_fp4(quantize, user) for user in users}
     return sorted(users) if len(kinds) == 1 else []
 
 
+def _can_fold(product: fx.Node, quantize: fx.Node) -> bool:
+    """Whether a product is of just this activation and of inputs of the graph, from which factors are made."""
+    given = arguments_of(product)
+    reads = [getattr(given[name], "args", None) for name in ACTIVATION] == [(quantize, i) for i in range(4)]
+    inputs = all(getattr(given[name], "op", None) == "placeholder" for name in WEIGHT)
+    return bool(reads and inputs and given["out_dtype"] == torch.bfloat16)
+
+
 def _weights_are_fp4(quantize: fx.Node, product: fx.Node) -> bool:
     """Whether weights are all MXFP4 and activations are not."""
-    packed = _example(product.args[4]).shape[1] * 2
-    return bool(packed == sum(quantize.args[2:5]) != quantize.args[2])  # type: ignore[arg-type]
+    given, layout = arguments_of(product), arguments_of(quantize)
+    split = layout["k4"], layout["k6"], layout["k8"]
+    w_split = split_of_weight(*(_example(given[name]) for name in WEIGHT[:3]))
+    return w_split == weight_split(split, "mxfp4") != split
 
 
 def _example(node: Any) -> torch.Tensor:
@@ -77,19 +88,14 @@ def _rewrite(
     graph: fx.Graph, context: PassContext, quantize: fx.Node, products: list[fx.Node],
     folded: dict[fx.Node, tuple[fx.Node, ...]],
 ) -> None:  # fmt: skip
-    x, perm, *layout = quantize.args
-    order = _short_order(graph, context, perm, folded)
+    layout = arguments_of(quantize)
+    layout["channel_perm"] = _short_order(graph, context, layout["channel_perm"], folded)
     with graph.inserting_before(quantize):
-        w_fp4 = _weights_are_fp4(quantize, products[0])
-        fold = graph.call_function(ops.reorder_fold, (x, order, *layout, w_fp4))
+        fold = call(graph, ops.reorder_fold, **layout, w_fp4=_weights_are_fp4(quantize, products[0]))
         parts = [graph.call_function(operator.getitem, (copy_meta(quantize, fold), i)) for i in range(3)]
     for group in _groups(products):
-        weights = [[*product.args[4:7], *_folded_inputs(graph, context, product, folded)] for product in group]
-        biases = [product.args[_BIAS] for product in group if product.args[_BIAS] is not None]
+        joint = _joint_product(graph, context, parts, group, folded)
         with graph.inserting_before(group[0]):
-            lists = [list(column) for column in zip(*weights, strict=True)]
-            joint = graph.call_function(ops.folded_mm, (*parts, *lists, biases, *group[0].args[_FP6:]))
-            copy_meta(group[0], joint)
             outputs = [graph.call_function(operator.getitem, (joint, i)) for i in range(len(group))]
         for product, output in zip(group, outputs, strict=True):
             product.replace_all_uses_with(copy_meta(product, output))
@@ -99,16 +105,34 @@ def _rewrite(
     graph.erase_node(quantize)
 
 
+def _joint_product(
+    graph: fx.Graph, context: PassContext, parts: list[fx.Node], group: list[fx.Node],
+    folded: dict[fx.Node, tuple[fx.Node, ...]],
+) -> fx.Node:  # fmt: skip
+    """One folded product of an activation's `parts` with the weights of all products of a group."""
+    given = [arguments_of(product) for product in group]
+    made = [_folded_inputs(graph, context, one, folded) for one in given]
+    q, row_scale, locks = parts
+    with graph.inserting_before(group[0]):
+        joint = call(
+            graph, ops.folded_mm, q=q, row_scale=row_scale, locks=locks, w4=[one["w4"] for one in given],
+            w6=[one["w6"] for one in given], w8=[one["w8"] for one in given], w_factor=[factor for factor, _ in made],
+            w_row_scale=[row for _, row in made], bias=[one["bias"] for one in given if one["bias"] is not None],
+            fp6=given[0]["fp6"], out_dtype=given[0]["out_dtype"],
+        )  # fmt: skip
+    return copy_meta(group[0], joint)
+
+
 def _groups(products: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
     """Products that can be one: of one MXFP6 format, all with biases of one dtype that are graph inputs, or without."""
 
     def kind(product: fx.Node) -> tuple[object, ...]:
-        bias = product.args[_BIAS]
+        given = arguments_of(product)
+        fp6, bias = given["fp6"], given["bias"]
         if bias is None:
-            return product.args[_FP6], None, None
-        assert isinstance(bias, torch.fx.Node), "a bias is a tensor"
+            return fp6, None, None
         is_input = bias.op == "placeholder"
-        return product.args[_FP6], _example(bias).dtype if is_input else None, None if is_input else product
+        return fp6, _example(bias).dtype if is_input else None, None if is_input else product
 
     for _, run in groupby(products, kind):
         members = list(run)
@@ -131,11 +155,10 @@ def _short_order(graph: fx.Graph, context: PassContext, perm: Any, folded: dict[
 
 
 def _folded_inputs(
-    graph: fx.Graph, context: PassContext, product: fx.Node, folded: dict[fx.Node, tuple[fx.Node, ...]]
+    graph: fx.Graph, context: PassContext, product: dict[str, Any], folded: dict[fx.Node, tuple[fx.Node, ...]]
 ) -> tuple[fx.Node, ...]:
-    """Graph inputs with the factors and the row scales of a product's weight."""
-    w4, w6, w8, w_scale = product.args[4:8]
-    assert isinstance(w_scale, torch.fx.Node), "scales are a graph input"
+    """Graph inputs with the factors and the row scales of the weight of a product with these arguments."""
+    w4, w6, w8, w_scale = weight = tuple(product[name] for name in WEIGHT)
     if w_scale not in folded:
         scale = _example(w_scale)
         split = split_of_weight(_example(w4), _example(w6), _example(w8))
@@ -144,6 +167,5 @@ def _folded_inputs(
             context.owner.add_input(graph, f"{name}_factor", scale.new_empty(factor_shape(scale.shape[0], split))),
             context.owner.add_input(graph, f"{name}_row", scale.new_empty(scale.shape[0], dtype=torch.float32)),
         )
-        make = partial(prepared.folded_factors, fp6=str(product.args[_FP6]))
-        context.folded.append(((w4, w6, w8, w_scale), make))  # type: ignore[arg-type]
+        context.folded.append((weight, partial(prepared.folded_factors, fp6=product["fp6"])))
     return folded[w_scale]

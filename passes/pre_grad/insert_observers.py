@@ -8,34 +8,36 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from micromix_compile.passes.manager import LinearSite, PassContext, copy_meta
+from micromix_compile.passes.graph import copy_meta
 from micromix_compile.passes.mutations import mutation_epochs
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from micromix_compile.passes.context import LinearSite, PassContext
+
 FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 
 
-def insert_observers(gm: fx.GraphModule, context: PassContext) -> int:
+def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     """Insert owner.observe(x, weights, transposed) once per distinct value of x, and observe_output after each linear.
 
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
     """
     groups: dict[tuple[fx.Node, int], list[LinearSite]] = {}
-    epochs = mutation_epochs(gm.graph)
+    epochs = mutation_epochs(graph)
     for site in context.sites:
         groups.setdefault((site.x, epochs[site.node]), []).append(site)
     for (x, _), sites in groups.items():
         first = sites[0].node
-        with gm.graph.inserting_before(first):
+        with graph.inserting_before(first):
             weights = {site.weight: site.transposed for site in sites}
             seen = (x, list(weights), list(weights.values()), _flattened_from(x))
-            copy_meta(first, gm.graph.call_function(context.owner.observe, seen))
+            copy_meta(first, graph.call_function(context.owner.observe, seen))
         for site in sites:
-            with gm.graph.inserting_after(site.node):
-                watched = gm.graph.call_function(context.owner.observe_output, (site.node, site.weight))
+            with graph.inserting_after(site.node):
+                watched = graph.call_function(context.owner.observe_output, (site.node, site.weight))
                 copy_meta(site.node, watched)
     return len(groups)
 

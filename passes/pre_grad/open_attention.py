@@ -12,27 +12,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from micromix_compile.passes.manager import PassContext, copy_meta
+from micromix_compile.lowering.torch_private.operators import ENCODER_LAYER, ENTER_AUTOCAST, MULTI_HEAD_ATTENTION
+from micromix_compile.lowering.torch_private.tracing import make_fx
+from micromix_compile.passes.graph import copy_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from micromix_compile.passes.context import PassContext
 
 logger = logging.getLogger("micromix_compile")
 functional = torch.nn.functional
 
 
-def open_attention(gm: fx.GraphModule, context: PassContext) -> int:
+def open_attention(graph: fx.Graph, context: PassContext) -> int:
     """Replace what `PLAIN` knows, with the numbers of torch.nn's own path without fused kernels.
 
     What can't be replaced is noted in `context.unopened` under the names of its weights. Returns how many were.
     """
-    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
+    inputs = dict(zip(graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
     opened = 0
-    for node in list(gm.graph.nodes):
+    for node in list(graph.nodes):
         plain = PLAIN.get(node.target) if node.op == "call_function" else None
         if plain is None:
             continue
-        reason = _why_not(node) or _replace(gm.graph, node, plain)
+        reason = _why_not(node) or _replace(graph, node, plain)
         if reason is None:
             opened += 1
             continue
@@ -59,14 +63,14 @@ def _why_not(node: fx.Node) -> str | None:
         return "torch.nn's fused attention gets a nested tensor here"
     if any(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors) or _enters_autocast(node.graph):
         return "torch.nn's fused attention runs under autocast here"
-    is_tuple = node.target is not torch._transformer_encoder_layer_fwd
+    is_tuple = node.target is not ENCODER_LAYER
     if is_tuple and any(user.target is not operator.getitem for user in node.users):
         return "the results of torch.nn's fused attention are passed on as a tuple here"
     return None
 
 
 def _enters_autocast(graph: fx.Graph) -> bool:
-    return any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph.nodes)
+    return any(node.target is ENTER_AUTOCAST for node in graph.nodes)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, plain: Callable[..., Any]) -> str | None:
@@ -94,7 +98,6 @@ def _replace(graph: fx.Graph, node: fx.Node, plain: Callable[..., Any]) -> str |
 
 def _trace(node: fx.Node, operands: list[fx.Node], plain: Callable[..., Any]) -> fx.Graph:
     """The operations of `plain` on what `node` gets; its placeholders are `operands`."""
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     def run(*values: Any) -> Any:
         value = dict(zip(operands, values, strict=True))
@@ -114,7 +117,7 @@ def _native_attention(
     proj_weight: Tensor, proj_bias: Tensor, mask: Tensor | None = None, need_weights: bool = True,
     average_attn_weights: bool = True, mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """torch._native_multi_head_attention: (B, T, C) -> (B, T, C), with a mask of `MultiheadAttention.merge_masks`."""
+    """MULTI_HEAD_ATTENTION: (B, T, C) -> (B, T, C), with a mask of `MultiheadAttention.merge_masks`."""
     if query is not key or key is not value:
         raise NotImplementedError("torch.nn's fused attention gets different queries, keys and values here")
     x = query.transpose(0, 1)
@@ -136,7 +139,7 @@ def _encoder_layer(
     norm_weight_2: Tensor, norm_bias_2: Tensor, ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor,
     ffn_bias_2: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """torch._transformer_encoder_layer_fwd: (B, T, C) -> (B, T, C), as nn.TransformerEncoderLayer's other path."""
+    """ENCODER_LAYER: (B, T, C) -> (B, T, C), as nn.TransformerEncoderLayer's other path."""
 
     def attend(x: Tensor) -> Tensor:
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
@@ -161,8 +164,8 @@ def _encoder_layer(
 
 
 PLAIN: dict[Any, Callable[..., Any]] = {
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
-    torch._native_multi_head_attention: _native_attention,
+    ENCODER_LAYER: _encoder_layer,
+    MULTI_HEAD_ATTENTION: _native_attention,
     functional.multi_head_attention_forward: functional.multi_head_attention_forward,
 }
 """Fused operations of a Dynamo graph, and the same in plain ones."""

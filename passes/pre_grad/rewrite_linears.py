@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from micromix_compile import ops
-from micromix_compile.passes.manager import LinearPlan, LinearSite, PassContext, copy_meta
+from micromix_compile.passes.graph import call, copy_meta
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from micromix_compile.passes.context import LinearPlan, LinearSite, PassContext
+
 aten = torch.ops.aten
 
 
-def rewrite_linears(gm: fx.GraphModule, context: PassContext) -> int:
+def rewrite_linears(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite every site that has a plan; fills `context.inputs`. Returns how many were rewritten."""
     perms: dict[int, fx.Node] = {}
     weights: dict[fx.Node, list[fx.Node]] = {}
@@ -30,11 +32,11 @@ def rewrite_linears(gm: fx.GraphModule, context: PassContext) -> int:
         if plan is None:
             continue
         if plan.group not in perms:
-            perms[plan.group] = _lift(gm.graph, context, site, plan, 0)
+            perms[plan.group] = _lift(graph, context, site, plan, 0)
         if site.weight not in weights:
-            weights[site.weight] = [_lift(gm.graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
+            weights[site.weight] = [_lift(graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
         x = replaced.get(site.x, site.x)
-        replaced[site.node] = _replace(gm.graph, site, x, plan, perms[plan.group], weights[site.weight])
+        replaced[site.node] = _replace(graph, site, x, plan, perms[plan.group], weights[site.weight])
     return len(replaced)
 
 
@@ -51,18 +53,36 @@ def _replace(
     example, given = node.meta["example_value"], site.x.meta.get("example_value")
     with graph.inserting_before(node):
 
-        def call(target: object, *args: object) -> fx.Node:
+        def add(target: object, *args: object) -> fx.Node:
             return copy_meta(node, graph.call_function(target, args))  # type: ignore[arg-type]
 
         if isinstance(given, torch.Tensor) and given.dtype != example.dtype:  # autocast: as packed modules, cast first
-            x = call(aten.to.dtype, x, example.dtype)
-        rows = call(aten.reshape.default, x, [-1, site.in_features])
-        layout = (perm, *plan.split, plan.fp6, plan.scale_rounding)
-        quantized = call(ops.reorder_quantize, rows, *layout)
-        parts = [call(operator.getitem, quantized, i) for i in range(4)]
-        product = call(ops.mixed_mx_mm, *parts, *weights, site.bias, plan.fp6, example.dtype)
-        leading = [call(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
-        out = call(aten.reshape.default, product, [*leading, site.out_features])
+            x = add(aten.to.dtype, x, example.dtype)
+        rows = add(aten.reshape.default, x, [-1, site.in_features])
+        quantized = copy_meta(node, _quantize(graph, rows, perm, plan))
+        parts = [add(operator.getitem, quantized, i) for i in range(4)]
+        product = copy_meta(node, _multiply(graph, parts, weights, site.bias, plan.fp6, example.dtype))
+        leading = [add(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
+        out = add(aten.reshape.default, product, [*leading, site.out_features])
     node.replace_all_uses_with(out)
     graph.erase_node(node)
     return out
+
+
+def _quantize(graph: fx.Graph, rows: fx.Node, perm: fx.Node, plan: LinearPlan) -> fx.Node:
+    k4, k6, k8 = plan.split
+    return call(
+        graph, ops.reorder_quantize, x=rows, channel_perm=perm, k4=k4, k6=k6, k8=k8, fp6=plan.fp6,
+        scale_rounding=plan.scale_rounding,
+    )  # fmt: skip
+
+
+def _multiply(
+    graph: fx.Graph, parts: list[fx.Node], weights: list[fx.Node], bias: fx.Node | None, fp6: str, dtype: torch.dtype
+) -> fx.Node:
+    x4, x6, x8, x_scale = parts
+    w4, w6, w8, w_scale = weights
+    return call(
+        graph, ops.mixed_mx_mm, x4=x4, x6=x6, x8=x8, x_scale=x_scale, w4=w4, w6=w6, w8=w8, w_scale=w_scale, bias=bias,
+        fp6=fp6, out_dtype=dtype,
+    )  # fmt: skip

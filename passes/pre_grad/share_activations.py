@@ -10,43 +10,44 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from micromix_compile import ops
+from micromix_compile.lowering.torch_private.operators import arguments_of
+from micromix_compile.passes.graph import calls
 from micromix_compile.passes.mutations import mutation_epochs
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from micromix_compile.passes.manager import PassContext
+    from micromix_compile.passes.context import PassContext
+
+aten = torch.ops.aten
 
 
-def share_activations(gm: fx.GraphModule, context: PassContext) -> int:
+def share_activations(graph: fx.Graph, context: PassContext) -> int:
     """Merge equal micromix::reorder_quantize calls on one activation. Returns how many calls went away."""
     seen: dict[tuple[object, ...], fx.Node] = {}
-    epochs = mutation_epochs(gm.graph)
+    epochs = mutation_epochs(graph)
     merged = 0
-    for node in list(gm.graph.nodes):
-        if not is_quantize(node):
+    for node in list(graph.nodes):
+        if not calls(node, ops.reorder_quantize):
             continue
-        x, *layout = node.args
-        key = (epochs[node], _activation(x), *layout)
+        layout = arguments_of(node)
+        key = (epochs[node], _activation(layout.pop("x")), *layout.values())
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
             merged += 1
     return merged
 
 
-def is_quantize(node: fx.Node) -> bool:
-    """Whether `node` calls micromix::reorder_quantize, by overload or by packet."""
-    return node.op == "call_function" and node.target in (ops.reorder_quantize, torch.ops.micromix.reorder_quantize)
-
-
-def _activation(x: object) -> object:
+def _activation(x: fx.Node) -> object:
     """The tensor under a reshape to rows, and the dtype if it is cast (under autocast).
 
-    The channel count in `layout` tells different row widths apart.
+    The channel count in the layout tells different row widths apart.
     """
-    is_method = getattr(x, "op", None) == "call_method" and x.target == "reshape"  # type: ignore[attr-defined]
-    is_reshape = is_method or getattr(x, "target", None) is torch.ops.aten.reshape.default
-    inner: Any = x.args[0] if is_reshape else x  # type: ignore[attr-defined]
-    return inner.args if getattr(inner, "target", None) is torch.ops.aten.to.dtype else inner
+    inner: Any = x
+    if x.op == "call_method" and x.target == "reshape":
+        inner = x.args[0]
+    elif calls(x, aten.reshape.default):
+        inner = arguments_of(x)["self"]
+    return tuple(arguments_of(inner).values()) if calls(inner, aten.to.dtype) else inner

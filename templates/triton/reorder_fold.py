@@ -4,7 +4,7 @@ In front of the RMSNorm may stand the sum with a residual, which others read, an
 
 The values are those of `reorder_quantize`, divided by the row's power of two and rounded to E4M3, in the order in which
 `folded_mm` meets them; `numerics.folding` is the contract. A program takes one row or a part of it. Launched
-by `targets.gpu_folded`.
+by `targets.hopper`.
 """
 
 import triton
@@ -76,7 +76,7 @@ def reorder_fold_kernel(
     FORMATS: tl.constexpr,  # digest of the table that `by_format` reads
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
-    HAS_ROOM: tl.constexpr,  # see `gpu.QuantizerTile`
+    HAS_ROOM: tl.constexpr,  # see `quantizers.QuantizerTile`
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
     WHOLE_ROW: tl.constexpr,  # BLOCK_K covers K
     LOCKS: tl.constexpr, LAUNCH_PDL: tl.constexpr,

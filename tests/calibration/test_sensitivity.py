@@ -20,7 +20,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.numerics import reference
 from micromix_compile.numerics.formats import ScaleRounding
 from micromix_compile.recipe.types import COST_FORMATS, ChannelCosts
-from micromix_compile.session import session
+from micromix_compile.session import deciding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -218,7 +218,7 @@ def test_out_of_memory_names_the_step_and_what_takes_less(step: str, monkeypatch
     def allocate(*_: object, **__: object) -> Tensor:
         return torch.zeros(TOO_LARGE)
 
-    owner, name = (ChannelObserver, "_add_sample") if step == "calibrating" else (session, "round_weights")
+    owner, name = (ChannelObserver, "_add_sample") if step == "calibrating" else (deciding, "round_weights")
     monkeypatch.setattr(owner, name, allocate)
     with pytest.raises(
         torch.OutOfMemoryError, match=rf"while {step}.*weight_rounding='nearest' with scale_search=False"

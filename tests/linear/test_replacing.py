@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.linear import packed
 from micromix_compile.verbs import quantize
 
 if TYPE_CHECKING:
@@ -226,8 +227,8 @@ def test_a_packed_encoder_runs_its_packed_linears(mask: Tensor | None, monkeypat
     assert "nn.MultiheadAttention reads its weight directly" in encoder.micromix_refused["layers.0.self_attn.out_proj"]
     assert "layers.0.self_attn.in_proj_weight" in encoder.micromix_refused
     calls: list[int] = []
-    product = quantize.packed_product
-    monkeypatch.setattr(quantize, "packed_product", lambda *args: (calls.append(1), product(*args))[1])
+    product = packed.packed_product
+    monkeypatch.setattr(packed, "packed_product", lambda *args: (calls.append(1), product(*args))[1])
     with torch.no_grad():
         encoder(torch.randn(2, 6, 64), src_key_padding_mask=mask)
     assert len(calls) == 4

@@ -17,7 +17,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.passes.mutations import mutation_epochs
-from micromix_compile.passes.pre_grad.find_linears import _is_transpose
+from micromix_compile.passes.pre_grad.products import is_transpose
 
 functional = torch.nn.functional
 NEAREST = MicroMixConfig(policy="mxfp8", weight_rounding="nearest", scale_search=False)
@@ -70,7 +70,7 @@ def test_what_may_write_to_a_tensor_ends_an_epoch(target: Any, args: Any, kwargs
 def test_a_transpose_of_torch_2_15_is_one() -> None:
     graph = fx.Graph()
     node = graph.call_function(torch.ops.aten.numpy_T.default, (graph.placeholder("w"),))
-    assert _is_transpose(node)
+    assert is_transpose(node)
 
 
 def test_a_weight_that_its_graph_writes_to_stays_unquantized() -> None:

@@ -364,7 +364,7 @@ def test_each_thread_of_a_process_keeps_its_own_padding_out() -> None:
     from micromix_compile.session.registry import sessions
 
     (session,) = [s for s in sessions() if s.is_model(net)]
-    assert {o.tokens for o in session.observers()} == {2 * 2 + 3 * 2 * (2 + 3 + 4 + 5)}
+    assert {o.tokens for o in session.observation.observers()} == {2 * 2 + 3 * 2 * (2 + 3 + 4 + 5)}
 
 
 def test_calibrating_does_not_touch_the_process_wide_limits_of_dynamo() -> None:

@@ -52,17 +52,11 @@ def _properties(capability: tuple[int, int]) -> SimpleNamespace:
     )
 
 
-@contextlib.contextmanager
-def fake_cuda(capability: tuple[int, int]) -> Iterator[None]:
-    """Within it torch and Triton believe in one CUDA device of this compute capability."""
-    properties = _properties(capability)
-    number = 10 * capability[0] + capability[1]
-    driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", number, 32),
-        get_active_torch_device=lambda: torch.device("cuda", 0),
-        is_active=lambda: True,
-    )
-    everywhere = {
+def _answers(
+    capability: tuple[int, int], properties: SimpleNamespace
+) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """What both torch.cuda and Dynamo's interface to it answer, torch.cuda, and the interface."""
+    everywhere: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
@@ -83,7 +77,7 @@ def fake_cuda(capability: tuple[int, int]) -> Iterator[None]:
     }
     interface = {
         **everywhere,
-        "get_compute_capability": lambda *_: number,
+        "get_compute_capability": lambda *_: 10 * capability[0] + capability[1],
         "exchange_device": lambda _: 0,
         "maybe_exchange_device": lambda _: 0,
         "get_raw_stream": lambda _: 0,
@@ -91,6 +85,20 @@ def fake_cuda(capability: tuple[int, int]) -> Iterator[None]:
         "raise_if_triton_unavailable": lambda *_: None,
         "is_bf16_supported": lambda *_, **__: True,
     }
+    return everywhere, cuda, interface
+
+
+@contextlib.contextmanager
+def fake_cuda(capability: tuple[int, int]) -> Iterator[None]:
+    """Within it torch and Triton believe in one CUDA device of this compute capability."""
+    properties = _properties(capability)
+    number = 10 * capability[0] + capability[1]
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", number, 32),
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+        is_active=lambda: True,
+    )
+    everywhere, cuda, interface = _answers(capability, properties)
     register_patterns = joint_graph.lazy_init
 
     def register_patterns_on_cpu(*_: Any, **__: Any) -> None:  # it makes real tensors of the input's device

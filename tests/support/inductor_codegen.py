@@ -25,10 +25,10 @@ import micromix_compile.lowering.mixed_mx_mm
 import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
 from micromix_compile import ops
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private import user_kernels
 from micromix_compile.numerics import folding
 from micromix_compile.numerics.layout import Split, packed_shapes, weight_split
-from micromix_compile.passes import POST_GRAD_PASSES
+from micromix_compile.passes import POST_GRAD_PASSES, PassContext, for_inductor
 from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90
 from micromix_compile.targets.hopper import TritonFolded
@@ -256,8 +256,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     kernels: dict[str, str] = {}
     mma: dict[str, list[str]] = {}
     pdl: dict[str, bool] = {}
+    passes = for_inductor(POST_GRAD_PASSES, PassContext(owner=None, example_inputs=()))  # type: ignore[arg-type]
     with fake_cuda(tuple(request["capability"])), config.patch(use_static_triton_launcher=False):
-        hook = {POST_GRAD_HOOK: PostGradPasses(POST_GRAD_PASSES, {})} if request["ours"] else {}
+        hook = {POST_GRAD_HOOK: PostGradPasses(passes, {})} if request["ours"] else {}
         code = generate(function, specs, dynamic_rows=request["dynamic"], **hook, **request["options"])
         for name, source in re.findall(
             r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", code, re.M | re.S
@@ -270,7 +271,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 mma[name] = sorted({kind for kind in map(mma_kind, instructions) if kind})
     launches = re.findall(r"^[^#\n]*?(\w+)\.run\(|^[^#\n]*(?<!')(torch\.ops\.(?:micromix|aten)\.\w+)", code, re.M)
     found = {"launches": [kernel or op for kernel, op in launches], "kernels": kernels, "mma": mma, "pdl": pdl}
-    return {**found, "analyses": len(torch_compat._analyses), "digest": digests.of_code(code)}
+    return {**found, "analyses": len(user_kernels._analyses), "digest": digests.of_code(code)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.lowering.torch_private import torch_compat
+from micromix_compile.lowering.torch_private import inductor as torch_inductor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,13 +69,13 @@ def test_a_packed_model_reaches_inductor_and_calibrates_nothing(monkeypatch: pyt
     recipe = micromix.calibrate(net, [torch.randn(2, 5, 64)], MicroMixConfig(skip=("*lm_head", "*.down")))
     packed = micromix.quantize_(net, recipe)
     compiles: list[int] = []
-    original = torch_compat.compile_with_inductor
+    original = torch_inductor.compile_with_inductor
 
     def counting(*args: Any) -> Callable[..., Any]:
         compiles.append(1)
         return original(*args)
 
-    monkeypatch.setattr(torch_compat, "compile_with_inductor", counting)
+    monkeypatch.setattr(torch_inductor, "compile_with_inductor", counting)
     fast, x = torch.compile(packed, backend="micromix", options={"calibration_batches": 1}), torch.randn(2, 5, 64)
     with torch.no_grad():
         for _ in range(3):

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from support.llama import LAYERS, calls_of, llama, token_batches
 from support.models import EXACT_DTYPE, fake_quantized
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
 
 import micromix_compile as micromix
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-LAYERS = 2
-
-
-def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-    sizes = {"hidden_size": 128, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        **{"num_hidden_layers": LAYERS, "vocab_size": 256, "max_position_embeddings": 128, **sizes, **changes}
-    )
-    return AutoModelForCausalLM.from_config(config).eval().to(dtype)
-
-
-def token_batches(count: int = 3, vocabulary: int = 256) -> list[Tensor]:
-    return [torch.randint(0, vocabulary, (2, 16 + 8 * i)) for i in range(count)]
-
-
-def calls_of(run: Callable[[], object]) -> Counter[str]:
-    """How often each of our operations really ran, as the profiler counts it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        run()
-    counts = Counter({event.key: event.count for event in profile.key_averages()})
-    return Counter({name: count for name, count in counts.items() if name.startswith("micromix::")})
 
 
 def test_a_decoder_layer_quantizes_four_activations_two_of_them_behind_its_norms() -> None:

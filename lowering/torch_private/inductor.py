@@ -1,0 +1,55 @@
+"""Compiling a graph with Inductor, its options, and passes of one's own on its graphs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch._inductor
+import torch._inductor.config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import fx
+
+__all__ = [
+    "CustomGraphPass",
+    "compile_nodes",
+    "compile_with_inductor",
+    "inductor_options",
+    "inductor_setting",
+    "mode_options",
+]
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """torch.compile's own back half, with Inductor options patched in; with gradients where they are enabled."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    assert callable(compiled), "a graph that is not exported compiles to a function"
+    return compiled
+
+
+def inductor_options() -> frozenset[str]:
+    """Names that Inductor accepts as options."""
+    return frozenset(torch._inductor.list_options())
+
+
+def inductor_setting(name: str) -> Any:
+    """An Inductor option as it is now."""
+    return getattr(torch._inductor.config, name)
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """What a mode of torch.compile stands for. Raises RuntimeError for an unknown one."""
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def compile_nodes(nodes: Iterable[fx.Node]) -> None:
+    """Mark nodes that Inductor is to compile even where its option fallback_by_default is set."""
+    for node in nodes:
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), "compile_with_inductor": True}

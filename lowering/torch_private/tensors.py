@@ -1,0 +1,41 @@
+"""Tensors that are fake or wrap others, and the identity of memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["DisableTorchFunctionSubclass", "is_convolution", "is_fake", "make_wrapper", "memory_id", "tree_map_only"]
+
+_Wrapper = TypeVar("_Wrapper", bound=Tensor)
+
+
+def is_fake(value: object) -> bool:
+    """Whether it is a tensor without memory, as compilers trace with."""
+    return isinstance(value, FakeTensor)
+
+
+def make_wrapper(cls: type[_Wrapper], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> _Wrapper:
+    """An instance of a subclass that has no memory of its own."""
+    wrapper: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    assert isinstance(wrapper, cls), "that is what it makes"
+    return wrapper
+
+
+def memory_id(tensor: Tensor) -> int:
+    """A number that tensors share whose elements lie in one piece of memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """Of any number of dimensions, transposed ones included."""
+    return isinstance(module, _ConvNd)

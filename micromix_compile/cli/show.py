@@ -1,0 +1,92 @@
+"""What commands print: tables and texts on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from micromix_compile import files
+from micromix_compile.evaluation.machine import hardware, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.status import Status
+
+    from micromix_compile.evaluation.types import RowResult
+    from micromix_compile.recipe.types import Recipe
+
+
+def console() -> Console:
+    """Standard output, wide enough for a table where it is a file."""
+    return Console(width=None if sys.stdout.isatty() else 150)
+
+
+def status(text: str) -> Status:
+    """A spinner on standard error, as long as something runs."""
+    return Console(stderr=True).status(text)
+
+
+def note(text: str) -> None:
+    """Says how far it is, on standard error, to people who watch a log instead of a terminal."""
+    if not sys.stderr.isatty():
+        typer.echo(text, err=True)
+
+
+def print_text(label: str, text: str) -> None:
+    """What a model wrote."""
+    typer.echo(f"\n{label}: {text}")
+
+
+def summary(recipe: Recipe) -> str:
+    """A recipe in a line."""
+    padded = f", {len(recipe.padded)} padded to whole blocks of 32 channels" if recipe.padded else ""
+    return f"{len(recipe.linears)} linears, {recipe.bits_text}, {recipe.stored_bytes / 2**20:.1f} MiB{padded}"
+
+
+def table(results: Sequence[RowResult], title: str) -> Table:
+    """One line a row; tasks are the last columns."""
+    made = Table(title=title, title_justify="left")
+    made.add_column("row")
+    for column in ("element\nbits", "stored\nbits", "stored\nMiB", "perplexity", "KL", "top-1"):
+        made.add_column(column, justify="right")
+    for task in results[0].tasks:
+        made.add_column(f"{task.task}\n({task.items} items)", justify="right")
+    for result in results:
+        made.add_row(*_cells(result))
+    return made
+
+
+def _cells(result: RowResult) -> list[str]:
+    quality = result.evaluation
+    return [
+        result.row,
+        _number(result.element_bits, 2),
+        _number(result.stored_bits, 2),
+        _number(None if result.stored_bytes is None else result.stored_bytes / 2**20, 1),
+        _number(quality.perplexity, 3),
+        _number(quality.kl, 4),
+        _number(quality.top1, 3),
+        *(f"{task.accuracy:.3f} ± {task.standard_error:.3f}" for task in result.tasks),
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def write_json(path: Path, settings: dict[str, Any], results: Sequence[RowResult]) -> None:
+    """The rows, what they were measured with, and on what machine."""
+    content = {
+        **settings,
+        "rows": [result.to_dict() for result in results],
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    files.write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

@@ -1,0 +1,130 @@
+"""From what was observed to recipes: groups of linears, orders, splits, rounded weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Final
+
+from micromix_compile.calibration.assignment import assign, channel_order
+from micromix_compile.calibration.memory import ROUNDING, naming_out_of_memory
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.ops.pack import round_weights
+from micromix_compile.progress import track
+from micromix_compile.recipe.fingerprint import Checksums, weight_sample
+from micromix_compile.recipe.types import GroupRecipe, LinearRecipe, Recipe
+from micromix_compile.session.candidates import left_alone
+from micromix_compile.session.matching import all_parameter_names, named_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from micromix_compile.calibration.observer import ChannelObserver
+    from micromix_compile.numerics.layout import PackedWeight
+    from micromix_compile.session.names import Names
+    from micromix_compile.session.observing import Observation
+    from micromix_compile.session.state import LinearState
+
+UNDECIDED: Final = MicroMixConfig(policy="mxfp8", uniform_order="model")
+"""The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
+
+Groups = dict["ChannelObserver", list["LinearState"]]
+"""The linears that read one activation, by who observed it."""
+
+
+def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterator[Recipe]:
+    """What was observed, decided for each config in turn. Raises ValueError if no linear was reached."""
+    groups = _groups(names)
+    observed = _observed(names, groups, with_checksums=observation.rounds_weights)
+    for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
+        recipe = assign(observed, config)
+        if config.rounds_weights:
+            with naming_out_of_memory(*ROUNDING):
+                packed = _round(recipe, groups, keep_moments=left > 0, progress=progress)
+            recipe = dataclasses.replace(recipe, packed=packed)
+        yield recipe
+
+
+def _groups(names: Names) -> Groups:
+    groups: Groups = {}
+    for state in names:
+        if state.observer is not None and state.was_observed and state.parameter() is not None:
+            groups.setdefault(state.observer, []).append(state)
+    return groups
+
+
+def _observed(names: Names, groups: Groups, *, with_checksums: bool) -> Recipe:
+    """All that was observed as a recipe that decides nothing yet."""
+    linears = _linears(names, groups, with_checksums=with_checksums)
+    refused = _refused(names, linears)
+    if not linears:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"calibration of {names.model_id} reached no linear layer ({reasons or 'it has none'})")
+    return Recipe(
+        config=UNDECIDED,
+        model_id=names.model_id,
+        linears=linears,
+        refused=refused,
+        left_alone=_left_alone(names, linears),
+    )
+
+
+def _linears(names: Names, groups: Groups, *, with_checksums: bool) -> dict[str, LinearRecipe]:
+    """By name, in the model's order."""
+    made: dict[str, LinearRecipe] = {}
+    for observer, members in groups.items():
+        group = _group_recipe(observer, members)
+        made |= {state.name: _linear_recipe(state, group, with_checksums=with_checksums) for state in members}
+    return {state.name: made[state.name] for state in names if state.name in made}
+
+
+def _group_recipe(observer: ChannelObserver, members: Sequence[LinearState]) -> GroupRecipe:
+    """One group, its order and split still open."""
+    probe = next((state.probe for state in members if state.probe is not None), None)
+    costs = None if probe is None else probe.costs(_matrices(members), observer.order())
+    statistics = observer.statistics(costs)
+    perm = channel_order(statistics, UNDECIDED)
+    return GroupRecipe(name=observer.name, channel_perm=perm, split=(0, 0, perm.numel()), statistics=statistics)
+
+
+def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bool) -> LinearRecipe:
+    parameter, matrix = state.parameter(), state.matrix()
+    assert parameter is not None, "dead weights are in no group"
+    assert matrix is not None, "it is the living weight's"
+    return LinearRecipe(
+        fqn=state.name,
+        in_features=matrix.shape[1],
+        out_features=matrix.shape[0],
+        group=group,
+        weight_sample=weight_sample(parameter),
+        weight_checksums=Checksums.of(matrix) if with_checksums else None,
+    )
+
+
+def _refused(names: Names, linears: Mapping[str, LinearRecipe]) -> dict[str, str]:
+    """Name -> why it is no linear of the recipe."""
+    own = {s.name: names.why_not(s) for s in names if s.name not in linears and s.looks_linear}
+    return {**{name: reason for name, reason in names.refusals.items() if name not in linears}, **own}
+
+
+def _left_alone(names: Names, linears: Mapping[str, LinearRecipe]) -> tuple[int, int] | None:
+    model = names.model
+    return None if model is None else left_alone(all_parameter_names(model), named_modules(model), linears)
+
+
+def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool) -> dict[str, PackedWeight]:
+    """Round all weights, group by group; frees the second moments on the way unless they are still needed."""
+    packed: dict[str, PackedWeight] = {}
+    decided = recipe.groups
+    for observer, members in track(groups.items(), "rounding weights", show=progress):
+        assert observer.moment is not None, "moments are kept where weights are rounded"
+        packed |= round_weights(_matrices(members), decided[observer.name], observer.moment, recipe.config)
+        if not keep_moments:
+            observer.moment = None
+    return packed
+
+
+def _matrices(members: Sequence[LinearState]) -> dict[str, Tensor]:
+    """(N, C) by name, of the weights that are still alive."""
+    return {state.name: matrix for state in members if (matrix := state.matrix()) is not None}

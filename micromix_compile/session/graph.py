@@ -1,0 +1,84 @@
+"""One graph of a session: opened for passes, closed with guards, called with the weights that were appended to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from micromix_compile.lowering.torch_private.dynamo import copy_graph_module, guard_attribute, parameter_name
+from micromix_compile.passes import PassContext
+from micromix_compile.passes.pre_grad.open_attention import say_unopened
+from micromix_compile.session.distributed import check_real
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from micromix_compile.session.session import Session
+    from micromix_compile.session.state import LinearState
+
+
+def open_graph(
+    session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> tuple[fx.GraphModule, PassContext]:
+    """A copy of a Dynamo graph that passes may change, and their context; every weight in it is known to `session`."""
+    session.check_not_training()
+    check_real(example_inputs)
+    gm = copy_graph_module(gm)
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, nn.Parameter) and value.dim() >= 2 and not session.knows(value):
+            session.adopt(value, parameter_name(node))
+    config = session.config
+    return gm, PassContext(owner=session, example_inputs=example_inputs, dump=config.dump, dump_dir=config.dump_dir)
+
+
+def close_graph(session: Session, context: PassContext) -> None:
+    """Guard what the graph was built on.
+
+    Raises ValueError if it turns out that nothing can be quantized, or, if strict, if a fused operation hides linears.
+    """
+    say_unopened(context.unopened, strict=session.config.strict)
+    session.note_refusals({**context.refusals, **context.unopened})
+    for site in context.sites:
+        guard_attribute(site.weight, session.state_attribute, "key")
+    if context.sites and session.state(context.sites[0].parameter).file is not None:
+        guard_attribute(context.sites[0].weight, session.state_attribute, "recipe_digest")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AppendedInputs:
+    """What a graph that passes have rewritten reads besides its own inputs, looked up for every call.
+
+    packed: for each of the first appended inputs, the position of its weight and which tensor of the packed form it is.
+    folded: for those that follow, one or several at a time: the positions of what they are made from, and what makes
+    them.
+    weights: positions of the weights. keys: of all graph inputs on which what is appended depends.
+    """
+
+    packed: Sequence[tuple[int, int]]
+    folded: Sequence[tuple[Sequence[int], Callable[..., tuple[Tensor, ...]]]]
+    weights: Sequence[int]
+    keys: Sequence[int]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, context: PassContext) -> AppendedInputs:
+        """Those of a graph after its passes."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        own = len(context.example_inputs)
+        place = {node: i for i, node in enumerate(placeholders)}
+        packed = [(place[weight], index) for weight, index in context.inputs]
+        folded = [([place[node] for node in nodes], make) for nodes, make in context.folded]
+        weights = sorted({i for i, _ in packed})
+        makers = {places[-1] for places, _ in folded if places[-1] < own}
+        return cls(packed=packed, folded=folded, weights=weights, keys=sorted({*weights, *makers}))
+
+    def values(self, session: Session, args: Sequence[Any]) -> tuple[list[LinearState], list[Any]]:
+        """(states of the weights among a call's `args`, what is appended to these)."""
+        packed = {i: session.packed(args[i]) for i in self.weights}
+        given = [*args, *(packed[i][index] for i, index in self.packed)]
+        for places, make in self.folded:
+            given += make(*[given[i] for i in places])
+        return [session.state(args[i]) for i in self.weights], given[len(args) :]

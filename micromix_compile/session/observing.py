@@ -1,0 +1,154 @@
+"""What is observed of a model: who watches the inputs of its linears, and whether that is enough."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from micromix_compile.calibration.observer import ChannelObserver
+from micromix_compile.calibration.policies import policy_of
+from micromix_compile.calibration.sensitivity import CostProbe
+from micromix_compile.calibration.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from micromix_compile.config import MicroMixConfig
+    from micromix_compile.session.names import Names
+    from micromix_compile.session.state import LinearState
+
+
+class Observation:
+    """The observers and probes of a model's linears, which the states of their weights hold.
+
+    configs: those that recipes are to be made for; what is measured for all of them follows the first.
+    takes_statistics, takes_costs, takes_gradients: what is measured in the passes to come.
+    lock: of what is observed, and of the change from calibrating to quantized.
+    """
+
+    def __init__(self, names: Names, configs: Sequence[MicroMixConfig]) -> None:
+        self.configs = configs
+        self.takes_statistics = True
+        self.takes_costs = self.needs_costs
+        self.takes_gradients = False
+        self.lock = threading.RLock()
+        self._names = names
+        self._pass = threading.local()
+        self._layout = TokenLayout()
+        self._enough_at: int | None = None
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether a config has weights rounded while calibrating."""
+        return any(config.rounds_weights for config in self.configs)
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether a config spends a budget."""
+        return any(policy_of(config).needs_costs for config in self.configs)
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """(B, T): the attention mask of the forward pass that this thread observes."""
+        return getattr(self._pass, "token_mask", None)
+
+    @token_mask.setter
+    def token_mask(self, mask: Tensor | None) -> None:
+        self._pass.token_mask = mask
+
+    def input(
+        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None
+    ) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
+        with self.lock:
+            for state, flipped in zip(states, transposed, strict=True):
+                state.transposed = flipped
+            observer = self._observer(states, x)
+            if self.takes_statistics:
+                observer.update(x, self.token_mask, source)
+            if self.takes_costs:
+                kept = observer.kept(x, self.token_mask, source)
+                self._probe(states, x).watch_input(x, observer.order(), kept)
+
+    def output(self, y: Tensor, state: LinearState) -> None:
+        """Take statistics of `y`, the output of the linear with this weight."""
+        with self.lock:
+            if self.takes_costs and state.probe is not None and state.observer is not None:
+                state.probe.watch_output(state.name, y, state.observer.kept(y, self.token_mask))
+
+    def _observer(self, states: Sequence[LinearState], x: Tensor) -> ChannelObserver:
+        """The one that these linears share."""
+        observer = next((state.observer for state in states if state.observer is not None), None)
+        if observer is None:
+            counted = tuple(dict.fromkeys(t for config in self.configs for t in policy_of(config).counted(config)))
+            observer = ChannelObserver(
+                states[0].name,
+                x.shape[-1],
+                counted,
+                with_moment=self.rounds_weights,
+                with_squares=self.needs_costs,
+                layout=self._layout,
+            )
+        for state in states:
+            state.observer = observer
+        return observer
+
+    def _probe(self, states: Sequence[LinearState], x: Tensor) -> CostProbe:
+        probe = next((state.probe for state in states if state.probe is not None), None)
+        if probe is None:
+            probe = CostProbe(x.shape[-1], self.configs[0].scale_rounding, gradients=self.takes_gradients)
+        for state in states:
+            state.probe = probe
+        return probe
+
+    def observers(self) -> Iterator[ChannelObserver]:
+        """The distinct observers made so far, in the model's order."""
+        yield from dict.fromkeys(state.observer for state in self._names if state.observer is not None)
+
+    def probes(self) -> list[CostProbe]:
+        """The distinct probes made so far."""
+        return list(dict.fromkeys(state.probe for state in self._names if state.probe is not None))
+
+    def forget_costs(self) -> None:
+        """Drop what was measured of costs."""
+        for state in self._names:
+            state.probe = None
+
+    def release(self) -> None:
+        """Let go of all that was observed: second moments are K * K numbers a group."""
+        for probe in self.probes():
+            probe.release()
+        for state in self._names:
+            state.observer = state.probe = None
+
+    @property
+    def batches(self) -> int:
+        """Batches that the busiest linear has seen."""
+        return max((observer.batches for observer in self.observers()), default=0)
+
+    def is_enough(self) -> bool:
+        """Whether every linear saw the configured batches or tokens, or one saw a batch more than that."""
+        config, observers = self.configs[0], list(self.observers())
+        enough = [
+            observer
+            for observer in observers
+            if observer.batches >= config.calibration_batches or observer.tokens >= config.calibration_tokens
+        ]
+        if not enough:
+            return False
+        if self._enough_at is None:
+            self._enough_at = self.batches
+        return (len(enough) == len(observers) and not self.missing()) or self.batches > self._enough_at
+
+    def missing(self) -> list[str]:
+        """Linears that calibration has not reached."""
+        return [
+            state.name
+            for state in self._names
+            if state.refusal is None
+            and state.looks_linear
+            and state.name not in self._names.refusals
+            and not state.was_observed
+        ]

@@ -1,0 +1,93 @@
+"""What is known of one weight, and in which phase it is: calibrating, quantized or left as it is.
+
+State hangs on the model's Parameters, because a compiled graph knows its weights by identity only: one graph may serve
+many layers. Graphs are guarded by the key in it, so that a change of phase makes torch.compile compile again by itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from weakref import ref
+
+    from torch import nn
+
+    from micromix_compile.calibration.observer import ChannelObserver
+    from micromix_compile.calibration.sensitivity import CostProbe
+    from micromix_compile.ops.prepared import Kept
+    from micromix_compile.recipe.types import LinearRecipe, Recipe
+    from micromix_compile.recipe.watched import RecipeFile
+
+Key = tuple[object, ...]
+PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""(channel_perm, w4, w6, w8, w_scale)."""
+
+CALIBRATE: Key = ("calibrate",)
+UNQUANTIZED: Key = ("unquantized",)
+
+
+@dataclass(slots=True, eq=False)
+class LinearState:
+    """One weight: what it is called, who observes its input, what was decided, its packed form.
+
+    key: phase, split and group; the graphs that use the weight are guarded by it. file: what the recipe was read from,
+    if it was; they are guarded by its content, too. transposed: known from its first use. looks_linear: as long as no
+    graph was seen; otherwise it counts as a linear only where one uses it so.
+    """
+
+    names: list[str]
+    parameter: ref[nn.Parameter]
+    key: Key = ()
+    file: RecipeFile | None = None
+    refusal: str | None = None
+    looks_linear: bool = True
+    transposed: bool | None = None
+    observer: ChannelObserver | None = None
+    probe: CostProbe | None = None
+    linear: LinearRecipe | None = None
+    packed: Kept[PackedTensors] | None = None
+    calls: int = 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A saved model does not take this with it, but something that `torch.load` may read with weights only."""
+        return OrderedDict, ()
+
+    @property
+    def name(self) -> str:
+        """The name it goes by; a tied weight is called after its last use, which is the linear."""
+        return self.names[-1]
+
+    @property
+    def recipe_digest(self) -> str:
+        """Of the recipe's file as it is now."""
+        return "" if self.file is None else self.file.digest
+
+    @property
+    def was_observed(self) -> bool:
+        """Whether calibration saw a token of its input."""
+        return self.observer is not None and self.observer.tokens > 0
+
+    def matrix(self) -> Tensor | None:
+        """(N, C): the weight as `x @ weight.T` uses it, if it is still alive."""
+        parameter = self.parameter()
+        if parameter is None:
+            return None
+        return parameter.detach().T if self.transposed else parameter.detach()
+
+    def decide(self, linear: LinearRecipe | None, recipe: Recipe | None) -> None:
+        """Note what `recipe` says of it, None for nothing, and the phase that follows from that."""
+        self.linear = linear
+        if self.refusal is not None:
+            self.key = UNQUANTIZED
+        elif recipe is None:
+            self.key = CALIBRATE
+        elif linear is None:
+            self.key = UNQUANTIZED
+        else:
+            members = (one.fqn.rpartition(".")[2] for one in recipe.linears.values() if one.group is linear.group)
+            self.key = ("quantized", *linear.split, tuple(members))

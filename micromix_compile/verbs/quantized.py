@@ -1,0 +1,122 @@
+"""A graph whose linears run in mixed MX formats: rewritten, compiled by Inductor, called with packed weights."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from micromix_compile import ops
+from micromix_compile.linear.gradient import wants_gradients
+from micromix_compile.lowering import inductor
+from micromix_compile.ops.prepared import Kept
+from micromix_compile.passes import (
+    CONVERT_PASSES,
+    POST_GRAD_PASSES,
+    for_inductor,
+    input_devices,
+    outside_sources,
+    run_passes,
+)
+from micromix_compile.session.graph import AppendedInputs, close_graph, open_graph
+from micromix_compile.targets.target import target_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import fx
+
+    from micromix_compile.config import MicroMixConfig
+    from micromix_compile.passes import PassContext
+    from micromix_compile.session.session import Session
+    from micromix_compile.targets.target import Target
+
+logger = logging.getLogger("micromix_compile")
+_said: set[str] = set()
+
+PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, ops.folded_mm)
+
+
+def compile_quantized(
+    session: Session, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Rewrite the graph's linears and compile it with Inductor; packed weights are looked up for every call."""
+    gm, context = open_graph(session, gm, example_inputs)
+    context.target_of = cache(partial(target_of, exact=session.config.exact))
+    run_passes(gm.graph, CONVERT_PASSES, context)
+    close_graph(session, context)
+    targets = _targets(session, gm, context)
+    gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
+    appended = gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]
+    with torch.set_grad_enabled(gradients):
+        compiled = inductor.compile_graph(
+            gm,
+            [*example_inputs, *(node.meta["example_value"] for node in appended)],
+            options=options,
+            post_grad_passes=for_inductor(POST_GRAD_PASSES, context),
+            settings=_cache_settings(session.config, targets),
+        )
+    return _QuantizedGraph(session, compiled, AppendedInputs.of(gm, context), gradients=gradients).run
+
+
+class _QuantizedGraph:
+    """Compiled code, called with a graph's own inputs."""
+
+    def __init__(
+        self, session: Session, compiled: Callable[..., Any], appended: AppendedInputs, *, gradients: bool
+    ) -> None:
+        self._session = session
+        self._compiled = compiled
+        self._keys = appended.keys
+        self._reads_weights = bool(appended.weights)
+        self._gradients = gradients
+        self._kept = Kept(lambda args: appended.values(session, args), guarded=True)
+
+    def run(self, *args: Any) -> Any:
+        """What the graph returns. Raises ValueError if the model is in training mode."""
+        self._session.check_not_training()
+        states, more = self._kept.of([args[i] for i in self._keys], args)
+        self._session.coverage.count(states)
+        if self._reads_weights and torch.is_grad_enabled():
+            _say_once("micromix runs without gradients: its outputs don't require grad")
+        with torch.set_grad_enabled(self._gradients):
+            return self._compiled(*args, *more)
+
+
+def _cache_settings(config: MicroMixConfig, targets: Sequence[Target] = ()) -> dict[str, Any]:
+    """What compiled code depends on beside the graph and this package."""
+    others = {"passes": outside_sources(POST_GRAD_PASSES), "targets": [target.name for target in targets]}
+    return {**config.to_dict(), **{name: value for name, value in others.items() if value}}
+
+
+def _targets(session: Session, gm: fx.GraphModule, context: PassContext) -> list[Target]:
+    """Who computes the products of a graph.
+
+    The log says where they are slow, or that there is none. Raises RuntimeError for slow ones if strict.
+    """
+    products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
+    targets = [context.target_of(device) for device in input_devices(products)]
+    _check_targets(session.config, targets)
+    if not products and context.sites and not session.is_packed:
+        logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
+    return targets
+
+
+def _check_targets(config: MicroMixConfig, targets: Sequence[Target]) -> None:
+    """Say who computes; warn where that is plain PyTorch. Raises RuntimeError instead of the latter if strict."""
+    for target in targets:
+        if target.emulated is None:
+            _say_once(f"the linears run on {target.name}: their products take {target.takes} operands", logging.DEBUG)
+            continue
+        message = f"the linears run as plain PyTorch operations on {target.name}: {target.emulated}"
+        if config.strict:
+            raise RuntimeError(f"strict=True: {message}")
+        _say_once(message)
+
+
+def _say_once(message: str, level: int = logging.WARNING) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.log(level, message)

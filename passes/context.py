@@ -1,0 +1,114 @@
+"""What passes are given: the linears that were found, how they are to be rewritten, and whom to ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from micromix_compile.targets.target import target_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor, fx, nn
+
+    from micromix_compile.numerics.layout import Split
+    from micromix_compile.targets.target import Target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearSite:
+    """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`.
+
+    operand: what node reads of the weight: itself, or its transpose made in the graph.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    operand: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    parameter: nn.Parameter
+
+    @property
+    def in_features(self) -> int:
+        """Input channels C."""
+        return self.parameter.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Output channels N."""
+        return self.parameter.shape[1 if self.transposed else 0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearPlan:
+    """How one linear is to be rewritten.
+
+    group: what its activation's order is looked up by; linears with equal groups share one channel_perm.
+    tensors: examples of (channel_perm, w4, w6, w8, w_scale), for their shapes.
+    """
+
+    group: int
+    split: Split
+    fp6: str
+    scale_rounding: str
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Owner(Protocol):
+    """What the passes ask of whoever holds the model's state."""
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """Fully qualified name of the linear that owns `parameter`."""
+
+    def refusal(self, parameter: nn.Parameter) -> str | None:
+        """Why the linear must stay as it is, or None."""
+
+    def is_used_otherwise(self, parameter: nn.Parameter, *, transposed: bool) -> bool:
+        """Whether another graph uses the weight the other way round."""
+
+    def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
+        """How to rewrite the linear, or None while it isn't calibrated."""
+
+    def observe(
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None
+    ) -> None:
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
+
+    def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
+        """Take statistics of `y`, the output of the linear with this weight."""
+
+    def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
+        """Append a graph input that is looked up anew for every call."""
+
+
+@dataclass(kw_only=True)
+class PassContext:
+    """What passes share while they work on one graph.
+
+    example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors. None after autograd.
+    sites: filled by find_linears. refusals: name -> why a linear was left alone.
+    unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
+    inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
+    target_of: who computes on a device.
+    folded: filled by fold_products: for one or more appended inputs, in order, the inputs that they are made from, and
+        the function that makes them, anew when the last changes.
+    """
+
+    owner: Owner
+    example_inputs: Sequence[Any]
+    dump: Sequence[str] = ()
+    dump_dir: str = "."
+    sites: list[LinearSite] = field(default_factory=list)
+    refusals: dict[str, str] = field(default_factory=dict)
+    unopened: dict[str, str] = field(default_factory=dict)
+    inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
+    target_of: Callable[[torch.device], Target] = target_of
+    folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)
+
+    def after_autograd(self) -> PassContext:
+        """The same for the graph that Inductor gets: what spoke of Dynamo's graph is empty."""
+        return replace(self, example_inputs=(), sites=[], refusals={}, unopened={}, inputs=[], folded=[])

@@ -1,0 +1,107 @@
+"""Which nodes of a Dynamo graph multiply by what may be a weight, and which operand is what."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from micromix_compile.lowering.torch_private.operators import BUILTIN_LINEAR, GROUPED_MM, bound, schema_of
+
+aten = torch.ops.aten
+
+PYTHONS_NAMES: Final = {"input": "self"}
+"""What torch's Python functions call the arguments of operators. Those of a linear are called the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """How an operator multiplies: x @ weight + bias if `transposed`, else x @ weight.T + bias.
+
+    schema: of the operator. x, weight, bias: names of its arguments. grouped: whether rows of x choose the weight.
+    """
+
+    schema: Any
+    x: str = "self"
+    weight: str
+    bias: str | None = None
+    transposed: bool = True
+    grouped: bool = False
+
+
+LINEAR: Final = Product(
+    schema=schema_of(aten.linear.default), x="input", weight="weight", bias="bias", transposed=False
+)
+ADDMM: Final = Product(schema=schema_of(aten.addmm.default), x="mat1", weight="mat2", bias="self")
+MM: Final = Product(schema=schema_of(aten.mm.default), weight="mat2")
+MATMUL: Final = Product(schema=schema_of(aten.matmul.default), weight="other")
+BMM: Final = Product(schema=schema_of(aten.bmm.default), weight="mat2")
+GROUPED_PRODUCT: Final = Product(schema=schema_of(aten._grouped_mm.default), weight="mat2", grouped=True)
+
+FUNCTIONS: Final[dict[Any, Product]] = {
+    **dict.fromkeys((torch.nn.functional.linear, BUILTIN_LINEAR, aten.linear.default), LINEAR),
+    **dict.fromkeys((torch.addmm, aten.addmm.default), ADDMM),
+    **dict.fromkeys((torch.mm, aten.mm.default), MM),
+    **dict.fromkeys((torch.matmul, operator.matmul), MATMUL),
+    **dict.fromkeys((torch.bmm, aten.bmm.default), BMM),
+    **dict.fromkeys((GROUPED_MM, aten._grouped_mm.default), GROUPED_PRODUCT),
+}
+METHODS: Final = {"mm": MM, "matmul": MATMUL, "__matmul__": MATMUL, "bmm": BMM}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operands:
+    """What a product reads; `transposed` and `grouped` as in `Product`."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    grouped: bool
+
+
+def operands_of(node: fx.Node) -> Operands | None:
+    """The operands of a product, None for other nodes, and for products with factors or an output that is given."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    product = METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
+    if product is None:
+        return None
+    given = _given(node, product)
+    x, weight = given.pop(product.x, None), given.pop(product.weight, None)
+    bias = given.pop(product.bias, None) if product.bias else None
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    defaults = bound(product.schema, (), {})
+    if not product.grouped and any(name not in defaults or value != defaults[name] for name, value in given.items()):
+        return None
+    bias = bias if isinstance(bias, fx.Node) else None
+    return Operands(x=x, weight=weight, bias=bias, transposed=product.transposed, grouped=product.grouped)
+
+
+def _given(node: fx.Node, product: Product) -> dict[str, Any]:
+    """Arguments by the names of the operator's schema."""
+    names = {} if product is LINEAR else PYTHONS_NAMES
+    return bound(product.schema, node.args, {names.get(name, name): value for name, value in node.kwargs.items()})
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Whether `node` exchanges a tensor's last two dimensions."""
+    if str(node.target).removesuffix(".default") in ("aten.numpy_T", "aten.mT"):  # of `.T` and `.mT` from torch 2.15 on
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    if node.kwargs or node.target not in ("t", torch.t, "transpose", torch.transpose, "permute", torch.permute):
+        return False
+    if node.target in ("t", torch.t):
+        return True
+    given = node.args[1:]
+    dims = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+    order = [dim for dim in dims if isinstance(dim, int)]
+    if node.target in ("transpose", torch.transpose):  # dimensions of a matrix, or the last ones of a stack of them
+        return sorted(dim % 2 for dim in order) == [0, 1]
+    rank = len(order)
+    return [dim % rank for dim in order] == [*range(rank - 2), rank - 1, rank - 2]

@@ -1,0 +1,178 @@
+"""Which nodes are linears, under which names, and why others are not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.graphs import session_with, trace
+from torch import Tensor, nn
+
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.lowering.torch_private.operators import GROUPED_MM
+from micromix_compile.passes import find_linears
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.versions
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear: the weight is (C, N)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32))
+        self.bias = nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, 64), self.weight).reshape(*x.shape[:-1], 32)
+
+
+def test_linears_are_found_with_name_operands_and_orientation() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64, bias=False), Conv1D()).eval()
+    session = session_with(find_linears, model=model)
+    _, context, _ = trace(model, torch.randn(3, 64), session=session)
+    assert [session.name_of(site.parameter) for site in context.sites] == ["0", "1", "2"]
+    assert [site.transposed for site in context.sites] == [False, False, True]
+    assert [site.bias is not None for site in context.sites] == [True, False, True]
+    assert [(site.in_features, site.out_features) for site in context.sites] == [(64, 32), (32, 64), (64, 32)]
+    assert not context.refusals
+
+
+@pytest.mark.parametrize("product", [torch.mm, torch.matmul, lambda x, w: x @ w, lambda x, w: torch.mm(x, mat2=w)])
+def test_a_product_with_a_parameter_on_the_right_is_a_linear(product: Callable[..., Tensor]) -> None:
+    weight = nn.Parameter(torch.randn(64, 32))
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session_with(find_linears))
+    assert [(site.in_features, site.transposed) for site in context.sites] == [(64, True)]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w.T,
+        lambda x, w: torch.mm(x, w.t()),
+        lambda x, w: torch.matmul(x, w.mT),
+        lambda x, w: x @ w.transpose(-1, -2),
+        lambda x, w: x @ torch.transpose(w, 0, 1),
+        lambda x, w: torch.addmm(w[:, 0], x, w.permute(1, 0)),
+    ],
+)
+def test_a_product_with_a_transposed_parameter_is_a_linear(product: Callable[..., Tensor]) -> None:
+    weight = nn.Parameter(torch.randn(32, 64))
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session_with(find_linears))
+    assert [(site.in_features, site.transposed) for site in context.sites] == [(64, False)]
+    assert not context.refusals
+
+
+@pytest.mark.parametrize("product", [lambda x, w: x @ w.transpose(0, 0), lambda x, w: x @ w.permute(0, 1)])
+def test_what_leaves_a_matrix_as_it_is_is_no_transpose(product: Callable[..., Tensor]) -> None:
+    weight = nn.Parameter(torch.randn(64, 64))
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session_with(find_linears))
+    assert not context.sites
+
+
+def test_products_of_activations_are_no_linears() -> None:
+    def attention(x: Tensor) -> Tensor:
+        return torch.matmul(x, x.transpose(1, 2)) @ x
+
+    _, context, _ = trace(attention, torch.randn(2, 4, 32), session=session_with(find_linears))
+    assert not context.sites
+    assert not context.refusals
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype", "reason"),
+    [
+        (lambda: nn.Linear(8, 8, dtype=torch.float64), torch.float64, "torch.float64, not float32"),
+        (lambda: nn.Linear(64, 8), torch.float32, "matches skip='*'"),
+    ],
+)
+def test_a_refused_linear_comes_with_its_reason(
+    build: Callable[[], nn.Linear], dtype: torch.dtype, reason: str
+) -> None:
+    linear = build()
+    session = session_with(find_linears)
+    session.config = MicroMixConfig(skip=("*",) if "skip" in reason else ())
+    _, context, _ = trace(linear.eval(), torch.randn(2, linear.in_features, dtype=dtype), session=session)
+    assert not context.sites
+    assert reason in next(iter(context.refusals.values()))
+
+
+def test_a_weight_computed_in_the_graph_is_refused() -> None:
+    weight = nn.Parameter(torch.randn(2, 8, 64))
+
+    def expert(x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight[1])
+
+    _, context, _ = trace(expert, torch.randn(3, 64), session=session_with(find_linears))
+    assert list(context.refusals.values()) == ["its weight is computed in the graph, not a Parameter"]
+
+
+def test_an_addmm_with_factors_is_not_taken_for_a_linear() -> None:
+    layer = Conv1D()
+    _, context, _ = trace(
+        lambda x: torch.addmm(layer.bias, x, layer.weight, beta=2.0),
+        torch.randn(2, 64),
+        session=session_with(find_linears),
+    )
+    assert not context.sites
+
+
+OFFSETS = torch.tensor([3, 16], dtype=torch.int32)
+
+
+def grouped(x: Tensor, w: Tensor) -> Tensor:
+    return GROUPED_MM(x, w, offs=OFFSETS)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda w: w, lambda w: w.transpose(-2, -1).contiguous().mT, lambda w: w.permute(0, 2, 1).permute(0, 2, 1)]
+)
+def test_grouped_products_are_named_among_what_is_left_alone(view: Callable[[Tensor], Tensor]) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.randn(2, 64, 32).bfloat16())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return grouped(x, view(self.down_proj))
+
+    model, x = Experts().eval(), torch.randn(16, 64).bfloat16()
+    _, context, _ = trace(model, x, session=session_with(find_linears))
+    assert context.refusals == {"down_proj": "its products are grouped, as experts' are: not covered yet"}
+
+
+def test_a_grouped_product_of_activations_is_nobodys_linear() -> None:
+    _, context, _ = trace(
+        lambda x: grouped(x, x.reshape(2, 64, 8)), torch.randn(16, 64).bfloat16(), session=session_with(find_linears)
+    )
+    assert not context.refusals
+
+
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.permute(0, 2, 1)])
+@pytest.mark.parametrize("product", [torch.bmm, torch.matmul, lambda x, w: x.bmm(w)])
+def test_a_batched_product_with_a_parameter_is_named_among_what_is_left_alone(
+    product: Callable[..., Tensor], view: Callable[[Tensor], Tensor]
+) -> None:
+    weight = nn.Parameter(torch.randn(2, 64, 64))
+    session = session_with(find_linears)
+    _, context, _ = trace(lambda x: product(x, view(weight)), torch.randn(2, 3, 64), session=session)
+    assert list(context.refusals.values()) == ["its weight has 3 dimensions, not 2"]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: torch.nn.functional.linear(input=x, weight=w),
+        lambda x, w: torch.addmm(w[:, 0], x, w.T, beta=1, alpha=1),
+        lambda x, w: torch.mm(input=x, mat2=w.T),
+    ],
+)
+def test_a_linears_operands_may_be_given_by_name(product: Callable[..., Tensor]) -> None:
+    weight = nn.Parameter(torch.randn(32, 64))
+    session = session_with(find_linears)
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session)
+    assert [(site.in_features, site.out_features, site.transposed) for site in context.sites] == [(64, 32, False)]

@@ -1,0 +1,43 @@
+"""Which quantizers are one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.graphs import session_with, trace
+from support.models import Block
+from torch import Tensor
+
+import micromix_compile as micromix
+from micromix_compile import ops
+from micromix_compile.passes import (
+    find_linears,
+    rewrite_linears,
+    share_activations,
+)
+
+pytestmark = pytest.mark.versions
+
+
+def test_equal_quantizes_of_one_activation_become_one() -> None:
+    block = Block(64, 96).eval()
+    recipe = micromix.calibrate(block, [torch.randn(2, 5, 64)])
+    session = session_with(find_linears, rewrite_linears, share_activations, model=block, recipe=recipe)
+    gm, _, targets = trace(block, torch.randn(2, 5, 64), session=session)
+    assert targets["micromix.reorder_quantize.default"] == 2
+    shared = next(node for node in gm.graph.nodes if node.target is ops.reorder_quantize)
+    assert len({user.args[1] for user in shared.users}) == 4
+
+
+def test_quantizes_in_different_orders_stay_apart() -> None:
+    perm = torch.arange(64, dtype=torch.int32)
+    other = perm.flip(0).contiguous()
+
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.ops.micromix.reorder_quantize(x, perm, 64, 0, 0, "e2m3", "rceil")
+        second = torch.ops.micromix.reorder_quantize(x, other, 64, 0, 0, "e2m3", "rceil")
+        third = torch.ops.micromix.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
+        return first[0], second[0] + third[0].sum()
+
+    gm, context, _ = trace(two, torch.randn(3, 64), session=session_with())
+    assert share_activations(gm.graph, context) == 0

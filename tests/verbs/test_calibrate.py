@@ -1,0 +1,115 @@
+"""`calibrate`: statistics as forward hooks see them, the model as it was, and refusals with reasons."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.compiled import assert_statistics_equal_hooks, batches, close, compiled_with
+from support.models import Net, fake_quantized, make_net
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers.pytorch_utils import Conv1D
+
+import micromix_compile as micromix
+from micromix_compile.config import MicroMixConfig
+
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_statistics_equal_those_of_forward_hooks(breaks: bool) -> None:
+    net, inputs = make_net(layers=3, breaks=breaks), batches(4)
+    recipe = micromix.calibrate(net, inputs)
+    assert sorted(recipe.linears) == sorted(f"layers.{i}.{name}" for i in range(3) for name in ("gate", "up", "down"))
+    assert recipe.linears["layers.1.gate"].group is recipe.linears["layers.1.up"].group
+    assert_statistics_equal_hooks(recipe, net, inputs)
+
+
+def test_calibration_leaves_the_model_as_it_was() -> None:
+    net = make_net(layers=1)
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = net(x)
+        micromix.calibrate(net, batches())
+        assert torch.equal(net(x), expected)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_conv1d_weights_are_calibrated_and_quantized() -> None:
+    model = nn.Sequential(Conv1D(48, 64)).eval()
+    recipe = micromix.calibrate(model, [torch.randn(2, 5, 64)])
+    twin = fake_quantized(model, recipe)
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert close(compiled_with(model, recipe)(x), twin(x))
+        assert close(micromix.quantize_(model, recipe)(x), twin(x))
+
+
+def test_nan_in_calibration_names_layer_and_batch() -> None:
+    net = make_net(layers=1)
+    bad = torch.randn(2, 5, 64)
+    bad[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"calibration batch 1: the input of layers.0.gate holds a NaN"):
+        micromix.calibrate(net, [torch.randn(2, 5, 64), bad])
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Net is in training mode.*call model.eval\(\)"):
+        micromix.calibrate(Net(), batches())
+    with pytest.raises(BackendCompilerFailed, match="Net is in training mode"):
+        torch.compile(Net(), backend="micromix")(torch.randn(2, 5, 64))
+
+
+def test_a_model_without_linears_is_told_why() -> None:
+    model = nn.Sequential(nn.Linear(64, 8)).eval()
+    with pytest.raises(
+        ValueError, match=r"Sequential has no linear layer to quantize \(0: its name matches skip='0'\)"
+    ):
+        micromix.calibrate(model, [torch.randn(2, 64)], MicroMixConfig(skip=("0",)))
+    with pytest.raises(BackendCompilerFailed, match="weight: it is a convolution"):
+        torch.compile(nn.Conv1d(1, 1, 1).eval(), backend="micromix")(torch.randn(1, 1, 4))
+
+
+def test_no_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="calibration of Net reached no linear layer"):
+        micromix.calibrate(make_net(layers=1), [])
+
+
+@pytest.mark.parametrize("batch", [torch.randn(2, 5, 64), {"x": torch.randn(2, 5, 64)}])
+def test_one_batch_instead_of_several_is_an_error(batch: object) -> None:
+    with pytest.raises(TypeError, match=r"batches must be several tensors or mappings, put one \w+ into a list"):
+        micromix.calibrate(make_net(layers=1), batch)  # type: ignore[arg-type]
+
+
+def test_what_is_packed_is_not_packed_or_calibrated_again_and_takes_no_recipe() -> None:
+    net = make_net(layers=1)
+    recipe = micromix.calibrate(net, batches())
+    packed = micromix.quantize_(net, recipe)
+    with pytest.raises(ValueError, match=r"Net is packed already: layers.0.gate is a MicroMixLinear"):
+        micromix.quantize_(packed, recipe)
+    with pytest.raises(ValueError, match="Net holds packed linears: calibrate the model that they were made from"):
+        micromix.calibrate(packed, batches())
+    for options, name in (({"recipe": recipe}, "recipe"), ({"strict": False, "policy": "mxfp4"}, "policy")):
+        with pytest.raises(BackendCompilerFailed, match=f"on which the option {name} has no effect"):
+            torch.compile(packed, backend="micromix", options=options)(torch.randn(2, 5, 64))
+
+
+def test_a_batch_of_another_type_is_an_error() -> None:
+    with pytest.raises(TypeError, match="a batch must be a tensor or a mapping of keyword arguments, got int"):
+        micromix.calibrate(make_net(layers=1), [3])  # type: ignore[list-item]
+
+
+def test_a_recipe_for_another_model_names_both() -> None:
+    recipe = micromix.calibrate(make_net(layers=1), batches())
+    x = torch.randn(2, 5, 64)
+    with pytest.raises(BackendCompilerFailed, match=r"made for Net, and this model is Net: layers.0.gate has other"):
+        compiled_with(make_net(layers=1), recipe)(x)
+    wide = make_net(layers=1, hidden=128)
+    with pytest.raises(ValueError, match=r"layers.0.gate is \(96, 64\) there and \(128, 64\) here"):
+        micromix.quantize_(wide, recipe)
+    other = nn.Sequential(nn.Linear(64, 64)).eval()
+    with pytest.raises(BackendCompilerFailed, match=r"this model is Sequential: it has no layers\.0"):
+        compiled_with(other, recipe)(x)

@@ -1,0 +1,84 @@
+"""torch.compile(model, backend="micromix") without a recipe: the model calibrates and converts itself."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.models import fake_quantized, make_net
+from torch import Tensor
+
+import micromix_compile as micromix
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.session import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+from support.compiled import batches, close
+
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
+
+
+def observed_tokens() -> set[int]:
+    """Tokens that the observers of models still calibrating themselves have seen."""
+    return {o.tokens for s in registry.sessions() if s.recipe is None for o in s.observation.observers()}
+
+
+def test_a_model_calibrates_and_converts_itself(caplog: pytest.LogCaptureFixture) -> None:
+    net = make_net()
+    original, inputs = copy.deepcopy(net), batches(4)
+    fast = torch.compile(net, backend="micromix", options={"calibration_batches": 3})
+    with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
+        for x in inputs[:3]:
+            assert close(fast(x), original(x))
+        assert "Net now runs quantized" in caplog.text
+        recipe = micromix.calibrate(original, inputs[:3])
+        assert close(fast(inputs[3]), fake_quantized(original, recipe)(inputs[3]))
+
+
+def test_it_converts_after_enough_tokens() -> None:
+    net = make_net(layers=1)
+    original = copy.deepcopy(net)
+    fast = torch.compile(net, backend="micromix", options={"calibration_tokens": 20})
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, 5, 64)
+            assert close(fast(x), original(x))
+        assert not close(fast(x), original(x))
+
+
+def test_it_converts_itself_across_graph_breaks_and_layers_compiled_alone() -> None:
+    broken, regional = make_net(layers=2, breaks=True), make_net(layers=3)
+    for net in (broken, regional):
+        original, inputs = copy.deepcopy(net), batches(5)
+        options = {"calibration_batches": 3, "policy": "mxfp8-anchor"}
+        if net is regional:
+            for layer in net.layers:
+                layer.compile(backend="micromix", options=options)
+            fast: Callable[..., Tensor] = net
+        else:
+            fast = torch.compile(net, backend="micromix", options=options)
+        with torch.no_grad():
+            for x in inputs[:3]:
+                assert close(fast(x), original(x))
+            recipe = micromix.calibrate(original, inputs[:3], MicroMixConfig(policy="mxfp8-anchor"))
+            assert close(fast(inputs[3]), fake_quantized(original, recipe)(inputs[3]))
+
+
+def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:
+    net = make_net(layers=1)
+    x = torch.randn(2, 6, 64)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    recipe = micromix.calibrate(net, [{"x": x, "attention_mask": mask}])
+    statistics = recipe.linears["layers.0.gate"].group.statistics
+    assert statistics.tokens == 10
+    fast = torch.compile(copy.deepcopy(net), backend="micromix", options={"calibration_batches": 4})
+    with torch.no_grad():
+        fast(x=x, attention_mask=mask)
+        assert observed_tokens() == {10}
+        fast(x=x)  # no mask: an earlier call's must not linger
+        assert observed_tokens() == {10 + 12}
