@@ -23,7 +23,7 @@ from rich.table import Table
 
 from micromix_compile.numerics.formats import BLOCK_SIZE
 from micromix_compile.targets import offline
-from micromix_compile.targets.tiles import FAMILIES, Tile
+from micromix_compile.targets.tiles import MIXED_TILES, Tile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Gpu:
     """Dense peak rates in operations a second and memory bandwidth in bytes a second, as the vendor states them."""
 
     capability: int
-    family: str
+    kind: str
     fp4: float
     fp8: float
     bandwidth: float
@@ -62,8 +62,8 @@ class Gpu:
 # in FP32; the floor takes 838, so that it is one either way.
 # B200: "NVIDIA Blackwell Architecture Technical Brief", HGX B200, per GPU: 9 PFLOPS FP4, 4.5 FP8 and FP6, 8 TB/s.
 GPUS: Final = {
-    "RTX 5090": Gpu(capability=120, family="sm_120", fp4=1676e12, fp8=838e12, bandwidth=1792e9),
-    "B200": Gpu(capability=100, family="sm_100", fp4=9e15, fp8=4.5e15, bandwidth=8e12),
+    "RTX 5090": Gpu(capability=120, kind="sm_120", fp4=1676e12, fp8=838e12, bandwidth=1792e9),
+    "B200": Gpu(capability=100, kind="sm_100", fp4=9e15, fp8=4.5e15, bandwidth=8e12),
 }
 
 
@@ -87,9 +87,9 @@ def describe(tile: Tile) -> str:
 
 def tile_rows(name: str, gpu: Gpu) -> list[dict[str, Any]]:
     """One row a tile: what the compiler made of it, and bytes and operations of one step along K, by format."""
-    family = FAMILIES[gpu.family]
-    tiles = list(dict.fromkeys(tile for _, tiles in family.tiles for tile in tiles))
-    kernels = [offline.mixed_mx_mm(gpu.capability, tile, family) for tile in tiles]
+    kind = MIXED_TILES[gpu.kind]
+    tiles = list(dict.fromkeys(tile for _, tiles in kind.tiles for tile in tiles))
+    kernels = [offline.mixed_mx_mm(gpu.capability, tile, kind) for tile in tiles]
     rows = []
     for tile, result in zip(tiles, offline.compile_all(kernels), strict=True):
         if isinstance(result, offline.NotSupported):
@@ -118,7 +118,7 @@ def tile_row(name: str, tile: Tile, result: offline.Compiled) -> dict[str, Any]:
 def floor_row(name: str, gpu: Gpu, layer: str, rows: int) -> dict[str, Any]:
     """A row of the second table, times in microseconds: the floor of the matmul with the default tile."""
     n, k = SHAPES[layer]
-    tile = FAMILIES[gpu.family].tiles_for(rows)[0]
+    tile = MIXED_TILES[gpu.kind].tiles_for(rows)[0]
     split = split_of(k)
     moved = stored_bytes(rows, split, X_BITS) + stored_bytes(n, split, W_BITS) + 2 * rows * n
     padded = -(-rows // tile.BLOCK_M) * tile.BLOCK_M * (-(-n // tile.BLOCK_N) * tile.BLOCK_N)

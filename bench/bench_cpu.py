@@ -28,7 +28,7 @@ from transformers import StaticCache
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.machine import hardware, versions
-from micromix_compile.targets import native
+from micromix_compile.targets import cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,8 +83,8 @@ def check(model: nn.Module, compiled: Callable[..., Any], prompt: Tensor) -> flo
     An ulp of a norm or an activation may move an MX code and so a logit by a percent; a wrong weight, order or scale
     moves all of them by a tenth or more.
     """
-    if not native.load():
-        raise SystemExit(f"no compiled CPU kernels: {native.status().reason}")
+    if not cpu.load():
+        raise SystemExit(f"no compiled CPU kernels: {cpu.status().reason}")
     expected, actual = (run(prompt, use_cache=False).logits.float() for run in (model, compiled))
     off = float((actual - expected).abs().mean() / (expected.max() - expected.min()))
     if off > 0.02:
@@ -150,13 +150,13 @@ def main() -> None:
     results["memory"]["resident_freed_by_dropping_bf16"] = before - resident_bytes()
     report(results, arguments.prompt)
     if arguments.json:
-        document = {"versions": versions(), "hardware": hardware(), "isa": native.status().isa, **results}
+        document = {"versions": versions(), "hardware": hardware(), "isa": cpu.status().isa, **results}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def report(results: dict[str, Any], prompt: int) -> None:
     """Print times with their ratios, and memory."""
-    table = Table(title=f"CPU, {torch.get_num_threads()} threads, {native.status().isa}, torch {torch.__version__}")
+    table = Table(title=f"CPU, {torch.get_num_threads()} threads, {cpu.status().isa}, torch {torch.__version__}")
     for column in ("", "BF16", "MicroMix", "ratio"):
         table.add_column(column, justify="right")
     for key, label in (("prefill_ms", f"prefill {prompt} tokens, ms"), ("decode_ms", "decode 1 token, ms")):

@@ -1,4 +1,4 @@
-"""Tiles of the folded product, swept: for the constants in templates/tiles.py and gpu_folded.py (sm_90).
+"""Tiles of the folded product, swept: for the constants in targets/folded_tiles.py (sm_90).
 
     python bench/bench_folded_tiles.py --rows 256 [--linear gate_up ...] [--tile 256x128x128-8w3s ...] [--split-k 4 ...]
 
@@ -22,9 +22,10 @@ from rich.table import Table
 from triton.runtime.errors import OutOfResources
 
 from micromix_compile.evaluation.machine import hardware, versions
-from micromix_compile.targets import gpu_folded
-from micromix_compile.targets.gpu_folded import FoldedWeight, Parts
-from micromix_compile.targets.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile, Parts, tiles_of
+from micromix_compile.targets.hopper import TritonFolded
+from micromix_compile.targets.kernels import FoldedWeight
+from micromix_compile.targets.target import target_of
 
 CANDIDATES = tuple(
     FoldedTile(*sizes, SUM_STEPS=False)
@@ -32,7 +33,7 @@ CANDIDATES = tuple(
 )
 """Not in the tables."""
 TILES = (
-    *dict.fromkeys(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_TILES, *WIDE_FOLDED_TILES)),
+    *FOLDED_SM_90.tiles,
     *CANDIDATES,
 )
 LINEARS = MODELS["llama-8b"]
@@ -54,10 +55,19 @@ def tile_name(tile: FoldedTile) -> str:
     return f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}-{tile.num_warps}w{tile.num_stages}s{sums}"
 
 
+def folded_kernels() -> TritonFolded:
+    """Those of this GPU."""
+    kernels = target_of(CUDA).folded
+    if not isinstance(kernels, TritonFolded):
+        raise SystemExit("bench_folded_tiles.py needs a GPU of sm_90")
+    return kernels
+
+
 def ways_of(tiles: int, splits: list[int]) -> dict[str, Parts]:
     """How so many tiles may be shared out."""
     ways = {"whole": Parts(tiles, 1)}
-    rounds = tiles // gpu_folded.PROCESSORS * gpu_folded.PROCESSORS
+    processors = folded_kernels().tiles.processors
+    rounds = tiles // processors * processors
     for split in splits:
         ways[f"all in {split}"] = Parts(0, split)
         if 0 < rounds < tiles:
@@ -74,10 +84,10 @@ def sweep(name: str, rows: int, tiles: list[FoldedTile], splits: list[int], tabl
     groups = [[FoldedWeight(*(part.clone() for part in w)) for w in first] for _ in range(count)]  # type: ignore[union-attr]
     perm = torch.randperm(channels, device=CUDA).to(torch.int16)
     values = torch.randn(rows, channels, device=CUDA, dtype=BF16)
-    x = gpu_folded.reorder_fold("none", values, None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
+    x = folded_kernels().quantize("none", values, None, 0.0, perm, split, FP6, "rceil", w_fp4=False)
 
     def multiply(group: list[FoldedWeight], tile: FoldedTile | None, parts: Parts | None) -> list[torch.Tensor]:
-        return gpu_folded.folded_mm(x, group, fp6=FP6, out_dtype=BF16, tile=tile, parts=parts)
+        return folded_kernels().multiply(x, group, fp6=FP6, out_dtype=BF16, tile=tile, parts=parts)
 
     def product(tile: FoldedTile | None, parts: Parts | None) -> torch.Tensor:
         return torch.cat(multiply(groups[0], tile, parts), 1).double()
@@ -88,7 +98,7 @@ def sweep(name: str, rows: int, tiles: list[FoldedTile], splits: list[int], tabl
     chosen = product(None, None)
     table.add_row(name, str(rows), "chosen now", "", time(None, None))
     for tile in tiles:
-        for way, parts in ways_of(gpu_folded.tiles_of(rows, columns, tile), splits).items():
+        for way, parts in ways_of(tiles_of(rows, columns, tile), splits).items():
             try:
                 error = ((product(tile, parts) - chosen).norm() / chosen.norm()).item()
                 if not error <= TOLERANCE:

@@ -16,6 +16,7 @@ import argparse
 import gc
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,11 @@ from micromix_compile.lowering.torch_private.dynamo import dynamo_settings
 from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
-from micromix_compile.targets import gpu, gpu_folded
-from micromix_compile.targets.gpu_folded import ExpandedWeights, FoldedWeight, Residual
-from micromix_compile.targets.tiles import WIDE_FOLDED_TILES
+from micromix_compile.targets.expansion import ExpandedWeights, expand_weights, library_mm
+from micromix_compile.targets.hopper import TritonFolded
+from micromix_compile.targets.kernels import FoldedWeight, Residual, columns_of
+from micromix_compile.targets.quantizers import reorder_quantize
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -130,22 +133,31 @@ compiled_rms_norm: Callable[[Tensor, Tensor], Tensor] = torch.compile(rms_norm)
 compiled_add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = torch.compile(add_rms_norm)
 
 
+@cache
+def kernels() -> TritonFolded:
+    """The folded ones of this GPU."""
+    found = target_of(CUDA).folded
+    if not isinstance(found, TritonFolded):
+        raise SystemExit("this benchmark needs a GPU of sm_90")
+    return found
+
+
 def folded_product(x: folding.FoldedActivation, weights: Sequence[FoldedWeight]) -> list[Tensor]:
     """Ours as compiled for this number of rows: the library multiplies what is expanded together, then side by side."""
-    if not gpu_folded.uses_library(x.q.shape[0], weights, BF16):
-        return gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16)
+    if not kernels().tiles.uses_library(x.q.shape[0], weights, BF16):
+        return kernels().multiply(x, weights, fp6=FP6, out_dtype=BF16)
     products = []
-    for run in gpu_folded.expansion_runs(gpu_folded.columns_of(weights), x.q.shape[1]):
+    for run in kernels().tiles.expansion_runs(columns_of(weights), x.q.shape[1]):
         expanded = ExpandedWeights.empty(weights[run], x.q)
-        gpu_folded.expand_weights(weights[run], expanded, fp6=FP6)
-        products.append(gpu_folded.library_mm(x, expanded, BF16))
+        expand_weights(weights[run], expanded, fp6=FP6)
+        products.append(library_mm(x, expanded, BF16))
     return products
 
 
 def expand(weights: Sequence[FoldedWeight], runs: Sequence[slice], rooms: Sequence[ExpandedWeights]) -> None:
     """As many launches as a call makes."""
     for run, room in zip(runs, rooms, strict=True):
-        gpu_folded.expand_weights(weights[run], room, fp6=FP6)
+        expand_weights(weights[run], room, fp6=FP6)
 
 
 def fp8_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -284,8 +296,8 @@ class Linears:
         words = [torch.randint(-9, 9, (packed // 4,), dtype=torch.int32, device=CUDA) for _ in groups]
         sums = read_sums(words[0])
         found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
-        if max(every_m) >= gpu_folded.EXPAND_FROM:
-            runs = gpu_folded.expansion_runs(case.columns, folding.fold_width(split, w_fp4=False))
+        if max(every_m) >= kernels().tiles.expand_from:
+            runs = kernels().tiles.expansion_runs(case.columns, folding.fold_width(split, w_fp4=False))
             rooms = [ExpandedWeights.empty(first[run], words[0]) for run in runs]
             times = measure([lambda g=g: expand(g, runs, rooms) for g in groups])
             found.append(case.row("expand", 0, times, packed + sum(size(*room) for room in rooms), split_name))
@@ -294,7 +306,7 @@ class Linears:
             x = self._activation(rows)
 
             def fold(x: Tensor = x) -> folding.FoldedActivation:
-                return gpu_folded.reorder_fold(
+                return kernels().quantize(
                     "none", x, None, 0.0, perm, split, FP6, self._scale_rounding, w_fp4=False, products=[case.columns]
                 )
 
@@ -330,11 +342,11 @@ def quantizers(scale_rounding: str) -> list[Row]:
     up = {x.data_ptr(): other for x, other in zip(xs, xs[1:] + xs[:1], strict=True)}
 
     def fold(producer: str, x: Tensor, other: Tensor | None, order: Tensor = perm) -> object:
-        return gpu_folded.reorder_fold(producer, x, other, 1e-5, order, split, FP6, scale_rounding, w_fp4=False)
+        return kernels().quantize(producer, x, other, 1e-5, order, split, FP6, scale_rounding, w_fp4=False)
 
     def add_and_fold(x: Tensor, weight: Tensor) -> object:
         residual = Residual(up[x.data_ptr()], torch.empty_like(x))
-        return gpu_folded.reorder_fold(
+        return kernels().quantize(
             "rms_norm", x, weight, 1e-5, perm, split, FP6, scale_rounding, w_fp4=False, residual=residual
         )
 
@@ -345,7 +357,7 @@ def quantizers(scale_rounding: str) -> list[Row]:
         "sum + rms_norm + fold": (lambda x: add_and_fold(x, weight), 7.0),
         "silu_mul + fold": (lambda x: fold("silu_mul", x, up[x.data_ptr()]), 5.0),
         "silu_mul + fold, channels in order": (lambda x: fold("silu_mul", x, up[x.data_ptr()], ordered), 5.0),
-        "reorder_quantize": (lambda x: gpu.reorder_quantize(x, perm, *split, FP6, scale_rounding), 2.7),
+        "reorder_quantize": (lambda x: reorder_quantize("none", x, None, 0.0, perm, split, FP6, scale_rounding), 2.7),
         "compiled rms_norm": (lambda x: compiled_rms_norm(x, weight), 4.0),
         "compiled sum + rms_norm": (lambda x: compiled_add_rms_norm(x, up[x.data_ptr()], weight), 8.0),
         "fp8 quantize": (compiled_fp8_quantize, 3.0),
@@ -367,7 +379,7 @@ def check(scale_rounding: str) -> None:
     The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
     of K in FP8 MMA's 14 bits a few times that.
     """
-    split, most = split_of(1024, SPLITS[1]), gpu_folded.EXPAND_FROM
+    split, most = split_of(1024, SPLITS[1]), kernels().tiles.expand_from
     values = torch.randn(most, 1024, device=CUDA, dtype=BF16)
     perm = torch.randperm(1024, device=CUDA).to(torch.int16)
     weights = [folded_weight(n, split) for n in (256, 64)]
@@ -381,13 +393,13 @@ def check(scale_rounding: str) -> None:
         channels = torch.nn.functional.pad(reference.dequantize_activation(*x).double(), (0, 1))  # for -1 a zero
         exact.append(channels[:, order] @ w.T + weight.bias.double())
     want = torch.cat(exact, 1)
-    wide = [(256, tile) for _, tile in WIDE_FOLDED_TILES]
+    wide = [(256, tile) for _, tile in kernels().tiles.wide]
     for rows, tile in ((1, None), (16, None), (64, None), (128, None), *wide, (most, None)):
-        x = gpu_folded.reorder_fold("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
+        x = kernels().quantize("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
         outs = (
             folded_product(x, weights)
             if tile is None
-            else gpu_folded.folded_mm(x, weights, fp6=FP6, out_dtype=BF16, tile=tile)
+            else kernels().multiply(x, weights, fp6=FP6, out_dtype=BF16, tile=tile)
         )
         got = torch.cat(outs, 1)
         _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)

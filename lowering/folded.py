@@ -24,18 +24,23 @@ from micromix_compile.lowering.torch_private.lowerings import (
 )
 from micromix_compile.lowering.torch_private.operators import arguments_of, is_overload
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, fold_width
-from micromix_compile.targets import gpu_folded, target
-from micromix_compile.targets.gpu_folded import ExpandedWeights, FoldedWeight, Residual
+from micromix_compile.targets.expansion import ExpandedWeights, expand_call
+from micromix_compile.targets.folded_tiles import partial_size
+from micromix_compile.targets.hopper import folded_mm_call, reorder_fold_call
+from micromix_compile.targets.kernels import FoldedWeight, Residual, columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import fx
 
+    from micromix_compile.targets.folded_tiles import FoldedTiles
 
-def _folds(node: Any) -> bool:
-    family = target.target_of(node.get_device()).family if inductor.compiles_for_us() else None
-    return family is not None and family.folds
+
+def _tiles(node: Any) -> FoldedTiles | None:
+    """Of the kernels that are launched from a graph with `node`; None where the ops stay calls, or nothing is to do."""
+    target = inductor.target_for_us(node)
+    return None if target is None or 0 in node.get_size() else target.folded.tiles
 
 
 def _products(node: fx.Node) -> list[list[int]]:
@@ -54,7 +59,8 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(x: Any, *rest: Any) -> Any:
-        if not _folds(x) or 0 in x.get_size():
+        tiles = _tiles(x)
+        if tiles is None:
             return call_op(x, *rest)
         producer, source, other, residual, eps, perm, split, fp6, scale_rounding, w_fp4 = arguments(x, *rest)
         rows, device = x.get_size()[0], x.get_device()
@@ -68,9 +74,9 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
         added: Any = None
         if residual is not None:
             added = Residual(Operand(in_memory(residual)), Operand(empty(x.get_size(), x.get_dtype(), device)))  # type: ignore[arg-type]
-        call = gpu_folded.reorder_fold_call(
+        call = reorder_fold_call(
             producer, tensors[0], tensors[1], eps, tensors[2], split, filled, fp6=fp6, scale_rounding=scale_rounding,
-            w_fp4=w_fp4, residual=added, products=_products(V.graph.current_node),
+            w_fp4=w_fp4, residual=added, products=_products(V.graph.current_node), tiles=tiles,
         )  # fmt: skip
         launch(call)
         return outputs if added is None else (added.total.node, *outputs)
@@ -103,52 +109,53 @@ def _lower_folded_mm(
     q: Any, row_scale: Any, locks: Any, w4: Any, w6: Any, w8: Any, w_factor: Any, w_row_scale: Any, bias: Any,
     fp6: str, out_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
-    rows = Operand(q).shape[0]
+    tiles, (rows, width) = _tiles(q), Operand(q).shape
     columns = [Operand(node).shape[0] for node in w_row_scale]
-    if not _folds(q) or rows == 0:
+    if tiles is None:
         return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     tensors = zip(w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4), strict=True)
     weights: Any = [
         FoldedWeight(*(None if node is None else Operand(_operand(node)) for node in one))  # type: ignore[arg-type]
         for one in tensors
     ]
-    if _asks_library(rows, weights, out_dtype):
-        return _library_mm(q, row_scale, weights, fp6, out_dtype)
+    if _asks_library(tiles, rows, weights, out_dtype):
+        return _library_mm(tiles, q, row_scale, weights, fp6, out_dtype)
     if not isinstance(rows, int):
         return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
-    tile = gpu_folded.tile_for(rows, columns, x.q.shape[1])
-    parts = gpu_folded.parts_for(rows, columns, x.q.shape[1], tile)
-    size = gpu_folded.partial_size(rows, columns, tile, parts)
+    tile = tiles.tile_for(rows, columns, width)
+    parts = tiles.parts_for(rows, columns, width, tile)
+    size = partial_size(rows, columns, tile, parts)
     partial: Any = Operand(empty([size], torch.float32, q.get_device())) if size else x.row_scale
     results: Any = [Operand(out) for out in outs]
-    launch(gpu_folded.folded_mm_call(x, weights, results, partial, fp6=fp6, tile=tile, parts=parts))
+    launch(folded_mm_call(x, weights, results, partial, fp6=fp6, tile=tile, parts=parts))
     return outs
 
 
-def _asks_library(rows: Any, weights: Any, out_dtype: torch.dtype) -> bool:
-    """`gpu_folded.uses_library`, for a symbolic number of rows, too, which then is guarded."""
+def _asks_library(tiles: FoldedTiles, rows: Any, weights: Any, out_dtype: torch.dtype) -> bool:
+    """`FoldedTiles.uses_library`, for a symbolic number of rows, too, which then is guarded."""
     if isinstance(rows, int):
-        return gpu_folded.uses_library(rows, weights, out_dtype)
-    least = gpu_folded.EXPAND_FROM
-    fits = gpu_folded.uses_library(least, weights, out_dtype)
-    return bool(fits and is_at_least(V.graph.sizevars, rows, least))
+        return tiles.uses_library(rows, weights, out_dtype)
+    fits = tiles.fits_library(weights, out_dtype)
+    return bool(fits and is_at_least(V.graph.sizevars, rows, tiles.expand_from))
 
 
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)
 
 
-def _library_mm(q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch.dtype) -> list[Any]:
+def _library_mm(
+    tiles: FoldedTiles, q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch.dtype
+) -> list[Any]:
     """Launches that expand the weights and products of the library's, each of as many weights as are expanded together.
 
     Of a product's columns each weight's are a view; if one must lie in memory as eager has it, each has its own.
     """
-    columns, width = gpu_folded.columns_of(weights), Operand(q).shape[1]
+    columns, width = columns_of(weights), Operand(q).shape[1]
     separate = any(_needs_own_memory(output) for output in V.graph.current_node.users)
     x = _as_e4m3(contiguous(q)), _call(torch.ops.aten.unsqueeze.default, contiguous(row_scale), 1)
     outs = []
-    for run in gpu_folded.expansion_runs(columns, width):
+    for run in tiles.expansion_runs(columns, width):
         expanded = _expand(weights[run], width, fp6, out_dtype)
         if separate:
             each = zip(*(_split(part, columns[run], 0) for part in expanded), strict=True)
@@ -159,13 +166,13 @@ def _library_mm(q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch
 
 
 def _expand(weights: Any, width: int, fp6: str, out_dtype: torch.dtype) -> Any:
-    n, device = sum(gpu_folded.columns_of(weights)), weights[0].w4.node.get_device()
+    n, device = sum(columns_of(weights)), weights[0].w4.node.get_device()
     bias = None if weights[0].bias is None else empty([n], out_dtype, device)
     expanded: Any = ExpandedWeights(
         empty([n, width], torch.uint8, device), empty([n], torch.float32, device), bias
     )  # fmt: skip
     room: Any = ExpandedWeights(*(None if part is None else Operand(part) for part in expanded))  # type: ignore[arg-type]
-    launch(gpu_folded.expand_call(weights, room, fp6=fp6))
+    launch(expand_call(weights, room, fp6=fp6))
     return expanded
 
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from micromix_compile.lowering.torch_private import inductor as torch_inductor
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import fx
+
+    from micromix_compile.targets.target import Target
 
 DEFAULT_OPTIONS: Mapping[str, Any] = {"emulate_precision_casts": True}
 """Round where eager rounds: an ulp of a fused bfloat16 chain would move MXFP4 codes, and so outputs by percents."""
@@ -88,6 +91,11 @@ def _package_folder() -> Path:
 
 def _is_ours(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", None) == "micromix"
+
+
+def target_for_us(node: Any) -> Target | None:
+    """Who computes what `node` of Inductor's IR holds; None for a graph that did not come through `compile_graph`."""
+    return target_of(node.get_device()) if compiles_for_us() else None
 
 
 def compiles_for_us() -> bool:

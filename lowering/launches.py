@@ -1,4 +1,4 @@
-"""Launches of Triton kernels, described by `gpu` and its like, as a part of the graph that Inductor lowers.
+"""Launches of Triton kernels, described by `targets`, as a part of the graph that Inductor lowers.
 
 A `TritonTemplate` has one output. A user-defined kernel has as many as it writes, so lowerings allocate them and hand
 Inductor the launch as if a model had written it.
@@ -18,7 +18,7 @@ from micromix_compile.lowering.torch_private.user_kernels import lower_kernel_la
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from micromix_compile.targets.gpu import KernelCall
+    from micromix_compile.targets.launch import KernelCall
 
 
 @dataclass(frozen=True, slots=True)

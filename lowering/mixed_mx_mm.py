@@ -10,6 +10,7 @@ import sympy
 
 from micromix_compile import ops, templates
 from micromix_compile.lowering import inductor
+from micromix_compile.lowering.launches import Operand
 from micromix_compile.lowering.torch_private.lowerings import (
     V,
     config,
@@ -24,15 +25,12 @@ from micromix_compile.lowering.torch_private.templates import (
     TritonTemplateKernel,
     select_algorithm,
 )
-from micromix_compile.numerics.formats import BLOCK_SIZE
-from micromix_compile.targets import gpu, target
+from micromix_compile.numerics.layout import block_counts, split_of_activation, split_of_weight, weights_are_fp4
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-
-    from micromix_compile.numerics.layout import Split
 
 TEMPLATE: Final = "triton/mixed_mx_mm.py.jinja"
 
@@ -50,10 +48,10 @@ class _MixedKernel(TritonTemplateKernel):
         As literals they would make one kernel a layer, for each layer has its own split. Kernels are specialized on
         arguments that are 1, equal, or multiples of 16, too; odd numbers that ascend from 3 are none of these.
         """
-        widths = {"X4": BLOCK_SIZE // 2, "X6": BLOCK_SIZE, "X8": BLOCK_SIZE}  # bytes a block
+        parts = (Operand(self.named_input_nodes[name]) for name in ("X4", "X6", "X8"))
         arguments, value = [], 1
-        for name, width in widths.items():
-            value += 2 * (int(self.named_input_nodes[name].get_size()[1]) // width + 1)
+        for blocks in block_counts(split_of_activation(*parts)):
+            value += 2 * (blocks + 1)
             arguments.append(self.args._lookup("ks", self.args.sizevars, sympy.Integer(value)))
         first, second, third = arguments
         return f"({first} - 3) // 2, ({second} - {first}) // 2 - 1, ({third} - {second}) // 2 - 1"
@@ -82,18 +80,19 @@ def _lower_mixed_mx_mm(
     x4: Any, x6: Any, x8: Any, x_scale: Any, w4: Any, w6: Any, w8: Any, w_scale: Any, bias: Any, fp6: str,
     out_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
-    family = target.target_of(x_scale.get_device()).family if inductor.compiles_for_us() else None
-    if family is None:
+    target = inductor.target_for_us(x_scale)
+    if target is None or target.exact.tiles is None:
         return _call_op(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype)
     tensors = [x4, x6, x8, x_scale, w4, w6, w8, w_scale] + ([] if bias is None else [bias])
     operands = [_in_memory(tensor) for tensor in tensors]
     size = [x_scale.get_size()[0], w_scale.get_size()[0]]
     layout = ir.FixedLayout(x_scale.get_device(), out_dtype, size)
-    w_fp4 = gpu.weights_are_fp4(_split(x4, x6, x8), _split(w4, w6, w8))
-    tiles = family.tiles_for(size_hint(V.graph.sizevars, size[0]))
+    x_split, w_split = split_of_activation(*map(Operand, (x4, x6, x8))), split_of_weight(*map(Operand, (w4, w6, w8)))
+    w_fp4 = weights_are_fp4(x_split, w_split)
+    tiles = target.exact.tiles.tiles_for(size_hint(V.graph.sizevars, size[0]))
     choices: list[Any] = []
     for tile in tiles if config.max_autotune or config.max_autotune_gemm else tiles[:1]:
-        constants = family.constants(tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias is not None)
+        constants = target.exact.tiles.constants(tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias is not None)
         options = {name: repr(value) if isinstance(value, str) else value for name, value in constants.items()}
         options |= {"OUT_DTYPE": "tl." + str(out_dtype).removeprefix("torch.")}
         error = _template().maybe_append_choice(
@@ -109,9 +108,3 @@ def _in_memory(tensor: Any) -> Any:
     if 0 not in tensor.get_size():
         tensor = ir.ExternKernel.require_contiguous(tensor)
     return ir.ExternKernel.realize_input(tensor)
-
-
-def _split(q4: Any, q6: Any, q8: Any) -> Split:
-    """(k4, k6, k8) of an activation, or of a weight, whose MXFP6 part is three byte planes."""
-    k6 = q6.get_size()[-1] * (4 if len(q6.get_size()) == 3 else 1)
-    return int(q4.get_size()[1]) * 2, int(k6), int(q8.get_size()[1])

@@ -10,9 +10,9 @@ from micromix_compile import ops
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, empty, in_memory, launch
 from micromix_compile.lowering.torch_private.lowerings import fallback_handler, register_lowering
-from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.numerics.layout import activation_shapes
 from micromix_compile.numerics.reference import QuantizedActivation
-from micromix_compile.targets import gpu, target
+from micromix_compile.targets.quantizers import reorder_quantize_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,11 +25,10 @@ def _launch(
 ) -> tuple[Any, ...]:
     """Outputs of one launch, in memory."""
     source, partner, order = (None if node is None else Operand(in_memory(node)) for node in (x, other, channel_perm))
-    widths = (split[0] // 2, split[1], split[2], sum(split) // BLOCK_SIZE)
-    rows, device = x.get_size()[0], x.get_device()
-    outputs = tuple(empty([rows, width], torch.uint8, device) for width in widths)
+    shapes = activation_shapes(x.get_size()[0], split)
+    outputs = tuple(empty(shape, torch.uint8, x.get_device()) for shape in shapes)
     filled: Any = QuantizedActivation(*map(Operand, outputs))  # type: ignore[arg-type]
-    describe: Any = gpu.reorder_quantize_call  # of tensors, or of what looks like them
+    describe: Any = reorder_quantize_call  # of tensors, or of what looks like them
     launch(describe(producer, source, partner, eps, order, filled, fp6=fp6, scale_rounding=scale_rounding))
     return outputs
 
@@ -40,8 +39,8 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(x: Any, *rest: Any) -> Any:
-        family = target.target_of(x.get_device()).family if inductor.compiles_for_us() else None
-        if family is None or 0 in x.get_size():
+        target = inductor.target_for_us(x)
+        if target is None or target.exact.tiles is None or 0 in x.get_size():
             return call_op(x, *rest)
         return _launch(*arguments(x, *rest))
 

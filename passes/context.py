@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from micromix_compile.targets.target import target_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from torch import Tensor, fx, nn
 
     from micromix_compile.numerics.layout import Split
+    from micromix_compile.targets.target import Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +93,8 @@ class PassContext:
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
-    folds: whether products with a weight, of which it gets a tensor, are to be folded (see `fold_products`); None for
-        none. folded: filled by it: for one or more appended inputs, in order, the inputs that they are made from, and
+    target_of: who computes on a device.
+    folded: filled by fold_products: for one or more appended inputs, in order, the inputs that they are made from, and
         the function that makes them, anew when the last changes.
     """
 
@@ -102,7 +106,7 @@ class PassContext:
     refusals: dict[str, str] = field(default_factory=dict)
     unopened: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
-    folds: Callable[[Tensor], bool] | None = None
+    target_of: Callable[[torch.device], Target] = target_of
     folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)
 
     def after_autograd(self) -> PassContext:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from support.llama import LAYERS, llama, token_batches
 from support.models import make_net
+from support.targets import served_by
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -19,9 +19,8 @@ from transformers import StaticCache
 import micromix_compile as micromix
 from micromix_compile import ops
 from micromix_compile.numerics import reference
-from micromix_compile.ops.folded import runs_folded
 from micromix_compile.recipe.fingerprint import Checksums
-from micromix_compile.targets import target
+from micromix_compile.targets.target import Target, target_of
 from micromix_compile.verbs import quantized
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def generate(model: nn.Module) -> Tensor:
     return tokens
 
 
-FOLDS = torch.cuda.is_available() and runs_folded(torch.empty(0, device="cuda"))
+FOLDS = torch.cuda.is_available() and target_of(torch.device("cuda")).takes == "folded"
 needs_folding = pytest.mark.skipif(torch.cuda.is_available() and not FOLDS, reason="needs a GPU of sm_90")
 
 
@@ -114,24 +113,23 @@ def test_a_model_calibrates_and_runs_on_the_gpu_natively(caplog: pytest.LogCaptu
     assert "plain PyTorch" not in caplog.text
 
 
-def test_a_gpu_without_kernels_is_said_once_and_refused_when_strict(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_gpu_without_kernels_is_said_once_and_refused_when_strict(caplog: pytest.LogCaptureFixture) -> None:
     net = make_net(layers=1).cuda()
     x = torch.randn(2, 5, 64, device="cuda")
     recipe = micromix.calibrate(net, [x])
     with torch.no_grad():
         expected = compiled(net, recipe)(x)
-    poor = dataclasses.replace(target.target_of(x.device), emulated="no bfloat16 MMA", family=None)
-    monkeypatch.setattr(target, "_gpu_target", lambda _: poor)
+    poor = Target(name="a GPU", emulated="no bfloat16 MMA")
     quantized._said.clear()
     torch._dynamo.reset()
-    with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
+    served = served_by(poor, "cuda")
+    with served, caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
         actual = compiled(net, recipe, fx_graph_cache=False)(x)
     assert caplog.text.count("plain PyTorch operations") == 1
     assert (actual - expected).abs().mean() <= 1e-3 * expected.abs().max()
     torch._dynamo.reset()
-    with pytest.raises(BackendCompilerFailed, match=r"strict=True.*no bfloat16 MMA"):
+    refused = pytest.raises(BackendCompilerFailed, match=r"strict=True.*no bfloat16 MMA")
+    with served_by(poor, "cuda"), refused:
         compiled(net, recipe, strict=True)(x)
 
 

@@ -19,7 +19,7 @@ def doctor() -> None:
     """
     import torch
 
-    from micromix_compile.targets import native, target
+    from micromix_compile.targets import cpu, target
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (*versions().items(), *hardware().items()):
@@ -30,7 +30,7 @@ def doctor() -> None:
         with status(f"looking at {device}"):
             found = target.target_of(torch.device(device))
         table.add_row(f"runs on {device}", found.name if found.emulated is None else f"plain PyTorch: {found.emulated}")
-    for name, value in dataclasses.asdict(native.status()).items():
+    for name, value in dataclasses.asdict(cpu.status()).items():
         if value not in ("", None):
             table.add_row(f"native {name}", str(value))
     table.add_row("model cache", str(zoo.cache_dir()))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from micromix_compile.linear.dequantized import DequantizedWeight
 from micromix_compile.linear.gradient import packed_product
 from micromix_compile.numerics import packing
-from micromix_compile.numerics.layout import PackedWeight, Split, weight_split
+from micromix_compile.numerics.layout import PackedWeight, Split, packed_shapes, weight_split
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,15 +83,9 @@ class MicroMixLinear(nn.Linear):
         self.fp6 = config.fp6
         self.scale_rounding = str(config.scale_rounding)
         self.weight_dtype = dtype or torch.get_default_dtype()
-        k4, k6, k8 = weight_split(split, config.weights)
-        n, channels = out_features, sum(split)
-        self.order = ChannelOrder(torch.empty(channels, dtype=torch.int32, device=device))
-        for name, shape in (
-            ("q4", (n, k4 // 2)),
-            ("q6", (3, n, k6 // 4)),
-            ("q8", (n, k8)),
-            ("scale", (n, channels // 32)),
-        ):
+        self.order = ChannelOrder(torch.empty(sum(split), dtype=torch.int32, device=device))
+        shapes = packed_shapes(out_features, weight_split(split, config.weights))
+        for name, shape in zip(("q4", "q6", "q8", "scale"), shapes, strict=True):
             self.register_buffer(f"weight_{name}", torch.empty(shape, dtype=torch.uint8, device=device))
         self.register_parameter("bias", bias)
 

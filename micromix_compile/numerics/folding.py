@@ -17,13 +17,29 @@ same.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from micromix_compile.numerics import packing, reference
-from micromix_compile.numerics.formats import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, elem_format
+from micromix_compile.numerics.formats import (
+    BLOCK_SIZE,
+    E8M0_BIAS,
+    E8M0_NAN,
+    MEMORY_FORMATS,
+    ElemFormat,
+    elem_format,
+    segment_formats,
+)
+from micromix_compile.numerics.layout import (
+    block_counts,
+    split_of_activation,
+    split_of_weight,
+    split_scale,
+    weight_split,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,10 +64,6 @@ rows of 4128 bytes 192, of 4224 174."""
 MIN_FP4_EXPONENT: Final = -5
 """Of an MXFP4 weight's block relative to its row: the least at which every code is an E4M3 normal number."""
 
-# The largest exponent of a block's scale byte (MXFP6 as E4M3 bytes) relative to the row: 6 * 2**6, 7.5 * 2**(11 - 6),
-# 28 * 2**(8 + 4) / 2**8 and 448 are the largest values up to 448.
-_TOP: Final = {"e2m1": 6, "e2m3": 11, "e3m2": 8, "e4m3": 0}
-
 
 class FoldedActivation(NamedTuple):
     """q: (M, `fold_width`) uint8, E4M3 bytes in `fold_order`. row_scale: (M,) float32. locks: (LOCKS,) int32 zeros."""
@@ -68,7 +80,7 @@ def factor_shape(rows: int, split: Split) -> tuple[int, int, int]:
 
 def _words(split: Split) -> list[int]:
     """Words of factors that each segment of a row takes."""
-    return [-(-k // (BLOCK_SIZE * FACTOR_WORD)) for k in split]
+    return [-(-blocks // FACTOR_WORD) for blocks in block_counts(split)]
 
 
 def fold_width(split: Split, *, w_fp4: bool) -> int:
@@ -87,7 +99,7 @@ def fold_order(split: Split, *, w_fp4: bool) -> Tensor:
     so on. Behind an odd number of blocks the second's are -1, which stands for zeros, and so is what then fills the row
     up to `fold_width`. w_fp4: all weights are MXFP4, whatever the activations' formats.
     """
-    k4, k6, k8 = (sum(split), 0, 0) if w_fp4 else split
+    k4, k6, k8 = weight_split(split, "mxfp4") if w_fp4 else split
     halves = torch.arange(k4, device="cpu").reshape(-1, 4, 2, 4).transpose(1, 2).flatten()
     planes = torch.nn.functional.pad(torch.arange(k4, k4 + k6, device="cpu"), (0, k6 % _PAIR), value=-1)
     planes = planes.reshape(-1, 2, 4, BLOCK_SIZE // 4).transpose(1, 2).flatten()
@@ -108,7 +120,7 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
     bits = amax.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
     exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x400000).int()).clamp(min=1)
     row_scale = torch.where(bits >= 0x7F800000, torch.nan, (exponent << 23).view(torch.float32))
-    split = (2 * x.q4.shape[1], x.q6.shape[1], x.q8.shape[1])
+    split = split_of_activation(x.q4, x.q6, x.q8)
     # Relative to the row: a value near the top of float32's range may round to one above it.
     relative = reference.scale_value((x.scale.to(torch.int32) - exponent[:, None] + E8M0_BIAS).clamp(0, E8M0_NAN - 1))
     elements = reference.dequantize_activation(x.q4, x.q6, x.q8, torch.full_like(x.scale, E8M0_BIAS))
@@ -121,11 +133,17 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
 def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> Tensor:
     """2**r of each row of a packed weight: (N,) float32, NaN where a block is."""
     exponent = torch.ones(w_scale.shape[0], dtype=torch.int32, device=w_scale.device)
-    for part, fmt in zip(_segments(w_scale, w4, w6, w8), ("e2m1", fp6, "e4m3"), strict=True):
+    for part, name in zip(_segments(w_scale, w4, w6, w8), segment_formats(fp6), strict=True):
         if part.shape[1]:
-            exponent = torch.maximum(exponent, part.to(torch.int32).amax(1) - _TOP[fmt])
+            exponent = torch.maximum(exponent, part.to(torch.int32).amax(1) - _top(elem_format(name)))
     poisoned = (w_scale == E8M0_NAN).any(1)
     return torch.where(poisoned, torch.nan, (exponent << 23).view(torch.float32))
+
+
+def _top(fmt: ElemFormat) -> int:
+    """The largest exponent of a block's scale byte relative to the row, at which no value is more than `LARGEST`."""
+    baked = 0 if fmt.in_memory == fmt.name else fmt.e4m3_shift or 0
+    return math.frexp(LARGEST / fmt.max_value)[1] - 1 + baked
 
 
 def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale: Tensor) -> Tensor:
@@ -147,24 +165,33 @@ def weight_factor(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, row_scale
 
 def fold_weight(w4: Tensor, w6: Tensor, w8: Tensor, factor: Tensor, fp6: str) -> Tensor:
     """A packed weight folded: (N, `fold_width`) uint8, E4M3 bytes in `fold_order`. factor: from `weight_factor`."""
-    split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
+    split = split_of_weight(w4, w6, w8)
     codes = (packing.unpack_fp4(w4), packing.unpack_fp6(w6, fp6), w8)
+    segments = zip(factor.split(_words(split)), block_counts(split), codes, MEMORY_FORMATS, _FACTOR_VALUES, strict=True)
     values = []
-    for part, k, code, fmt in zip(factor.split(_words(split)), split, codes, ("e2m1", "e4m3", "e4m3"), strict=True):
-        byte = part.transpose(0, 1).flatten(1)[:, : k // BLOCK_SIZE].to(torch.int16)
-        if fmt == "e2m1":
-            scale = reference.scale_value((byte >> 3) + (MIN_FP4_EXPONENT + E8M0_BIAS))
-        else:
-            scale = (byte << 8).view(torch.float16).to(torch.float32)
+    for part, blocks, code, fmt, factor_value in segments:
+        scale = factor_value(part.transpose(0, 1).flatten(1)[:, :blocks].to(torch.int16))
         values.append(reference.decode(code, elem_format(fmt)) * scale.repeat_interleave(BLOCK_SIZE, 1))
     ordered = _ordered(torch.cat(values, 1), split, w_fp4=False)
     return ordered.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
+def _exponent_value(factor: Tensor) -> Tensor:
+    """What a factor of an MXFP4 block, int16, multiplies by."""
+    return reference.scale_value((factor >> 3) + (MIN_FP4_EXPONENT + E8M0_BIAS))
+
+
+def _half_value(factor: Tensor) -> Tensor:
+    """What a factor of any other block, int16, multiplies by."""
+    return (factor << 8).view(torch.float16).to(torch.float32)
+
+
+_FACTOR_VALUES: Final = (_exponent_value, _half_value, _half_value)
+"""By segment."""
+
+
 def _segments(w_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor) -> tuple[Tensor, ...]:
-    split = (2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1])
-    parts: tuple[Tensor, ...] = w_scale.split([k // BLOCK_SIZE for k in split], 1)
-    return parts
+    return split_scale(w_scale, split_of_weight(w4, w6, w8))
 
 
 def folded_mm(

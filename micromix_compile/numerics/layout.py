@@ -1,17 +1,28 @@
-"""From a split to shapes: what quantized matrices look like whose channels are [MXFP4 | MXFP6 | MXFP8]."""
+"""From a split to shapes and back: what quantized matrices look like whose channels are [MXFP4 | MXFP6 | MXFP8].
+
+Rows, and what has only shapes, such as the nodes of a compiler, are taken as they come: extents may be symbolic.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.numerics.formats import BLOCK_SIZE, elem_format, segment_formats
 
 Split = tuple[int, int, int]
 """(k4, k6, k8): channels per format, multiples of 32."""
+
+
+class Shaped(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> Any:
+        """Extents."""
 
 
 class PackedWeight(NamedTuple):
@@ -38,7 +49,56 @@ def weight_split(split: Split, weights: str) -> Split:
     return split if weights == "same" else (sum(split), 0, 0)
 
 
-def packed_shapes(n: int, split: Split) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a `PackedWeight` of n rows whose channels are split so."""
+def block_counts(split: Split) -> tuple[int, int, int]:
+    """Blocks of 32 channels in each segment."""
+    k4, k6, k8 = (k // BLOCK_SIZE for k in split)
+    return k4, k6, k8
+
+
+def block_formats(split: Split, fp6: str) -> list[str]:
+    """The element format of each block, from left to right."""
+    counts = zip(segment_formats(fp6), block_counts(split), strict=True)
+    return [name for name, count in counts for _ in range(count)]
+
+
+def activation_shapes(rows: Any, split: Split) -> tuple[tuple[Any, int], ...]:
+    """The shapes of a `QuantizedActivation` of so many rows: q4, q6, q8 and scale."""
     k4, k6, k8 = split
-    return (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, (k4 + k6 + k8) // BLOCK_SIZE)
+    return (rows, k4 // 2), (rows, k6), (rows, k8), (rows, sum(split) // BLOCK_SIZE)
+
+
+def packed_shapes(n: Any, split: Split) -> tuple[tuple[Any, ...], ...]:
+    """The shapes of a `PackedWeight` of n rows: w4, w6, w8 and w_scale."""
+    k4, k6, k8 = split
+    return (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, sum(split) // BLOCK_SIZE)
+
+
+def split_of_activation(q4: Shaped, q6: Shaped, q8: Shaped) -> Split:
+    """The split of the activation that has these parts."""
+    return 2 * q4.shape[1], q6.shape[1], q8.shape[1]
+
+
+def split_of_weight(w4: Shaped, w6: Shaped, w8: Shaped) -> Split:
+    """The split of the weight that has these parts."""
+    return 2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1]
+
+
+def split_scale(scale: Tensor, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns of scales (R, K // 32) that belong to each segment."""
+    scale4, scale6, scale8 = scale.split(block_counts(split), dim=1)
+    return scale4, scale6, scale8
+
+
+def row_bytes(split: Split, fp6: str) -> int:
+    """Bytes of a packed weight's row, with scales."""
+    bits = sum(k * elem_format(name).bits for k, name in zip(split, segment_formats(fp6), strict=True))
+    return bits // 8 + sum(split) // BLOCK_SIZE
+
+
+def weights_are_fp4(split: Split, w_split: Split) -> bool:
+    """Whether the weights are all MXFP4, as against split like the activations. Raises ValueError for any other."""
+    if w_split == split:
+        return False
+    if w_split == weight_split(split, "mxfp4"):
+        return True
+    raise ValueError(f"weights must be split like the activations, {split}, or all MXFP4, got {w_split}")

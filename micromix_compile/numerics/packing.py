@@ -16,12 +16,13 @@ formats leave E4M3 enough exponents for it.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics.formats import BLOCK_SIZE, E8M0_NAN, FP6_FORMATS, ElemFormat, elem_format
+from micromix_compile.numerics.formats import BLOCK_SIZE, E8M0_NAN, ElemFormat, PlaneLayout, fp6_format
+from micromix_compile.numerics.layout import split_scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,23 +30,6 @@ if TYPE_CHECKING:
 MAX_SCALE = 254
 
 _BOUNDARY = 256  # as the allocator's own; kernels want 16
-
-
-class _PlaneLayout(NamedTuple):
-    """How the fourth E4M3 byte hides in the bits that an FP6 code leaves unused in the other three.
-
-    used: the six bits of an E4M3 byte that a code uses. moves: (plane, bits of the fourth byte, left shift that
-    brings them to free bits of that plane; negative is a right shift).
-    """
-
-    used: int
-    moves: tuple[tuple[int, int, int], ...]
-
-
-_PLANES = {
-    "e3m2": _PlaneLayout(0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, -2), (2, 0x10, 2), (2, 0x08, -3))),
-    "e2m3": _PlaneLayout(0x9F, ((0, 0x80, -1), (0, 0x10, 1), (1, 0x0C, 3), (2, 0x03, 5))),
-}
 
 
 def pack_fp4(codes: Tensor) -> Tensor:
@@ -63,7 +47,7 @@ def align_fp6(codes: Tensor, scale: Tensor, fp6: str) -> tuple[Tensor, Tensor]:
 
     codes: (R, K) uint8. scale: (R, K // 32) uint8. Returns the same shapes. NaN scales stay NaN.
     """
-    fmt = _fp6_format(fp6)
+    fmt = fp6_format(fp6)
     assert fmt.e4m3_shift is not None, "every FP6 format has an E4M3 shift"
     excess = (scale.to(torch.int32) + fmt.e4m3_shift - MAX_SCALE).clamp(min=0)
     excess = torch.where(scale == E8M0_NAN, 0, excess)
@@ -89,7 +73,7 @@ def pack_fp6(aligned: Tensor, fp6: str) -> Tensor:
     of them carry the byte of k = 24 .. 31. Raises ValueError where a byte is not an aligned code of `fp6` (a block
     near the top of float32's range, whose codes had to take a power of two from the scale).
     """
-    layout = _PLANES[_fp6_format(fp6).name]
+    layout = _planes(fp6_format(fp6))
     if bool((aligned & ~layout.used & 0xFF).any()):
         row = int((aligned & ~layout.used & 0xFF).any(1).nonzero()[0])
         raise ValueError(f"row {row} holds magnitudes above 2**120, which MXFP6 weights cannot store")
@@ -103,7 +87,7 @@ def pack_fp6(aligned: Tensor, fp6: str) -> Tensor:
 
 def unpack_fp6(planes: Tensor, fp6: str) -> Tensor:
     """(3, R, K // 4) uint8 byte planes -> (R, K) uint8 E4M3 bytes."""
-    layout = _PLANES[_fp6_format(fp6).name]
+    layout = _planes(fp6_format(fp6))
     blocks = planes.unflatten(2, (-1, BLOCK_SIZE // 4))  # (3, R, K // 32, 8)
     fourth = torch.zeros_like(blocks[0])
     for plane, bits, shift in layout.moves:
@@ -120,7 +104,7 @@ def swizzle_scale(scale: Tensor, split: tuple[int, int, int]) -> Tensor:
     """
     rows = -(-scale.shape[0] // 128) * 128
     padded = []
-    for segment in scale.split([k // BLOCK_SIZE for k in split], dim=1):
+    for segment in split_scale(scale, split):
         blocks = -(-segment.shape[1] // 4) * 4
         padded.append(segment.new_zeros((rows, blocks)))
         padded[-1][: segment.shape[0], : segment.shape[1]] = segment
@@ -154,7 +138,6 @@ def with_own_storage(part: Tensor) -> Tensor:
     return own.set_(storage[start : start + part.numel()], 0, part.shape, part.stride())
 
 
-def _fp6_format(fp6: str) -> ElemFormat:
-    if fp6 not in FP6_FORMATS:
-        raise ValueError(f"fp6 must be one of {', '.join(FP6_FORMATS)}, got {fp6!r}")
-    return elem_format(fp6)
+def _planes(fmt: ElemFormat) -> PlaneLayout:
+    assert fmt.planes is not None, "every FP6 format has its planes"
+    return fmt.planes

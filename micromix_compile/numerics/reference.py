@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from micromix_compile.numerics import packing
+from micromix_compile.numerics.checks import check_float, check_reorder_quantize
 from micromix_compile.numerics.formats import (
     BLOCK_SIZE,
     E8M0_BIAS,
     E8M0_NAN,
-    FP6_FORMATS,
+    MEMORY_FORMATS,
     ElemFormat,
     ScaleRounding,
     elem_format,
+    segment_formats,
 )
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
+from micromix_compile.numerics.layout import Split, split_of_activation, split_scale
 
 
 class QuantizedActivation(NamedTuple):
@@ -107,14 +107,16 @@ def scale_value(byte: Tensor) -> Tensor:
     return torch.where(byte == E8M0_NAN, torch.nan, bits.view(torch.float32))
 
 
-def quantize(x: Tensor, fmt: str, *, scale_rounding: ScaleRounding = ScaleRounding.RCEIL) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, fmt: str | ElemFormat, *, scale_rounding: ScaleRounding = ScaleRounding.RCEIL
+) -> tuple[Tensor, Tensor]:
     """Quantize the last dimension of `x` to MX (OCP 6.3).
 
     x: (..., K) float32, bfloat16 or float16, K a multiple of 32.
     Returns codes (..., K) uint8 and scale (..., K // 32) uint8 (E8M0). A block with a NaN or an infinity gets scale
     255 and zero codes. Raises TypeError for another dtype, ValueError for another K.
     """
-    _check_float(x)
+    check_float(x)
     if x.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"the last dimension must be a multiple of {BLOCK_SIZE}, got {x.shape[-1]}")
     form = elem_format(fmt)
@@ -126,85 +128,11 @@ def quantize(x: Tensor, fmt: str, *, scale_rounding: ScaleRounding = ScaleRoundi
     return codes.flatten(-2), byte.to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scale: Tensor, fmt: str) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, fmt: str | ElemFormat) -> Tensor:
     """The values of MX codes: float32 (..., K) from codes (..., K) uint8 and scale (..., K // 32) uint8 (OCP 6.1)."""
     values = decode(codes, elem_format(fmt)).unflatten(-1, (-1, BLOCK_SIZE))
     scaled: Tensor = values * scale_value(scale).unsqueeze(-1)
     return scaled.flatten(-2)
-
-
-def check_split(split: tuple[int, int, int], channels: int) -> None:
-    """Raise ValueError unless `split` = (k4, k6, k8) are multiples of 32, none negative, that sum to `channels`."""
-    for name, k in zip(("k4", "k6", "k8"), split, strict=True):
-        if k < 0 or k % BLOCK_SIZE:
-            raise ValueError(f"{name} must be a non-negative multiple of {BLOCK_SIZE}, got {k}")
-    if sum(split) != channels:
-        raise ValueError(f"split {split} sums to {sum(split)}, but channel_perm has {channels} entries")
-
-
-def check_reorder_quantize(
-    x: Tensor, channel_perm: Tensor, split: tuple[int, int, int], fp6: str, scale_rounding: str
-) -> None:
-    """Raise TypeError or ValueError for arguments that `reorder_quantize` does not take."""
-    _check_float(x)
-    if channel_perm.dtype not in INDEX_DTYPES:
-        raise TypeError(f"channel_perm must be int16, int32 or int64, got {channel_perm.dtype}")
-    if x.dim() != 2:
-        raise ValueError(f"x must be 2-dimensional (M, C), got shape {tuple(x.shape)}")
-    check_split(split, channel_perm.shape[0])
-    if fp6 not in FP6_FORMATS:
-        raise ValueError(f"fp6 must be one of {', '.join(FP6_FORMATS)}, got {fp6!r}")
-    ScaleRounding(scale_rounding)
-
-
-def check_norm_weight(x: Tensor, weight: Tensor) -> None:
-    """Raise TypeError or ValueError unless `weight` is a float (C,) for x: (M, C)."""
-    if weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
-    if weight.shape != x.shape[1:]:
-        raise ValueError(f"weight must have shape {tuple(x.shape[1:])}, got {tuple(weight.shape)}")
-
-
-def check_gate_and_up(gate: Tensor, up: Tensor) -> None:
-    """Raise TypeError or ValueError unless both have one dtype and one shape."""
-    if up.dtype != gate.dtype:
-        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
-    if up.shape != gate.shape:
-        raise ValueError(f"up must have shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-
-
-def check_residual(x: Tensor, residual: Tensor) -> None:
-    """Raise TypeError or ValueError unless both have one dtype and one shape."""
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
-    if residual.shape != x.shape:
-        raise ValueError(f"residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-
-
-def check_mixed_mx_mm(
-    x4: Tensor, x6: Tensor, x8: Tensor, x_scale: Tensor, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor,
-    bias: Tensor | None, fp6: str,
-) -> None:  # fmt: skip
-    """Raise TypeError or ValueError unless the operands of `mixed_mx_mm` fit each other; only shapes are read."""
-    tensors = {"x4": x4, "x6": x6, "x8": x8, "x_scale": x_scale, "w4": w4, "w6": w6, "w8": w8, "w_scale": w_scale}
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.uint8:
-            raise TypeError(f"{name} must be uint8, got {tensor.dtype}")
-    if fp6 not in FP6_FORMATS:
-        raise ValueError(f"fp6 must be one of {', '.join(FP6_FORMATS)}, got {fp6!r}")
-    rows, columns = x4.shape[0], w4.shape[0]
-    channels = 2 * x4.shape[1] + x6.shape[1] + x8.shape[1]
-    if 2 * w4.shape[1] + 4 * w6.shape[2] + w8.shape[1] != channels:
-        raise ValueError(f"weights hold {2 * w4.shape[1] + 4 * w6.shape[2] + w8.shape[1]} channels, x {channels}")
-    expected = {
-        "x6": (rows, x6.shape[1]), "x8": (rows, x8.shape[1]), "x_scale": (rows, channels // BLOCK_SIZE),
-        "w6": (3, columns, w6.shape[2]), "w8": (columns, w8.shape[1]), "w_scale": (columns, channels // BLOCK_SIZE),
-    }  # fmt: skip
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
-    if bias is not None and bias.shape != (columns,):
-        raise ValueError(f"bias must have shape ({columns},), got {tuple(bias.shape)}")
 
 
 def reorder(x: Tensor, channel_perm: Tensor) -> Tensor:
@@ -217,7 +145,7 @@ def reorder(x: Tensor, channel_perm: Tensor) -> Tensor:
 def reorder_quantize(
     x: Tensor,
     channel_perm: Tensor,
-    split: tuple[int, int, int],
+    split: Split,
     *,
     fp6: str,
     scale_rounding: ScaleRounding = ScaleRounding.RCEIL,
@@ -231,27 +159,19 @@ def reorder_quantize(
     checked (that would wait for the device): one past C is `index_select`'s to report.
     """
     check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
-    k4, k6, _ = split
-    y = reorder(x, channel_perm)
-    codes4, scale4 = quantize(y[:, :k4], "e2m1", scale_rounding=scale_rounding)
-    codes6, scale6 = quantize(y[:, k4 : k4 + k6], fp6, scale_rounding=scale_rounding)
-    codes8, scale8 = quantize(y[:, k4 + k6 :], "e4m3", scale_rounding=scale_rounding)
+    segments = zip(reorder(x, channel_perm).split(split, dim=1), segment_formats(fp6), strict=True)
+    (codes4, scale4), (codes6, scale6), (codes8, scale8) = (
+        quantize(segment, fmt, scale_rounding=scale_rounding) for segment, fmt in segments
+    )
     q6, scale6 = packing.align_fp6(codes6, scale6, fp6)
     return QuantizedActivation(packing.pack_fp4(codes4), q6, codes8, torch.cat((scale4, scale6, scale8), 1))
 
 
 def dequantize_activation(x4: Tensor, x6: Tensor, x8: Tensor, scale: Tensor) -> Tensor:
     """float32 (M, K) values of a `QuantizedActivation`."""
-    k4, k6 = 2 * x4.shape[1], x6.shape[1]
-    s4, s6, s8 = scale.split([k4 // BLOCK_SIZE, k6 // BLOCK_SIZE, x8.shape[1] // BLOCK_SIZE], dim=1)
-    return torch.cat(
-        (
-            dequantize(packing.unpack_fp4(x4), s4, "e2m1"),
-            dequantize(x6, s6, "e4m3"),
-            dequantize(x8, s8, "e4m3"),
-        ),
-        dim=1,
-    )
+    scales = split_scale(scale, split_of_activation(x4, x6, x8))
+    codes = (packing.unpack_fp4(x4), x6, x8)
+    return torch.cat([dequantize(*part) for part in zip(codes, scales, MEMORY_FORMATS, strict=True)], dim=1)
 
 
 def dequantize_weight(w4: Tensor, w6: Tensor, w8: Tensor, scale: Tensor, fp6: str) -> Tensor:
@@ -279,8 +199,3 @@ def mixed_mx_mm(
     if bias is not None:
         out = out + bias.to(torch.float32)
     return out.to(out_dtype)
-
-
-def _check_float(x: Tensor) -> None:
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")

@@ -1,10 +1,10 @@
 """The operations that every path meets at, as `torch.library` ops: those of `exact` and those of `folded`."""
 
+from micromix_compile.numerics.producers import rms_norm
 from micromix_compile.ops.exact import (
     dequantize_weight,
     mixed_mx_mm,
     reorder_quantize,
-    rms_norm,
     rms_norm_reorder_quantize,
     silu_mul_reorder_quantize,
 )

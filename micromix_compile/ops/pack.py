@@ -10,10 +10,8 @@ from torch import Tensor
 
 from micromix_compile import ops
 from micromix_compile.numerics import packing, reference, rounding
-from micromix_compile.numerics.formats import BLOCK_SIZE
-from micromix_compile.numerics.layout import PackedWeight, Split, padded_channels, weight_split
-from micromix_compile.targets import gpu_rounding
-from micromix_compile.targets.target import triton_family
+from micromix_compile.numerics.layout import PackedWeight, Split, block_formats, padded_channels, weight_split
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,17 +51,14 @@ def round_weights(
     perm = group.channel_perm.to(device)
     stacked = torch.cat([reference.reorder(w.to(device, torch.float32), perm) for w in finite.values()])
     split = weight_split(group.split, config.weights)
-    formats = [
-        name for name, k in zip(("e2m1", config.fp6, "e4m3"), split, strict=True) for _ in range(k // BLOCK_SIZE)
-    ]
     rounded = rounding.round_weight(
         stacked,
-        formats,
+        block_formats(split, config.fp6),
         reference.reorder(reference.reorder(moment, perm).T, perm),
         scale_rounding=config.scale_rounding,
         search=config.scale_search,
         compensate=config.weight_rounding == "gptq",
-        steps=gpu_rounding.STEPS if triton_family(stacked) is not None else None,
+        steps=target_of(stacked.device).steps,
     )
     for (name, weight), part in zip(finite.items(), rounded.split([len(w) for w in finite.values()]), strict=True):
         packed[name] = _pack(part.to(weight.device), torch.arange(perm.numel(), device=weight.device), split, config)

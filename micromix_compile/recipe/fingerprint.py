@@ -15,7 +15,7 @@ SAMPLE_SIZE: Final = 32
 """Weights kept per linear to recognize it by; see `weight_sample`."""
 
 _INTEGERS: Final = {"float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int16}
-"""Integers of the sizes of the dtypes of linears, see `reference.FLOAT_DTYPES`."""
+"""Integers of the sizes of the dtypes of linears, see `checks.FLOAT_DTYPES`."""
 
 _CHUNK: Final = 2**16
 """Elements that are summed at a time on a CPU, for they take eight bytes each; on a GPU 64 times as many."""

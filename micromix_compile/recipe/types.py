@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from micromix_compile.numerics.formats import BLOCK_SIZE, elem_format
-from micromix_compile.numerics.layout import PackedWeight, Split, order_dtype, weight_split
+from micromix_compile.numerics.layout import PackedWeight, Split, order_dtype, row_bytes, weight_split
 
 if TYPE_CHECKING:
     import os
@@ -179,9 +178,8 @@ class Recipe:
 
     def stored_bytes_of(self, linear: LinearRecipe) -> int:
         """Bytes of one linear's packed weight with scales and padding."""
-        k4, k6, k8 = weight_split(linear.split, self.config.weights)
-        row = k4 // 2 + k6 * elem_format(self.config.fp6).bits // 8 + k8 + (k4 + k6 + k8) // BLOCK_SIZE
-        return linear.out_features * row
+        split = weight_split(linear.split, self.config.weights)
+        return linear.out_features * row_bytes(split, self.config.fp6)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe to `path` through a temporary file: a failure leaves an older file whole."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.calibration.observer import ChannelObserver
     from micromix_compile.calibration.sensitivity import CostProbe
-    from micromix_compile.changes.versions import Snapshot
+    from micromix_compile.ops.prepared import Kept
     from micromix_compile.recipe.types import LinearRecipe, Recipe
     from micromix_compile.recipe.watched import RecipeFile
 
@@ -50,8 +50,7 @@ class LinearState:
     observer: ChannelObserver | None = None
     probe: CostProbe | None = None
     linear: LinearRecipe | None = None
-    packed: PackedTensors | None = None
-    snapshot: Snapshot | None = None
+    packed: Kept[PackedTensors] | None = None
     calls: int = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from micromix_compile.changes.versions import Snapshot
 from micromix_compile.ops.pack import packed_weight
+from micromix_compile.ops.prepared import Kept
 
 if TYPE_CHECKING:
     import torch
@@ -23,14 +23,15 @@ class PackedWeights:
 
     def of(self, parameter: nn.Parameter, state: LinearState, recipe: Recipe) -> PackedTensors:
         """(channel_perm, w4, w6, w8, w_scale). What is seen as a change of a weight says `versions`."""
-        if state.packed is None or state.snapshot is None or not state.snapshot.holds(parameter):
-            snapshot, matrix = Snapshot(parameter), state.matrix()
-            assert state.linear is not None, f"{state.name} has no recipe"
-            assert matrix is not None, "its weight was given"
-            order = self._order(state.linear.group, parameter.device)
-            state.packed = (order, *packed_weight(matrix, state.linear, recipe))
-            state.snapshot = snapshot
-        return state.packed
+        if state.packed is None:
+            state.packed = Kept(self._pack)
+        return state.packed.of([parameter], parameter.device, state, recipe)
+
+    def _pack(self, device: torch.device, state: LinearState, recipe: Recipe) -> PackedTensors:
+        matrix = state.matrix()
+        assert state.linear is not None, f"{state.name} has no recipe"
+        assert matrix is not None, "its weight was given"
+        return (self._order(state.linear.group, device), *packed_weight(matrix, state.linear, recipe))
 
     def _order(self, group: GroupRecipe, device: torch.device) -> Tensor:
         if (group.name, device) not in self._orders:

@@ -22,16 +22,39 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+from torch import Tensor
+
+from micromix_compile.numerics.folding import LOCKS, FoldedActivation, factor_shape, fold_width
+from micromix_compile.numerics.layout import PackedWeight, activation_shapes, packed_shapes, weight_split
+from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets.exact import mixed_mx_mm_call
+from micromix_compile.targets.folded_tiles import Parts, tiles_of
+from micromix_compile.targets.hopper import folded_mm_call
+from micromix_compile.targets.kernels import FoldedWeight
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from micromix_compile.targets.tiles import Family, FoldedTile, Tile
+    from micromix_compile.numerics.layout import Split
+    from micromix_compile.targets.folded_tiles import FoldedTile
+    from micromix_compile.targets.launch import KernelCall
+    from micromix_compile.targets.tiles import MixedTiles, Tile
 
 # Columns of tensor memory that one sm_100 processor has (PTX ISA, "Tensor Memory").
 TENSOR_MEMORY_COLUMNS: Final = 512
 
-_MATMUL: Final = "micromix_compile.templates.triton.mixed_mx_mm:mixed_mx_mm_kernel"
-_FOLDED: Final = "micromix_compile.templates.triton.folded_mm:folded_mm_kernel"
+DEFAULT_STAGES: Final = 3
+"""Triton's own, where a launch leaves them to it."""
+
+MANY_ROWS: Final = 256
+SPLIT: Final = (3072, 832, 192)
+"""Channels per format where nothing else is asked for. No kernel is specialized on them."""
+
+_POINTERS: Final = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16",
+    torch.int32: "*i32",
+}  # fmt: skip
 
 # What PTX says of the source: comments, its lines and files with the labels for them, debug sections, modules.
 _OF_SOURCE: Final = (
@@ -48,15 +71,15 @@ class Kernel:
     """One kernel to compile, as plain data.
 
     function: "module:name" of a `triton.jit` function. capability: ten times the major plus the minor number of the
-    GPU's compute capability. signature: type of each run-time argument ("*u8", "i32"). constexprs: value of each
-    compile-time argument. aligned: run-time arguments known to be multiples of 16, as Triton finds at a launch.
+    GPU's compute capability. tensors: type of each pointer ("*u8"). integers: value of each other run-time argument, on
+    which Triton may specialize the kernel. constexprs: value of each compile-time argument.
     """
 
     function: str
     capability: int
-    signature: Mapping[str, str]
+    tensors: Mapping[str, str]
+    integers: Mapping[str, int]
     constexprs: Mapping[str, bool | int | float | str | None]
-    aligned: tuple[str, ...]
     num_warps: int
     num_stages: int
 
@@ -121,59 +144,62 @@ def target_name(capability: int) -> str:
     return f"sm_{capability}{'a' if capability >= 90 else ''}"
 
 
-def mixed_mx_mm(
-    capability: int, tile: Tile, family: Family, *, w_fp4: bool = False, fp6: str = "e2m3", x_swizzled: bool = False,
-    w_swizzled: bool = False, bias: bool = True, out_dtype: str = "bf16",
-) -> Kernel:  # fmt: skip
-    """The mixed matmul with one tile of a family. out_dtype: of bias and output, in Triton's spelling."""
-    pointers = dict.fromkeys(("x4", "x6", "x8", "x_scale", "w4", "w6", "w8", "w_scale"), "*u8")
-    pointers |= {"bias": f"*{out_dtype}", "out": f"*{out_dtype}"}
+def kernel_of(call: KernelCall, capability: int) -> Kernel:
+    """A launch as what Triton would compile for it. Its tensors may be on any device, "meta" too."""
+    function = call.kernel.fn  # the kernel itself may be interpreted
     return Kernel(
-        function=_MATMUL,
+        function=f"{function.__module__}:{function.__name__}",
         capability=capability,
-        signature=pointers | dict.fromkeys(("M", "N", "blocks4", "blocks6", "blocks8"), "i32"),
-        constexprs=family.constants(
-            tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias, x_swizzled=x_swizzled, w_swizzled=w_swizzled
-        ),
-        aligned=(*pointers, "N"),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        tensors={name: _POINTERS[value.dtype] for name, value in call.args.items() if isinstance(value, Tensor)},
+        integers={name: value for name, value in call.args.items() if isinstance(value, int)},
+        constexprs={**call.constexprs, **{name: None for name, value in call.args.items() if value is None}},
+        num_warps=call.num_warps,
+        num_stages=call.num_stages or DEFAULT_STAGES,
     )
+
+
+def mixed_mx_mm(
+    capability: int, tile: Tile, tiles: MixedTiles, *, w_fp4: bool = False, fp6: str = "e2m3", x_swizzled: bool = False,
+    w_swizzled: bool = False, bias: bool = True, out_dtype: torch.dtype = torch.bfloat16, columns: int = 4096,
+    split: Split = SPLIT,
+) -> Kernel:  # fmt: skip
+    """The mixed matmul with one tile. out_dtype: of bias and output. The number of rows makes no difference."""
+    x = QuantizedActivation(*(_meta(*shape) for shape in activation_shapes(MANY_ROWS, split)))
+    w_split = weight_split(split, "mxfp4" if w_fp4 else "same")
+    w = PackedWeight(*(_meta(*shape) for shape in packed_shapes(columns, w_split)))
+    tile_of_scales = _meta(1, 1, 512)  # of `packing.swizzle_scale`
+    call = mixed_mx_mm_call(
+        x._replace(scale=tile_of_scales) if x_swizzled else x,
+        w._replace(w_scale=tile_of_scales) if w_swizzled else w,
+        _meta(columns, dtype=out_dtype) if bias else None,
+        _meta(MANY_ROWS, columns, dtype=out_dtype),
+        fp6=fp6,
+        tiles=tiles,
+        tile=tile,
+    )
+    return kernel_of(call, capability)
 
 
 def folded_mm(
     capability: int, tile: FoldedTile, *, fp6: str = "e2m3", groups: int = 1, bias: bool = True, split_k: int = 1,
-    out_dtype: str = "bf16", columns: int = 4096, split: tuple[int, int, int] = (3072, 832, 192),
+    out_dtype: torch.dtype = torch.bfloat16, columns: int = 4096, split: Split = SPLIT,
 ) -> Kernel:  # fmt: skip
-    """The folded product of `groups` weights.
+    """The folded product of `groups` weights with one tile, shared by `split_k` programs. columns: of each weight."""
+    rows = tile.BLOCK_M
+    w4, w6, w8 = (_meta(*shape) for shape in packed_shapes(columns, split)[:3])
+    factor, row_scale = _meta(*factor_shape(columns, split)), _meta(columns, dtype=torch.float32)
+    weight = FoldedWeight(w4, w6, w8, factor, row_scale, _meta(columns, dtype=out_dtype) if bias else None)
+    q = _meta(rows, fold_width(split, w_fp4=False))
+    x = FoldedActivation(q, _meta(rows, dtype=torch.float32), _meta(LOCKS, dtype=torch.int32))
+    outs = [_meta(rows, columns, dtype=out_dtype)] * groups
+    partial = _meta(1, dtype=torch.float32)
+    whole = tiles_of(rows, [columns] * groups, tile) if split_k == 1 else 0
+    call = folded_mm_call(x, [weight] * groups, outs, partial, fp6=fp6, tile=tile, parts=Parts(whole, split_k))
+    return kernel_of(call, capability)
 
-    columns: of each, of which Triton sees if it is 1 or a multiple of 16. split: channels per format.
-    """
-    weights = dict.fromkeys((f"{name}_{i}" for i in range(3) for name in ("w4", "w6", "w8", "w_factor")), "*u8")
-    scales = dict.fromkeys(("x_row_scale", *(f"w_row_scale_{i}" for i in range(3))), "*fp32")
-    biases = [f"bias_{i}" for i in range(3)]
-    pointers = weights | scales | (dict.fromkeys(biases, f"*{out_dtype}") if bias else {})
-    pointers |= dict.fromkeys((f"out_{i}" for i in range(3)), f"*{out_dtype}")
-    pointers |= {"x": "*u8", "partial": "*fp32", "locks": "*i32"}
-    extents = {f"N{i}": columns if i < groups else 0 for i in range(3)}
-    numbers = ("tiles0", "tiles1", "column_tiles", "whole", "shared")
-    constants = {name: value for name, value in extents.items() if value == 1} | ({} if bias else dict.fromkeys(biases))
-    extents = {name: value for name, value in extents.items() if value != 1}
-    return Kernel(
-        function=_FOLDED,
-        capability=capability,
-        signature=pointers | dict.fromkeys((*extents, "M", "odd4", "odd6", "odd8", *numbers), "i32"),
-        constexprs={
-            "FP6": fp6, "GROUPS": groups, "HAS_BIAS": bias, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
-            "BLOCK_K": tile.BLOCK_K, "SPLIT_K": split_k, "COPIED": tile.copied_factors, "SUM_STEPS": tile.SUM_STEPS,
-            "SEGMENT_START": tile.SEGMENT_START, "STAGES8": tile.stages8(split, groups),
-            "LAUNCH_PDL": True, "RELEASES": tile.releases,
-            **constants,
-        },
-        aligned=(*pointers, *(name for name, value in extents.items() if value % 16 == 0)),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )  # fmt: skip
+
+def _meta(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_all(kernels: Sequence[Kernel], *, workers: int = 2) -> list[Compiled | NotSupported]:
@@ -236,19 +262,28 @@ def ptx_digest(ptx: str) -> str:
 
 
 def _source(kernel: Kernel) -> Any:
-    """Triton's description of what to compile."""
+    """Triton's description of what to compile, with what it finds at a launch: tensors and multiples of 16 are aligned.
+
+    An integer of 1 is a constant. Neither is said of arguments that the kernel is not to be specialized on.
+    """
     from triton.compiler import ASTSource
 
     module, name = kernel.function.split(":")
     function = getattr(importlib.import_module(module), name)
     names = list(function.arg_names)
-    if set(names) != {*kernel.signature, *kernel.constexprs}:
-        raise ValueError(f"{kernel.function} takes {names}, got {[*kernel.signature, *kernel.constexprs]}")
+    given = {**kernel.tensors, **kernel.integers, **kernel.constexprs}
+    if set(names) != set(given):
+        raise ValueError(f"{kernel.function} takes {names}, got {[*given]}")
+    free = {p.name for p in function.params if p.do_not_specialize}
+    ones = {name: 1 for name, value in kernel.integers.items() if value == 1 and name not in free}
+    aligned = [name for name, value in kernel.integers.items() if value % 16 == 0 and name not in free]
+    types = {**kernel.tensors, **dict.fromkeys(kernel.integers.keys() - ones.keys(), "i32")}
+    constants = {**kernel.constexprs, **ones}
     return ASTSource(
         fn=function,
-        signature={name: kernel.signature.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in kernel.constexprs.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned},
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*kernel.tensors, *aligned)},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,6 @@ import torch
 from micromix_compile import ops
 from micromix_compile.linear.gradient import wants_gradients
 from micromix_compile.lowering import inductor
-from micromix_compile.ops.folded import runs_folded
 from micromix_compile.ops.prepared import Kept
 from micromix_compile.passes import (
     CONVERT_PASSES,
@@ -31,12 +31,10 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.passes import PassContext
     from micromix_compile.session.session import Session
+    from micromix_compile.targets.target import Target
 
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
-
-_folds = runs_folded
-"""Whether products with such a weight are to be folded."""
 
 PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, ops.folded_mm)
 
@@ -46,10 +44,10 @@ def compile_quantized(
 ) -> Callable[..., Any]:
     """Rewrite the graph's linears and compile it with Inductor; packed weights are looked up for every call."""
     gm, context = open_graph(session, gm, example_inputs)
-    context.folds = None if session.config.exact else _folds
+    context.target_of = cache(partial(target_of, exact=session.config.exact))
     run_passes(gm.graph, CONVERT_PASSES, context)
     close_graph(session, context)
-    _check_products(session, gm, context)
+    targets = _targets(session, gm, context)
     gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
     appended = gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]
     with torch.set_grad_enabled(gradients):
@@ -58,7 +56,7 @@ def compile_quantized(
             [*example_inputs, *(node.meta["example_value"] for node in appended)],
             options=options,
             post_grad_passes=for_inductor(POST_GRAD_PASSES, context),
-            settings=_cache_settings(session.config),
+            settings=_cache_settings(session.config, targets),
         )
     return _QuantizedGraph(session, compiled, AppendedInputs.of(gm, context), gradients=gradients).run
 
@@ -74,7 +72,7 @@ class _QuantizedGraph:
         self._keys = appended.keys
         self._reads_weights = bool(appended.weights)
         self._gradients = gradients
-        self._kept = Kept(lambda args: appended.values(session, args))
+        self._kept = Kept(lambda args: appended.values(session, args), guarded=True)
 
     def run(self, *args: Any) -> Any:
         """What the graph returns. Raises ValueError if the model is in training mode."""
@@ -87,25 +85,30 @@ class _QuantizedGraph:
             return self._compiled(*args, *more)
 
 
-def _cache_settings(config: MicroMixConfig) -> dict[str, Any]:
+def _cache_settings(config: MicroMixConfig, targets: Sequence[Target] = ()) -> dict[str, Any]:
     """What compiled code depends on beside the graph and this package."""
-    outside = outside_sources(POST_GRAD_PASSES)
-    return {**config.to_dict(), **({"passes": outside} if outside else {})}
+    others = {"passes": outside_sources(POST_GRAD_PASSES), "targets": [target.name for target in targets]}
+    return {**config.to_dict(), **{name: value for name, value in others.items() if value}}
 
 
-def _check_products(session: Session, gm: fx.GraphModule, context: PassContext) -> None:
-    """Say where products are slow, or that there is none. Raises RuntimeError for slow ones if strict."""
+def _targets(session: Session, gm: fx.GraphModule, context: PassContext) -> list[Target]:
+    """Who computes the products of a graph.
+
+    The log says where they are slow, or that there is none. Raises RuntimeError for slow ones if strict.
+    """
     products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
-    if products:
-        _check_target(session.config, input_devices(products))
-    elif context.sites and not session.is_packed:
+    targets = [context.target_of(device) for device in input_devices(products)]
+    _check_targets(session.config, targets)
+    if not products and context.sites and not session.is_packed:
         logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
+    return targets
 
 
-def _check_target(config: MicroMixConfig, devices: Sequence[torch.device]) -> None:
-    """Say where linears on `devices` run as plain PyTorch. Raises RuntimeError instead if strict."""
-    for target in map(target_of, devices):
+def _check_targets(config: MicroMixConfig, targets: Sequence[Target]) -> None:
+    """Say who computes; warn where that is plain PyTorch. Raises RuntimeError instead of the latter if strict."""
+    for target in targets:
         if target.emulated is None:
+            _say_once(f"the linears run on {target.name}: their products take {target.takes} operands", logging.DEBUG)
             continue
         message = f"the linears run as plain PyTorch operations on {target.name}: {target.emulated}"
         if config.strict:
@@ -113,7 +116,7 @@ def _check_target(config: MicroMixConfig, devices: Sequence[torch.device]) -> No
         _say_once(message)
 
 
-def _say_once(message: str) -> None:
+def _say_once(message: str, level: int = logging.WARNING) -> None:
     if message not in _said:
         _said.add(message)
-        logger.warning(message)
+        logger.log(level, message)

@@ -15,7 +15,6 @@ from torch.fx import Node
 from micromix_compile import ops
 from micromix_compile.lowering.torch_private.operators import arguments_of
 from micromix_compile.lowering.torch_private.tracing import statically_known_true
-from micromix_compile.ops.folded import runs_folded
 from micromix_compile.passes.graph import call
 from micromix_compile.passes.post_grad.producers import same_shape
 
@@ -36,7 +35,7 @@ def fuse_residual(graph: fx.Graph, context: PassContext) -> int:
         rows = arguments_of(quantize)["x"]
         total = arguments_of(rows)["self"] if rows.target in VIEWS else rows
         place = _place(graph, quantize, total) if _is_sum(total, rows) else None
-        if place is not None:
+        if place is not None and context.target_of(total.meta["val"].device).wants("fuse_residual"):
             _rewrite(graph, quantize, rows, total, place)
             fused += 1
     return fused
@@ -50,7 +49,7 @@ def _is_sum(total: Node, rows: Node) -> bool:
     value = total.meta["val"]
     parts = [addend.meta["val"] for addend in addends]
     same = all(isinstance(part, torch.Tensor) and part.dtype == value.dtype for part in parts)
-    if not same or not same_shape(value, *parts) or not value.is_contiguous() or not runs_folded(value):
+    if not same or not same_shape(value, *parts) or not value.is_contiguous():
         return False
     return value.dim() > 0 and statically_known_true(value.shape[-1] == rows.meta["val"].shape[-1])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from micromix_compile.lowering.torch_private.patterns import (
     PatternMatcherPass,
     register_graph_pattern,
 )
-from micromix_compile.passes.post_grad.producers import quantized, quantizes_rows_of, replace_quantize
+from micromix_compile.passes.post_grad.producers import devices_with, quantized, quantizes_rows_of, replace_quantize
 
 if TYPE_CHECKING:
     from torch import fx
@@ -36,18 +36,19 @@ FUSED = {
 
 def fuse_rms_norm(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite RMSNorm -> reorder_quantize to micromix::rms_norm_reorder_quantize. Returns how many were rewritten."""
-    return int(_patterns().apply(graph))
+    return int(_patterns(devices_with("fuse_rms_norm", graph, context)).apply(graph))
 
 
 @cache
-def _patterns() -> PatternMatcherPass:
+def _patterns(devices: frozenset[torch.device]) -> PatternMatcherPass:
+    """What is matched where rows are on one of `devices`."""
     patterns = PatternMatcherPass(pass_name="micromix_fuse_rms_norm")
     x = KeywordArg("x")
     widened = CallFunction(prims.convert_element_type.default, x, torch.float32, _users=MULTIPLE)
     rounded = CallFunction(prims.convert_element_type.default, _normalized(widened), KeywordArg("rounded_to"))
     for normalized, check in ((_normalized(x), _is_float32_norm), (rounded, _is_rounded_norm)):
         for pattern in quantized(CallFunction(aten.mul.Tensor, KeywordArg("weight"), normalized)):
-            register_graph_pattern(pattern, pass_dict=patterns, extra_check=check)(_replace)
+            register_graph_pattern(pattern, pass_dict=patterns, extra_check=partial(check, devices))(_replace)
     return patterns
 
 
@@ -59,19 +60,24 @@ def _normalized(x: PatternExpr) -> PatternExpr:
     return CallFunction(aten.mul.Tensor, x, rsqrt)
 
 
-def _is_float32_norm(match: Match) -> bool:
-    return _is_row_norm(match) and match.kwargs["x"].meta["val"].dtype is torch.float32
+def _is_float32_norm(devices: frozenset[torch.device], match: Match) -> bool:
+    return _is_row_norm(devices, match) and match.kwargs["x"].meta["val"].dtype is torch.float32
 
 
-def _is_rounded_norm(match: Match) -> bool:
-    return _is_row_norm(match) and match.kwargs["rounded_to"] is match.kwargs["x"].meta["val"].dtype
+def _is_rounded_norm(devices: frozenset[torch.device], match: Match) -> bool:
+    return _is_row_norm(devices, match) and match.kwargs["rounded_to"] is match.kwargs["x"].meta["val"].dtype
 
 
-def _is_row_norm(match: Match) -> bool:
-    """Whether the rows that are normalized are the rows that are quantized, as the op computes them."""
+def _is_row_norm(devices: frozenset[torch.device], match: Match) -> bool:
+    """Whether the normalized rows are those that are quantized, on one of `devices`, as the op computes them."""
     x, weight = (match.kwargs[name].meta["val"] for name in ("x", "weight"))
     same_type = weight.dim() == 1 and weight.shape[0] == x.shape[-1] and weight.dtype == x.dtype
-    return bool(same_type and isinstance(match.kwargs["eps"], float | int) and quantizes_rows_of(match, x))
+    return bool(
+        x.device in devices
+        and same_type
+        and isinstance(match.kwargs["eps"], float | int)
+        and quantizes_rows_of(match, x)
+    )
 
 
 def _replace(match: Match, x: Node, weight: Node, eps: float, **_: object) -> None:

@@ -16,11 +16,22 @@ from micromix_compile.passes.graph import call
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import fx
+
+    from micromix_compile.passes.context import PassContext
+
 aten = torch.ops.aten
 
 ROWS: Final = "x"
 """What quantizers call the matrix that they quantize."""
 QUANTIZERS: Final = (ops.reorder_quantize, ops.reorder_fold)
+
+
+def devices_with(name: str, graph: fx.Graph, context: PassContext) -> frozenset[torch.device]:
+    """The devices on which rows are quantized in `graph` and whose targets have the pass `name`."""
+    quantizers = [node for node in graph.nodes if node.target in QUANTIZERS]
+    devices = {arguments_of(node)[ROWS].meta["val"].device for node in quantizers}
+    return frozenset(device for device in devices if context.target_of(device).wants(name))
 
 
 def quantized(rows: PatternExpr) -> list[PatternExpr]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from micromix_compile.numerics.reference import FLOAT_DTYPES
+from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.passes.context import LinearSite, PassContext
 from micromix_compile.passes.mutations import memory_of, written_memory
 from micromix_compile.passes.pre_grad.products import Operands, is_transpose, operands_of

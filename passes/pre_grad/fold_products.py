@@ -15,10 +15,10 @@ import torch
 from micromix_compile import ops
 from micromix_compile.lowering.torch_private.operators import arguments_of
 from micromix_compile.numerics.folding import factor_shape
-from micromix_compile.numerics.layout import order_dtype
+from micromix_compile.numerics.layout import order_dtype, split_of_weight, weight_split
 from micromix_compile.ops import prepared
 from micromix_compile.passes.graph import call, calls, copy_meta
-from micromix_compile.targets.gpu_folded import MAX_GROUP
+from micromix_compile.targets.groups import MAX_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,16 +37,18 @@ def fold_products(graph: fx.Graph, context: PassContext) -> int:
 
     The device of the weights decides for each: a graph may have inputs, or linears, on several.
     """
-    if context.folds is None:
-        return 0
     folded: dict[fx.Node, tuple[fx.Node, ...]] = {}
     rewritten = 0
     for quantize in [node for node in graph.nodes if calls(node, ops.reorder_quantize)]:
         products = _products(quantize)
-        if products and context.folds(_example(arguments_of(products[0])["w4"])):
+        if products and context.target_of(_device(products[0])).wants("fold_products"):
             _rewrite(graph, context, quantize, products, folded)
             rewritten += 1
     return rewritten
+
+
+def _device(product: fx.Node) -> torch.device:
+    return _example(arguments_of(product)["w4"]).device
 
 
 def _products(quantize: fx.Node) -> list[fx.Node]:
@@ -70,9 +72,10 @@ def _can_fold(product: fx.Node, quantize: fx.Node) -> bool:
 
 def _weights_are_fp4(quantize: fx.Node, product: fx.Node) -> bool:
     """Whether weights are all MXFP4 and activations are not."""
-    layout = arguments_of(quantize)
-    packed = _example(arguments_of(product)["w4"]).shape[1] * 2
-    return bool(packed == layout["k4"] + layout["k6"] + layout["k8"] != layout["k4"])
+    given, layout = arguments_of(product), arguments_of(quantize)
+    split = layout["k4"], layout["k6"], layout["k8"]
+    w_split = split_of_weight(*(_example(given[name]) for name in WEIGHT[:3]))
+    return w_split == weight_split(split, "mxfp4") != split
 
 
 def _example(node: Any) -> torch.Tensor:
@@ -158,7 +161,7 @@ def _folded_inputs(
     w4, w6, w8, w_scale = weight = tuple(product[name] for name in WEIGHT)
     if w_scale not in folded:
         scale = _example(w_scale)
-        split = (_example(w4).shape[1] * 2, _example(w6).shape[2] * 4, _example(w8).shape[1])
+        split = split_of_weight(_example(w4), _example(w6), _example(w8))
         name = f"micromix_folded_{len(context.folded)}"
         folded[w_scale] = (
             context.owner.add_input(graph, f"{name}_factor", scale.new_empty(factor_shape(scale.shape[0], split))),

@@ -1,7 +1,7 @@
 """Packed weights to folded E4M3 in memory, once per call, for products with many rows: one launch.
 
 Up to three weights that read one activation (q, k and v) come to lie below each other, as one weight of one product, as
-far as `gpu_folded.expansion_runs` joins them.
+far as `FoldedTiles.expansion_runs` joins them.
 """
 
 import triton

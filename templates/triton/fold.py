@@ -8,6 +8,8 @@ which has no inline PTX, takes the branch beside it that says the same in intege
 import triton
 import triton.language as tl
 
+from micromix_compile.numerics.formats import fp6_format
+
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -29,24 +31,27 @@ def _word_ptx(source: str, destination: str) -> str:
     mov.b32 {destination}, {{first, second}};"""
 
 
-def _fp6_ptx(used: int, moves: tuple[tuple[int, int, int], ...]) -> str:
-    """Three planes, $4 to $6, and factors to four words; see `packing` for what `used` and `moves` are."""
+def _fp6_ptx(fp6: str) -> str:
+    """Three planes, $4 to $6, and factors to four words."""
+    planes = fp6_format(fp6).planes
+    assert planes is not None, "every FP6 format has its planes"
     words = [
-        f"\n    and.b32 t, ${4 + plane}, {used * 0x01010101:#x};" + _word_ptx("t", f"${plane}") for plane in range(3)
+        f"\n    and.b32 t, ${4 + plane}, {planes.used * 0x01010101:#x};" + _word_ptx("t", f"${plane}")
+        for plane in range(3)
     ]
     gather = "\n    mov.b32 t, 0;" + "".join(
         f"""
     {"shl" if shift < 0 else "shr"}.b32 a, ${4 + plane}, {abs(shift)};
     lop3.b32 t, a, {bits * 0x01010101:#x}, t, 0xEA;"""
-        for plane, bits, shift in moves
+        for plane, bits, shift in planes.moves
     )
     return one_line(f"{{ {_REGISTERS} {_FACTOR.format(7)}{''.join(words)}{gather}{_word_ptx('t', '$3')} }}")
 
 
 _REGISTERS = ".reg .b16 first, second; .reg .b32 a, b, t, factor;"
 _FACTOR = "prmt.b32 factor, ${}, 0, 0x0404;"  # float16, from its upper byte, twice
-_E2M3_PTX = tl.constexpr(_fp6_ptx(0x9F, ((0, 0x80, -1), (0, 0x10, 1), (1, 0x0C, 3), (2, 0x03, 5))))
-_E3M2_PTX = tl.constexpr(_fp6_ptx(0xBE, ((0, 0x82, -1), (1, 0x20, 1), (1, 0x04, -2), (2, 0x10, 2), (2, 0x08, -3))))
+_E2M3_PTX = tl.constexpr(_fp6_ptx("e2m3"))
+_E3M2_PTX = tl.constexpr(_fp6_ptx("e3m2"))
 _E4M3_PTX = tl.constexpr(one_line(f"{{ {_REGISTERS} {_FACTOR.format(2)}{_word_ptx('$1', '$0')} }}"))
 
 # A table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8 to all but the zero

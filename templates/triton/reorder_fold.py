@@ -4,13 +4,13 @@ In front of the RMSNorm may stand the sum with a residual, which others read, an
 
 The values are those of `reorder_quantize`, divided by the row's power of two and rounded to E4M3, in the order in which
 `folded_mm` meets them; `numerics.folding` is the contract. A program takes one row or a part of it. Launched
-by `targets.gpu_folded`.
+by `targets.hopper`.
 """
 
 import triton
 import triton.language as tl
 
-from micromix_compile.targets.tiles import FEW_ROWS
+from micromix_compile.targets.folded_tiles import AHEAD_ROWS
 from micromix_compile.templates.triton.ahead import let_next_start, prefetch, wait_for_inputs
 from micromix_compile.templates.triton.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
 from micromix_compile.templates.triton.reorder_quantize import (
@@ -23,7 +23,7 @@ from micromix_compile.templates.triton.reorder_quantize import (
 )
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_FEW_ROWS = tl.constexpr(FEW_ROWS)
+_FEW_ROWS = tl.constexpr(AHEAD_ROWS)
 
 
 def _fold_ptx(clamp: str) -> str:
@@ -76,7 +76,7 @@ def reorder_fold_kernel(
     FORMATS: tl.constexpr,  # digest of the table that `by_format` reads
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
-    HAS_ROOM: tl.constexpr,  # see `gpu.QuantizerTile`
+    HAS_ROOM: tl.constexpr,  # see `quantizers.QuantizerTile`
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
     WHOLE_ROW: tl.constexpr,  # BLOCK_K covers K
     LOCKS: tl.constexpr, LAUNCH_PDL: tl.constexpr,

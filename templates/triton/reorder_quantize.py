@@ -6,7 +6,7 @@ again (90 against 58 us, H200, 8192 x 4096 bfloat16). One tile holds blocks of a
 between formats is data (one number a block), not code.
 
 Every rounding of the quantizer is made of integer operations and float32 additions, which are the same on every target
-and in Triton's interpreter. `reference` is the contract: equal bytes. Launched by `targets.gpu`.
+and in Triton's interpreter. `reference` is the contract: equal bytes. Launched by `targets.quantizers`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def reorder_quantize_kernel(
     FORMATS: tl.constexpr,  # digest of the table that `_field` reads, which Triton's cache would not see otherwise
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
-    HAS_ROOM: tl.constexpr,  # see `gpu.QuantizerTile`
+    HAS_ROOM: tl.constexpr,  # see `quantizers.QuantizerTile`
     BLOCK_K: tl.constexpr,  # output channels of one program; a power of two, at least 32
 ):
     """Quantize BLOCK_K output channels, from program_id(1) * BLOCK_K on, of row program_id(0)."""

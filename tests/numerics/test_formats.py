@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.strategies import BOUNDARIES, NAN_AND_INF_BITS, Block, finite_blocks
 
 from micromix_compile.numerics import reference
-from micromix_compile.numerics.formats import ELEM_FORMATS, ScaleRounding, elem_format
+from micromix_compile.numerics.formats import ELEM_FORMATS, ElemFormat, ScaleRounding, elem_format
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -247,3 +247,36 @@ def test_the_format_table_cannot_be_changed() -> None:
         ELEM_FORMATS["e2m1"] = elem_format("e4m3")  # type: ignore[index]
     with pytest.raises(AttributeError):
         elem_format("e2m1").bias = 3  # type: ignore[misc]
+
+
+OUTSIDE = ElemFormat(
+    name="e2m2", exponent_bits=2, mantissa_bits=2, bias=1, emax=2, max_value=7.0, max_code=0x0F, e4m3_shift=None,
+    in_memory="e2m2",
+)  # fmt: skip
+
+
+@per_rounding
+def test_a_format_from_outside_quantizes_without_a_change_here(rounding: ScaleRounding) -> None:
+    """A row is all that the codec, scales and rounding take. To be a segment of a split a format needs packing, too."""
+    x = torch.randn(50, 64) * torch.exp2(torch.randint(-9, 9, (50, 1)))
+    codes, scale = reference.quantize(x, OUTSIDE, scale_rounding=rounding)
+    assert int(codes.max()) < 2**OUTSIDE.bits
+    values = reference.decode(torch.arange(32, dtype=torch.uint8), OUTSIDE)
+    assert values[: OUTSIDE.max_code + 1].tolist() == [
+        *(n / 4 for n in range(8)),
+        *(n / 2 for n in range(4, 8)),
+        4,
+        5,
+        6,
+        7,
+    ]
+    factor = reference.scale_value(scale).repeat_interleave(32, 1)
+    nearest = (x[..., None] / factor[..., None] - values).abs().amin(-1) * factor
+    assert torch.equal((reference.dequantize(codes, scale, OUTSIDE) - x).abs(), nearest)
+
+
+def test_facts_about_formats_do_not_rename_compiled_kernels() -> None:
+    """Their cache knows the table by its repr, and none of them reads these."""
+    for fmt in ELEM_FORMATS.values():
+        assert "planes" not in repr(fmt)
+        assert "in_memory" not in repr(fmt)

@@ -39,8 +39,9 @@ from test_formats import (
 from torch import Tensor
 
 from micromix_compile.numerics import packing, reference
+from micromix_compile.numerics.checks import check_split
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding, elem_format
-from micromix_compile.numerics.reference import QuantizedActivation, check_split, dequantize, quantize, reorder_quantize
+from micromix_compile.numerics.reference import QuantizedActivation, dequantize, quantize, reorder_quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable

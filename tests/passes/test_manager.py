@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.graphs import context_with, session_with, trace
 from support.models import make_net
+from support.targets import FOLDING
 from torch import fx
 
 import micromix_compile as micromix
@@ -119,6 +120,7 @@ def test_compiled_code_is_cached_by_the_files_of_passes_from_outside() -> None:
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     assert outside_sources([*POST_GRAD_PASSES, count_quantizers]) == {"count_quantizers": digest}
     assert quantized._cache_settings(MicroMixConfig()) == MicroMixConfig().to_dict()
+    assert quantized._cache_settings(MicroMixConfig(), [FOLDING])["targets"] == ["folding"]
     with added(POST_GRAD_PASSES, count_quantizers, after=fuse_rms_norm):
         assert quantized._cache_settings(MicroMixConfig())["passes"] == {"count_quantizers": digest}
 

@@ -12,6 +12,7 @@ import importlib.util
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +27,20 @@ from micromix_compile import ops
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.torch_private import user_kernels
 from micromix_compile.numerics import folding
+from micromix_compile.numerics.layout import Split, packed_shapes, weight_split
 from micromix_compile.passes import POST_GRAD_PASSES, PassContext, for_inductor
-from micromix_compile.targets import gpu_folded
+from micromix_compile.targets.exact import TritonExact
+from micromix_compile.targets.folded_tiles import FOLDED_SM_90
+from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.offline import mma_kind
+from micromix_compile.targets.target import FOLDED, Row, Target, register_target
+from micromix_compile.targets.tiles import SM_90
 from support import digests
 from support.fake_cuda import fake_cuda, generate
 from support.fork_server import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -43,9 +49,8 @@ SPLITS = ((96, 96, 64), (32, 128, 96), (128, 224, 0))
 LAYOUT = ("e2m3", "fit")
 
 
-def weight_specs(rows: int, split: Sequence[int], *, fp4: bool) -> list[Spec]:
-    k4, k6, k8 = (sum(split), 0, 0) if fp4 else split
-    shapes = ((rows, k4 // 2), (3, rows, k6 // 4), (rows, k8), (rows, sum(split) // 32))
+def weight_specs(rows: int, split: Split, *, fp4: bool) -> list[Spec]:
+    shapes = packed_shapes(rows, weight_split(split, "mxfp4" if fp4 else "same"))
     return [(shape, torch.uint8) for shape in shapes]
 
 
@@ -115,7 +120,7 @@ def folded_fork_of_strides(*args: Tensor) -> tuple[Tensor, ...]:
     return first + 1, second.as_strided((len(second) // 2, 32), (128, 1)) + 1, third + 1
 
 
-def folded_specs(rows: int, split: Sequence[int]) -> list[Spec]:
+def folded_specs(rows: int, split: Split) -> list[Spec]:
     factors = folding.factor_shape(rows, split)
     return [*weight_specs(rows, split, fp4=False)[:3], (factors, torch.uint8), ((rows,), torch.float32)]
 
@@ -236,9 +241,17 @@ def widen(factor: int) -> None:
     SPLITS = tuple((k4 * factor, k6 * factor, k8 * factor) for k4, k6, k8 in SPLITS)  # type: ignore[assignment]
 
 
+def expand_up_to(size: int) -> None:
+    """Let sm_90 expand no more bytes than that of weights together."""
+    tiles = replace(FOLDED_SM_90, max_expanded=size)
+    target = Target(name="sm_90", exact=TritonExact(SM_90), folded=TritonFolded(tiles), passes=FOLDED)
+    register_target(Row(serves=lambda device: device.type == "cuda", target=lambda _: target))
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     widen(request["widen"])
-    gpu_folded.MAX_EXPANDED = request["max_expanded"] or gpu_folded.MAX_EXPANDED  # type: ignore[misc]
+    if request["max_expanded"]:
+        expand_up_to(request["max_expanded"])
     function, specs = case(request["case"], request["rows"], getattr(torch, request["dtype"]), fp4=request["fp4"])
     kernels: dict[str, str] = {}
     mma: dict[str, list[str]] = {}

@@ -9,7 +9,7 @@ import torch
 
 from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import FP6_FORMATS, elem_format
-from micromix_compile.targets.gpu_folded import FoldedWeight
+from micromix_compile.targets.kernels import FoldedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,8 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from micromix_compile.numerics.checks import FLOAT_DTYPES, INDEX_DTYPES
 from micromix_compile.numerics.formats import BLOCK_SIZE, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
-from micromix_compile.numerics.reference import FLOAT_DTYPES, INDEX_DTYPES
 
 Block = np.ndarray[tuple[int], np.dtype[np.float32]]
 

@@ -25,10 +25,12 @@ from filelock import FileLock
 from support.covering import cover, params, runs_deep
 from support.digests import assert_recorded
 
+from micromix_compile.numerics.layout import activation_shapes
 from micromix_compile.numerics.reference import QuantizedActivation
-from micromix_compile.targets import gpu, offline
-from micromix_compile.targets.offline import Compiled, Kernel, NotSupported
-from micromix_compile.targets.tiles import FAMILIES, Family, Tile, family_of
+from micromix_compile.targets import offline, quantizers
+from micromix_compile.targets.offline import Compiled, Kernel, NotSupported, kernel_of
+from micromix_compile.targets.target import Device, target_for
+from micromix_compile.targets.tiles import MIXED_TILES, MixedTiles, Tile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 Name = TypeVar("Name")
 
 SPILL_LIMIT = 0  # bytes a thread
-MANY = gpu.FEW_ROWS + 1
-QUANTIZER_ROWS = (1, 16, gpu.FEW_ROWS // 2, gpu.FEW_ROWS, MANY)
+MANY = quantizers.FEW_ROWS + 1
+QUANTIZER_ROWS = (1, 16, quantizers.FEW_ROWS // 2, quantizers.FEW_ROWS, MANY)
 ROUNDINGS = [(rows, "fit") for rows in QUANTIZER_ROWS] + [(MANY, "rceil")]
 CAPABILITIES = (80, 89, 90, 100, 103, 120, 121)
 
@@ -70,7 +72,7 @@ class Case:
         return offline.mixed_mx_mm(
             self.capability,
             self.tile,
-            FAMILIES[self.family],
+            MIXED_TILES[self.family],
             w_fp4=self.w_fp4,
             fp6=self.fp6,
             x_swizzled=self.swizzled and self.tile.BLOCK_M % 128 == 0,
@@ -81,7 +83,7 @@ class Case:
 
 def variants(case: Case) -> list[Case]:
     """What one tile serves: FP6 of both kinds, MXFP4 weights, and on sm_100 swizzled scales; less for spare tiles."""
-    default = case.tile in defaults(FAMILIES[case.family])
+    default = case.tile in defaults(MIXED_TILES[case.family])
     if case.capability == 103:  # sm_100's kernels for another chip
         return [case] * default
     cases = [case, replace(case, w_fp4=True)]
@@ -109,14 +111,14 @@ class QuantizeCase:
 
     @property
     def kernel(self) -> Kernel:
-        """The launch that `gpu` would make for rows of bfloat16, at a split like 75/20/5."""
+        """The launch that `quantizers` would make for rows of bfloat16, at a split like 75/20/5."""
         k6, k8 = self.channels // 5 // 32 * 32, self.channels // 20 // 32 * 32
         x = torch.empty(self.rows, self.channels, dtype=torch.bfloat16, device="meta")
-        widths = (self.channels - k6 - k8) // 2, k6, k8, self.channels // 32
-        outputs = QuantizedActivation(*(torch.empty(self.rows, n, dtype=torch.uint8, device="meta") for n in widths))
+        shapes = activation_shapes(self.rows, (self.channels - k6 - k8, k6, k8))
+        outputs = QuantizedActivation(*(torch.empty(shape, dtype=torch.uint8, device="meta") for shape in shapes))
         other = {"none": None, "rms_norm": x[0], "silu_mul": x}[self.producer]
         permutation = torch.empty(self.channels, dtype=torch.int16, device="meta")
-        call = gpu.reorder_quantize_call(
+        call = quantizers.reorder_quantize_call(
             self.producer,
             x,
             other,
@@ -129,28 +131,14 @@ class QuantizeCase:
         return kernel_of(call, self.capability)
 
 
-def kernel_of(call: gpu.KernelCall, capability: int) -> Kernel:
-    """A launch as what Triton would compile for it. Integers that are 1 are not made constants."""
-    signature = {name: triton_type(value) for name, value in call.args.items() if value is not None}
-    missing = {name: None for name, value in call.args.items() if value is None}
-    integers = {name: value for name, value in call.args.items() if isinstance(value, int)}
-    return Kernel(
-        function=f"{call.kernel.fn.__module__}:{call.kernel.fn.__name__}",  # the kernel itself may be interpreted
-        capability=capability,
-        signature=signature,
-        constexprs={**call.constexprs, **missing},
-        aligned=tuple(name for name in signature if integers.get(name, 0) % 16 == 0),
-        num_warps=call.num_warps,
-        num_stages=3,
-    )
+def tiles_of(capability: int) -> MixedTiles:
+    """Those of the target that a GPU gets, exact."""
+    target = target_for(Device(type="cuda", model="a GPU", capability=divmod(capability, 10), exact=True))
+    assert target.exact.tiles is not None
+    return target.exact.tiles
 
 
-def triton_type(value: object) -> str:
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32"}
-    return f"*{names[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
-
-
-def defaults(family: Family) -> list[Tile]:
+def defaults(family: MixedTiles) -> list[Tile]:
     return [tiles[0] for _, tiles in family.tiles]
 
 
@@ -158,10 +146,9 @@ def table() -> list[Case]:
     """Every tile of the family that each target gets, in all variants."""
     cases = []
     for capability in CAPABILITIES:
-        name = family_of(divmod(capability, 10))
-        assert name is not None
-        tiles = dict.fromkeys(tile for _, tiles in FAMILIES[name].tiles for tile in tiles)
-        cases += [case for tile in tiles for case in variants(Case(capability, name, tile))]
+        family = tiles_of(capability)
+        tiles = dict.fromkeys(tile for _, tiles in family.tiles for tile in tiles)
+        cases += [case for tile in tiles for case in variants(Case(capability, family.name, tile))]
     return cases
 
 
@@ -170,8 +157,8 @@ BAD = {
     "two warps": Case(100, "sm_100", Tile(16, 128, 64, 2, 3, SWAP=True)),
     "64 rows on the left": Case(100, "sm_100", Tile(64, 16, 64, 4, 3)),
     "four warps for 128 x 128": Case(120, "sm_120", Tile(128, 128, 128, 4, 2)),
-    "block scales on sm_121": Case(121, "sm_120", FAMILIES["sm_120"].tiles_for(256)[0]),
-    "block scales on sm_110": Case(110, "sm_100", FAMILIES["sm_100"].tiles_for(256)[0]),
+    "block scales on sm_121": Case(121, "sm_120", MIXED_TILES["sm_120"].tiles_for(256)[0]),
+    "block scales on sm_110": Case(110, "sm_100", MIXED_TILES["sm_100"].tiles_for(256)[0]),
 }
 TABLE = table()
 QUANTIZE = [
@@ -204,7 +191,7 @@ QUICK_QUANTIZE = cover(
         *((case.producer, case.rows, case.scale_rounding), (case.channels, case.rows, case.scale_rounding)),
     ),
 )
-UNWIDENED = replace(FAMILIES["sm_120"], widen_fp4=False)
+UNWIDENED = replace(MIXED_TILES["sm_120"], widen_fp4=False)
 OTHERS = {
     **{name: case.kernel for name, case in BAD.items()},
     "unwidened": offline.mixed_mx_mm(120, UNWIDENED.tiles_for(256)[0], UNWIDENED, w_fp4=True),
@@ -260,7 +247,7 @@ def expected_step(case: Case) -> dict[str, tuple[int, int]]:
     The left operand of tcgen05.mma has 128 rows and of wgmma, which four warps share, 64; their right operand has up
     to 256. mma.sync is 16 x 8, and every warp has its own.
     """
-    tile, family = case.tile, FAMILIES[case.family]
+    tile, family = case.tile, MIXED_TILES[case.family]
     left, right = (tile.BLOCK_N, tile.BLOCK_M) if tile.SWAP else (tile.BLOCK_M, tile.BLOCK_N)
     if case.family == "sm_100":
         per_k, kinds = (left // 128) * -(-right // 256), {"tcgen05.mma mxf4": 1, "tcgen05.mma mxf8f6f4": 2}
@@ -288,7 +275,7 @@ def test_each_step_issues_the_matrix_instructions_that_the_tile_needs(case: Case
 
 @each_case
 def test_nothing_is_emulated_where_the_family_says_scaled(case: Case, result: Compiled) -> None:
-    assert result.emulated == (FAMILIES[case.family].mode != "scaled")
+    assert result.emulated == (MIXED_TILES[case.family].mode != "scaled")
 
 
 @each_case
@@ -300,7 +287,7 @@ def test_registers_do_not_spill(case: Case, result: Compiled) -> None:
 @each_case
 def test_shared_and_tensor_memory_fit(case: Case, result: Compiled) -> None:
     """tcgen05 accumulates in tensor memory, nothing else has any."""
-    assert 0 < result.shared_bytes <= FAMILIES[case.family].shared_memory
+    assert 0 < result.shared_bytes <= MIXED_TILES[case.family].shared_memory
     assert result.tensor_columns <= offline.TENSOR_MEMORY_COLUMNS
     assert (result.tensor_columns > 0) == (case.family == "sm_100")
 
@@ -321,7 +308,7 @@ def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: Quan
     assert result.spilled_bytes <= QUANTIZER_SPILLS.get(str(case), SPILL_LIMIT)
     assert not result.trap
     assert not result.mma_blocks
-    assert result.shared_bytes <= min(family.shared_memory for family in FAMILIES.values())
+    assert result.shared_bytes <= min(family.shared_memory for family in MIXED_TILES.values())
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if case.producer == "rms_norm" else set())
 
 
@@ -333,7 +320,7 @@ def test_the_ptx_is_what_is_recorded(
 
 
 def test_every_tile_of_every_family_is_compiled_for_some_target() -> None:
-    tiles = {(name, tile) for name, family in FAMILIES.items() for _, tiles in family.tiles for tile in tiles}
+    tiles = {(name, tile) for name, family in MIXED_TILES.items() for _, tiles in family.tiles for tile in tiles}
     assert {(case.family, case.tile) for case in QUICK} == tiles
     assert {case.capability for case in QUICK} == set(CAPABILITIES)
 
@@ -365,14 +352,12 @@ def test_spills_are_seen(compiled: Results) -> None:
 
 @pytest.mark.parametrize("name", ["block scales on sm_121", "block scales on sm_110"])
 def test_other_blackwell_chips_have_block_scaled_instructions(compiled: Results, name: str) -> None:
-    """Where they don't, `family_of` must not choose a scaled family, or nothing compiles there at all."""
+    """Where they don't, no row must choose scaled tiles, or nothing compiles there at all."""
     found = compiled[name]
     if isinstance(found, NotSupported):
         pytest.xfail(f"not supported: {found.reason}")
     if found.emulated:
-        chosen = family_of(divmod(BAD[name].capability, 10))
-        assert chosen is not None
-        assert FAMILIES[chosen].mode != "scaled"
+        assert tiles_of(BAD[name].capability).mode != "scaled"
         pytest.xfail(f"not supported by the installed triton: it emulates tl.dot_scaled on {found.target}")
     assert found.mma.keys() == expected_step(BAD[name]).keys()
 
@@ -477,7 +462,7 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_kernel_described_wrongly_is_refused_by_name() -> None:
     """The message comes from another process."""
-    kernel = replace(TABLE[0].kernel, signature={"x4": "*u8"})
+    kernel = replace(TABLE[0].kernel, tensors={"x4": "*u8"})
     with pytest.raises(RuntimeError, match="mixed_mx_mm_kernel takes"):
         offline.compile_all([kernel], workers=1)
 

@@ -9,21 +9,19 @@ import pytest
 import torch
 from support.covering import cover, params, runs_deep
 from support.digests import assert_recorded
-from test_offline_compile import ROUNDINGS, SPILL_LIMIT, compile_once, kernel_of
+from test_offline_compile import ROUNDINGS, SPILL_LIMIT, compile_once
 
 from micromix_compile.numerics import folding
 from micromix_compile.numerics.folding import FoldedActivation
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS
-from micromix_compile.targets import gpu_folded, offline
-from micromix_compile.targets.gpu_folded import ExpandedWeights, FoldedWeight, Residual
-from micromix_compile.targets.offline import Compiled, Kernel
-from micromix_compile.targets.tiles import (
-    FAMILIES,
-    FOLDED_TILES,
-    SHARED_FOLDED_TILES,
-    WIDE_FOLDED_TILES,
-    FoldedTile,
-)
+from micromix_compile.numerics.layout import packed_shapes
+from micromix_compile.targets import folded_tiles, offline
+from micromix_compile.targets.expansion import ExpandedWeights, expand_call
+from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile
+from micromix_compile.targets.groups import MAX_GROUP
+from micromix_compile.targets.hopper import reorder_fold_call
+from micromix_compile.targets.kernels import FoldedWeight, Residual
+from micromix_compile.targets.offline import Compiled, Kernel, kernel_of
 
 CAPABILITY = 90
 SMALL_TILE_REGISTERS = 65536 // 3 // 128 // 8 * 8  # three programs of four warps, which `parts_for` counts on
@@ -52,7 +50,7 @@ class Case:
     @property
     def most_registers(self) -> int:
         """Of a thread. One weight with a sum a step takes up to 144."""
-        if self.tile in [tile for _, tile in WIDE_FOLDED_TILES]:
+        if self.tile in [tile for _, tile in FOLDED_SM_90.wide]:
             return 255
         is_shared = self.split_k > 1 and (self.groups > 1 or not self.tile.SUM_STEPS)
         return FOUR_PROGRAMS_REGISTERS if self.tile.BLOCK_M == 16 and is_shared else SMALL_TILE_REGISTERS
@@ -77,35 +75,35 @@ def split_of(channels: int) -> tuple[int, int, int]:
 def reorder_fold(
     producer: str, channels: int, *, rows: int, scale_rounding: str, w_fp4: bool, products: tuple[list[int], ...] = ()
 ) -> Kernel:
-    """The launch that `gpu_folded` would make for rows of bfloat16."""
+    """The launch that `hopper` would make for rows of bfloat16."""
     x = meta(rows, channels, dtype=torch.bfloat16)
     width = folding.fold_width(split_of(channels), w_fp4=w_fp4)
     out = FoldedActivation(meta(rows, width), meta(rows, dtype=torch.float32), meta(folding.LOCKS, dtype=torch.int32))
     residual = Residual(x, x) if producer == "residual" else None
     producer = "rms_norm" if residual else producer
     other = {"none": None, "rms_norm": x[0], "silu_mul": x}[producer]
-    call = gpu_folded.reorder_fold_call(
+    call = reorder_fold_call(
         producer, x, other, 1e-5, meta(channels, dtype=torch.int16), split_of(channels), out, fp6="e2m3",
         scale_rounding=scale_rounding, w_fp4=w_fp4, residual=residual, products=products,
+        tiles=FOLDED_SM_90,
     )  # fmt: skip
     return kernel_of(call, CAPABILITY)
 
 
 def expand_weights(fp6: str, group: int) -> Kernel:
     split = split_of(4096)
-    k4, k6, k8 = split
-    parts = (64, k4 // 2), (3, 64, k6 // 4), (64, k8), folding.factor_shape(64, split)
+    parts = (*packed_shapes(64, split)[:3], folding.factor_shape(64, split))
     bias = meta(64, dtype=torch.bfloat16) if group > 1 else None
     weight = FoldedWeight(*(meta(*shape) for shape in parts), meta(64, dtype=torch.float32), bias)
     out = ExpandedWeights.empty([weight] * group, meta(0))
-    return kernel_of(gpu_folded.expand_call([weight] * group, out, fp6=fp6), CAPABILITY)
+    return kernel_of(expand_call([weight] * group, out, fp6=fp6), CAPABILITY)
 
 
-TILES = tuple(dict.fromkeys(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_TILES, *WIDE_FOLDED_TILES)))
-KINDS = ((1, False, 1), (1, False, gpu_folded.MAX_LONG_SPLIT), (gpu_folded.MAX_GROUP, True, gpu_folded.MAX_SPLIT))
+TILES = FOLDED_SM_90.tiles
+KINDS = ((1, False, 1), (1, False, folded_tiles.MAX_LONG_SPLIT), (MAX_GROUP, True, folded_tiles.MAX_SPLIT))
 PRODUCTS = [Case(tile, fp6, *kind) for tile, fp6, kind in product(TILES, FP6_FORMATS, KINDS)]
 PRODUCTS += [Case(TILES[0], fp6, 2, bias, 2) for fp6, bias in product(FP6_FORMATS, (False, True))]  # gate and up
-EARLY = [Case(SHARED_FOLDED_TILES[-1][1], "e2m3", *kind) for kind in ((1, False, 4), (1, True, 4), (3, False, 4))]
+EARLY = [Case(FOLDED_SM_90.shared[-1][1], "e2m3", *kind) for kind in ((1, False, 4), (1, True, 4), (3, False, 4))]
 PRODUCTS += [Case(tile, "e2m3", *kind, split=(0, 0, 4096)) for tile, kind in product(TILES[1:], KINDS[1:])]
 PRODUCTS += [*EARLY, *(Case(TILES[0], "e2m3", *KINDS[0], columns) for columns in (1, 999))]
 FOLDS = {
@@ -123,9 +121,7 @@ for name in ("none", "rms_norm", "residual"):
     FOLDS[f"{name}-4096-1-start"] = reorder_fold(
         name, 4096, rows=1, scale_rounding="fit", w_fp4=False, products=([4096],)
     )
-EXPANSIONS = {
-    f"{fp6}-{group}": expand_weights(fp6, group) for fp6 in FP6_FORMATS for group in (1, gpu_folded.MAX_GROUP)
-}
+EXPANSIONS = {f"{fp6}-{group}": expand_weights(fp6, group) for fp6 in FP6_FORMATS for group in (1, MAX_GROUP)}
 
 
 def properties(case: Case) -> tuple[object, ...]:
@@ -171,7 +167,7 @@ def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str
     result = compiled[case]
     assert result.spilled_bytes <= SPILL_LIMIT
     assert 0 < result.registers <= case.most_registers
-    assert 0 < result.shared_bytes <= FAMILIES["sm_90"].shared_memory
+    assert 0 < result.shared_bytes <= FOLDED_SM_90.shared_memory
     assert result.tensor_columns == 0
     assert result.target == "sm_90a"
     assert not result.serialized
@@ -184,7 +180,7 @@ def test_products_fit_into_registers_and_shared_memory(compiled: dict[Case | str
 def test_no_more_than_three_programs_of_64_rows_fit_a_processor(
     compiled: dict[Case | str, Compiled], case: Case
 ) -> None:
-    """For `gpu_folded.release_for` lets them start while the quantizer has some of the processors, in so many parts."""
+    """For `release_for` lets them start while the quantizer has some of the processors, in so many parts."""
     assert compiled[case].registers > FOUR_PROGRAMS_REGISTERS
 
 
@@ -195,7 +191,7 @@ def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     """Only the norm's reciprocal square root may flush: its argument is at least eps."""
     result = compiled[name]
     assert result.spilled_bytes <= SPILL_LIMIT
-    assert result.shared_bytes <= FAMILIES["sm_90"].shared_memory
+    assert result.shared_bytes <= FOLDED_SM_90.shared_memory
     assert not result.trap
     assert not result.mma_blocks
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if name.startswith(("rms_norm", "residual")) else set())

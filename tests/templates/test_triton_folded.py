@@ -27,9 +27,11 @@ from torch import Tensor
 
 from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS
-from micromix_compile.targets import gpu_folded
-from micromix_compile.targets.gpu_folded import ExpandedWeights, FoldedWeight, Parts
-from micromix_compile.targets.tiles import FOLDED_TILES, SHARED_FOLDED_TILES, WIDE_FOLDED_TILES, FoldedTile
+from micromix_compile.targets.expansion import ExpandedWeights, expand_call, expand_weights
+from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile, FoldedTiles, Parts, tiles_of
+from micromix_compile.targets.groups import MAX_GROUP
+from micromix_compile.targets.hopper import TritonFolded, folded_mm_call, reorder_fold_call
+from micromix_compile.targets.kernels import FoldedWeight
 from micromix_compile.templates.triton.folded_mm import _bound
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *INTERPRETED]
 
 Split = tuple[int, int, int]
 
-WIDE_TILES = [tile for _, tile in WIDE_FOLDED_TILES]
-ALL_TILES = tuple(dict.fromkeys([*(tile for _, tile in (*FOLDED_TILES, *SHARED_FOLDED_TILES)), *WIDE_TILES]))
+WIDE_TILES = [tile for _, tile in FOLDED_SM_90.wide]
+ALL_TILES = FOLDED_SM_90.tiles
 
 
 # ---- weights: expanded
@@ -70,7 +72,7 @@ def check_expanded(device: str, weights: Sequence[FoldedWeight], fp6: str) -> No
     scales, biases = torch.full((rows,), 7.0, device=device), torch.full((rows,), 7.0, device=device).bfloat16()
     has_bias = weights[0].bias is not None
     out = ExpandedWeights(room[1:-1], scales[1:-1], biases[1:-1] if has_bias else None)
-    gpu_folded.expand_weights(weights, out, fp6=fp6)
+    expand_weights(weights, out, fp6=fp6)
     wrong = (room[1:-1] != want).nonzero()
     assert not len(wrong), f"{len(wrong)} bytes differ, first at {wrong[0].tolist()}"
     assert torch.equal(out.row_scale, torch.cat([one.row_scale for one in weights]))
@@ -143,7 +145,7 @@ def multiply(
 ) -> Tensor:  # fmt: skip
     """The products side by side. whole: tiles that are not shared."""
     parts = None if split_k is None else Parts(whole, split_k)
-    outs = gpu_folded.folded_mm(x, weights, fp6=fp6, out_dtype=out_dtype, tile=tile, parts=parts)
+    outs = TritonFolded().multiply(x, weights, fp6=fp6, out_dtype=out_dtype, tile=tile, parts=parts)
     assert all(out.dtype == out_dtype and out.is_contiguous() for out in outs)
     assert not x.locks.any(), "locks are left"
     return torch.cat(outs, 1)
@@ -201,7 +203,7 @@ def assert_equal_but_for_one_rounding(got: Tensor, exact: Tensor) -> None:
 @settings(max_examples=8)
 @given(
     st.data(), st.tuples(*[st.integers(0, 3).map(lambda n: n * BLOCK_SIZE)] * 3).filter(any),
-    st.sampled_from(FP6_FORMATS), st.lists(st.integers(1, 40), min_size=1, max_size=gpu_folded.MAX_GROUP),
+    st.sampled_from(FP6_FORMATS), st.lists(st.integers(1, 40), min_size=1, max_size=MAX_GROUP),
     st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans(),
 )  # fmt: skip
 @example(None, (32, 32, 32), "e2m3", [33, 1, 2], 8, True, False)
@@ -250,7 +252,7 @@ def test_a_row_without_a_scale_is_nan_in_the_product_and_no_other(device: str, s
     values = torch.randn(19, 128)
     values[18, 70], values[2, 1] = torch.nan, torch.inf
     perm = torch.arange(128, device=device)
-    x = gpu_folded.reorder_fold("none", values.to(device), None, 0.0, perm, split, "e2m3", "rceil", w_fp4=False)
+    x = TritonFolded().quantize("none", values.to(device), None, 0.0, perm, split, "e2m3", "rceil", w_fp4=False)
     quantized = reference.reorder_quantize(torch.randn(21, 128), torch.arange(128), split, fp6="e2m3")
     quantized.scale[20, 1] = 255
     weight = on(device, folded_weight(quantized, "e2m3"))
@@ -271,7 +273,7 @@ def test_the_product_reads_what_the_fold_wrote(device: str) -> None:
     """From rows to the product of a group, both kernels, twice with one activation: its locks are free again."""
     values, split = torch.randn(18, 352), (160, 128, 64)
     perm = torch.randperm(352)
-    x = gpu_folded.reorder_fold(
+    x = TritonFolded().quantize(
         "none", values.to(device), None, 0.0, perm.to(device), split, "e3m2", "rceil", w_fp4=False
     )
     weights = [random_weight(n, split, "e3m2", bias=True, device=device) for n in (35, 16)]
@@ -295,7 +297,7 @@ def test_some_tiles_are_whole_and_some_shared(device: str, whole: int) -> None:
     x, weights = integers(20, (200, 70), (96, 64, 32), "e2m3", device=device)
     tile = tiles_on(device)[0]
     want = exact_integers(x, weights, "e2m3")
-    assert gpu_folded.tiles_of(20, (200, 70), tile) > whole
+    assert tiles_of(20, (200, 70), tile) > whole
     for split_k in (2, 3):
         assert_equal_but_for_one_rounding(multiply(x, weights, "e2m3", tile, split_k, whole=whole), want)
 
@@ -320,13 +322,13 @@ def test_more_shared_tiles_than_locks_are_refused(device: str) -> None:
 def test_tiles_are_shared_where_they_would_leave_processors_idle(
     rows: int, columns: list[int], channels: int, whole: int, split: int
 ) -> None:
-    tile = gpu_folded.tile_for(rows, columns, channels)
-    assert gpu_folded.parts_for(rows, columns, channels, tile) == (whole, split)
+    tile = FOLDED_SM_90.tile_for(rows, columns, channels)
+    assert FOLDED_SM_90.parts_for(rows, columns, channels, tile) == (whole, split)
 
 
 def test_tiles_follow_rows_and_columns() -> None:
     def rows_of_tile(rows: int, columns: int, channels: int) -> int:
-        return gpu_folded.tile_for(rows, [columns // 2, columns - columns // 2], channels).BLOCK_M
+        return FOLDED_SM_90.tile_for(rows, [columns // 2, columns - columns // 2], channels).BLOCK_M
 
     few = [(rows_of_tile(rows, 16_895, 8191), rows) for rows in (1, 16, 17, 32, 33, 64, 65, 999)]
     assert few == [(16, 1), (16, 16), (32, 17), (32, 32), (64, 33), (64, 64), (64, 65), (64, 999)]
@@ -344,8 +346,8 @@ def test_tiles_follow_rows_and_columns() -> None:
 def test_steps_of_few_rows_have_sums_of_their_own_unless_all_tiles_are_shared(
     rows: int, columns: int, channels: int, shared: bool
 ) -> None:
-    tile = gpu_folded.tile_for(rows, [columns], channels)
-    parts = gpu_folded.parts_for(rows, [columns], channels, tile)
+    tile = FOLDED_SM_90.tile_for(rows, [columns], channels)
+    parts = FOLDED_SM_90.parts_for(rows, [columns], channels, tile)
     assert (parts.whole == 0) == shared
     assert tile.SUM_STEPS is not shared
 
@@ -359,12 +361,22 @@ def test_only_kernels_that_wait_for_their_inputs_are_launched_to_start_ahead(
         [random_weight(5, (64, 0, 0), "e2m3", device=device)],
     )
     values, perm = torch.zeros(3, 64, device=device), torch.arange(64, device=device)
-    out, tile = torch.empty(3, 5, device=device), FOLDED_TILES[0][1]
-    fold = gpu_folded.reorder_fold_call(
-        "none", values, None, 0.0, perm, (64, 0, 0), x, fp6="e2m3", scale_rounding="rceil", w_fp4=False
+    out, tile = torch.empty(3, 5, device=device), FOLDED_SM_90.small[0][1]
+    fold = reorder_fold_call(
+        "none",
+        values,
+        None,
+        0.0,
+        perm,
+        (64, 0, 0),
+        x,
+        fp6="e2m3",
+        scale_rounding="rceil",
+        w_fp4=False,
+        tiles=FOLDED_SM_90,
     )
-    multiplication = gpu_folded.folded_mm_call(x, weights, [out], out, fp6="e2m3", tile=tile, parts=Parts(1, 1))
-    expansion = gpu_folded.expand_call(weights, ExpandedWeights.empty(weights, x.q), fp6="e2m3")
+    multiplication = folded_mm_call(x, weights, [out], out, fp6="e2m3", tile=tile, parts=Parts(1, 1))
+    expansion = expand_call(weights, ExpandedWeights.empty(weights, x.q), fp6="e2m3")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     usual = replace(expansion, constexprs={**expansion.constexprs, "LAUNCH_PDL": False})
     for call, starts_ahead in ((fold, True), (multiplication, True), (expansion, True), (usual, False)):
@@ -403,10 +415,10 @@ def test_shared_tiles_never_outnumber_the_locks_nor_parts_the_steps() -> None:
     for rows in (1, 16, 17, 64, 65, 1000, 100_000):
         for columns in ([1], [4096], [4096, 1024, 1024], [14336, 14336], [152_064]):
             for channels in (32, 576, 4096, 14336, 28672):
-                tile = gpu_folded.tile_for(rows, columns, channels)
-                assert rows <= tile.BLOCK_M or tile in (FOLDED_TILES[-1][1], WIDE_TILES[-1])
-                tiles = gpu_folded.tiles_of(rows, columns, tile)
-                whole, split = gpu_folded.parts_for(rows, columns, channels, tile)
+                tile = FOLDED_SM_90.tile_for(rows, columns, channels)
+                assert rows <= tile.BLOCK_M or tile in (FOLDED_SM_90.small[-1][1], WIDE_TILES[-1])
+                tiles = tiles_of(rows, columns, tile)
+                whole, split = FOLDED_SM_90.parts_for(rows, columns, channels, tile)
                 assert 0 <= whole <= tiles
                 assert whole == tiles if split == 1 else tiles - whole <= folding.LOCKS
                 assert split == 1 or channels >= split * tile.BLOCK_K
@@ -416,9 +428,9 @@ def test_the_library_is_asked_for_what_it_takes() -> None:
     def asked(rows: int, columns: list[int], out_dtype: torch.dtype, bias: torch.dtype | None = None) -> bool:
         weights = [random_weight(n, (32, 0, 0), "e2m3") for n in columns]
         biased = [w._replace(bias=None if bias is None else torch.zeros(8, dtype=bias)) for w in weights]
-        return gpu_folded.uses_library(rows, biased, out_dtype)
+        return FOLDED_SM_90.uses_library(rows, biased, out_dtype)
 
-    most, bf16 = gpu_folded.EXPAND_FROM, torch.bfloat16
+    most, bf16 = FOLDED_SM_90.expand_from, torch.bfloat16
     assert asked(most, [64], bf16)
     assert asked(most, [64, 32], bf16, bf16)
     assert not asked(most - 1, [64], bf16)
@@ -432,14 +444,14 @@ def test_the_library_is_asked_for_what_it_takes() -> None:
 @example([4096, 1024, 1024], 4096)
 @example([14336, 14336], 4096)
 def test_weights_are_expanded_together_as_far_as_they_fit(columns: list[int], width: int) -> None:
-    runs = [columns[run] for run in gpu_folded.expansion_runs(columns, width)]
+    runs = [columns[run] for run in FOLDED_SM_90.expansion_runs(columns, width)]
     assert [*chain(*runs)] == columns
-    assert all(len(run) == 1 or sum(run) * width <= gpu_folded.MAX_EXPANDED for run in runs)
-    assert all((sum(run) + other[0]) * width > gpu_folded.MAX_EXPANDED for run, other in pairwise(runs))
+    assert all(len(run) == 1 or sum(run) * width <= FOLDED_SM_90.max_expanded for run in runs)
+    assert all((sum(run) + other[0]) * width > FOLDED_SM_90.max_expanded for run, other in pairwise(runs))
 
 
 def test_loads_of_mxfp8_run_less_far_ahead_where_it_is_little_and_registers_suffice() -> None:
-    precise, shared, wider = FOLDED_TILES[0][1], SHARED_FOLDED_TILES[0][1], SHARED_FOLDED_TILES[-1][1]
+    precise, shared, wider = FOLDED_SM_90.small[0][1], FOLDED_SM_90.shared[0][1], FOLDED_SM_90.shared[-1][1]
     little, much = (3072, 832, 192), (3264, 0, 832)
     assert [shared.stages8(little, 1), wider.stages8(little, 3)] == [2, 2]
     assert [shared.stages8(much, 1), precise.stages8(little, 2), wider.stages8(little, 1)] == [3, 3, 3]
@@ -469,9 +481,9 @@ def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
     group = [columns, 3 * columns // 4 + 1, 7][: index % 3 + 1]
     x, weights = integers(rows, group, split, fp6, bias=index % 2 == 0, device="cuda")
     want = exact_integers(x, weights, fp6)
-    chosen = [gpu_folded.tile_for(rows, group, channels)] if channels > 8192 else ALL_TILES
+    chosen = [FOLDED_SM_90.tile_for(rows, group, channels)] if channels > 8192 else ALL_TILES
     for tile in chosen:
-        tiles = gpu_folded.tiles_of(rows, group, tile)
+        tiles = tiles_of(rows, group, tile)
         for split_k in (1, 2, 3, 8) if tiles <= folding.LOCKS else (1,):
             for whole in {0, tiles // 2} if split_k > 1 else {0}:
                 assert_equal_but_for_one_rounding(multiply(x, weights, fp6, tile, split_k, whole=whole), want)
@@ -499,7 +511,7 @@ def test_kernels_that_start_ahead_read_what_those_before_them_wrote(
     rows: int, release: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve linears in a CUDA graph, in memory that they reuse, against one after the other."""
-    monkeypatch.setattr(gpu_folded, "release_for", lambda *_: release)
+    monkeypatch.setattr(FoldedTiles, "release_for", lambda *_: release)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # by kernels in between
     split, fp6 = (3072, 832, 192), "e2m3"
     perm = torch.randperm(4096, device="cuda").to(torch.int16)
@@ -509,9 +521,9 @@ def test_kernels_that_start_ahead_read_what_those_before_them_wrote(
     def run(between: Callable[[], object]) -> Tensor:
         x = first
         for i in range(12):
-            q = gpu_folded.reorder_fold("none", x, None, 0.0, perm, split, fp6, "fit", w_fp4=False)
+            q = TritonFolded().quantize("none", x, None, 0.0, perm, split, fp6, "fit", w_fp4=False)
             between()
-            (y,) = gpu_folded.folded_mm(q, [weights[i % 3]], fp6=fp6, out_dtype=torch.bfloat16)
+            (y,) = TritonFolded().multiply(q, [weights[i % 3]], fp6=fp6, out_dtype=torch.bfloat16)
             x = y if i % 4 else y / y.abs().max()  # now and then behind a kernel that starts as usual
             between()
         return x
@@ -529,21 +541,21 @@ def test_kernels_that_start_ahead_read_what_those_before_them_wrote(
 def test_products_start_before_their_quantizer_ends_where_that_was_measured() -> None:
     o, gate_up = [[4096]], [[14336, 14336]]
     for rows in (1, 64):
-        assert gpu_folded.release_for(rows, 4096, o) == "start"
+        assert FOLDED_SM_90.release_for(rows, 4096, o) == "start"
     for rows in (1, 4):
-        assert gpu_folded.release_for(rows, 4096, gate_up) == "stores"
-        assert gpu_folded.release_for(rows, 4096, o + gate_up) == "stores"
-        assert gpu_folded.release_for(rows, 14336, o) == "stores"
-        assert gpu_folded.release_for(rows, 4096) == "stores"
-    assert gpu_folded.release_for(4, 4096, o) == "stores"
+        assert FOLDED_SM_90.release_for(rows, 4096, gate_up) == "stores"
+        assert FOLDED_SM_90.release_for(rows, 4096, o + gate_up) == "stores"
+        assert FOLDED_SM_90.release_for(rows, 14336, o) == "stores"
+        assert FOLDED_SM_90.release_for(rows, 4096) == "stores"
+    assert FOLDED_SM_90.release_for(4, 4096, o) == "stores"
     for columns, split in ([4608, 4608], 2), ([8192], 3):  # of which more programs fit a processor
-        assert gpu_folded.parts_for(64, columns, 4096, SHARED_FOLDED_TILES[-1][1]) == (0, split)
-        assert gpu_folded.release_for(64, 4096, [columns]) == "end"
-        assert gpu_folded.release_for(1, 4096, [columns]) == "start"
+        assert FOLDED_SM_90.parts_for(64, columns, 4096, FOLDED_SM_90.shared[-1][1]) == (0, split)
+        assert FOLDED_SM_90.release_for(64, 4096, [columns]) == "end"
+        assert FOLDED_SM_90.release_for(1, 4096, [columns]) == "start"
     for rows in (0, 5, 16, 17, 32, 65, 8192, sympy.Symbol("s0")):
-        assert gpu_folded.release_for(rows, 4096, o) == "end"
+        assert FOLDED_SM_90.release_for(rows, 4096, o) == "end"
     for rows in (33, 64):
-        assert gpu_folded.release_for(rows, 4096, gate_up) == "end"
+        assert FOLDED_SM_90.release_for(rows, 4096, gate_up) == "end"
 
 
 @pytest.mark.gpu
@@ -570,7 +582,7 @@ def assert_near_by_norm(got: Tensor, x: FoldedActivation, weights: Sequence[Fold
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "tile"), [(most, tile) for most, tile in FOLDED_TILES if tile.SUM_STEPS])
+@pytest.mark.parametrize(("rows", "tile"), [(most, tile) for most, tile in FOLDED_SM_90.small if tile.SUM_STEPS])
 @pytest.mark.parametrize("fmt", SEGMENTS)
 def test_a_sum_for_each_step_keeps_what_14_bits_would_lose(rows: int, tile: FoldedTile, fmt: str) -> None:
     """Ones in weights, ones and zeros in x: a step adds at most 256, all together an odd number above 2**14."""
@@ -605,7 +617,7 @@ def test_products_of_many_rows_by_way_of_the_library(group: tuple[int, ...], row
     The library may round to the output type before it adds the bias, and again.
     """
     x, weights = integers(rows, group, share(2048, 0.5, 0.35), fp6, bias=False, device="cuda")
-    assert gpu_folded.uses_library(rows, weights, torch.bfloat16)
+    assert FOLDED_SM_90.uses_library(rows, weights, torch.bfloat16)
     want = exact_integers(x, weights, fp6)
     assert_equal_but_for_one_rounding(multiply(x, weights, fp6, None, None, torch.bfloat16), want)
     biases = [torch.randint(-50, 51, (n,), device="cuda").bfloat16() for n in group]

@@ -15,14 +15,14 @@ from support.products import assert_product_is_exact, packed_rows, quantized_row
 from micromix_compile import ops
 from micromix_compile.numerics import packing
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS
-from micromix_compile.targets import gpu
+from micromix_compile.numerics.layout import PackedWeight
+from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.target import target_of
-from micromix_compile.targets.tiles import FAMILIES, Family, Tile
+from micromix_compile.targets.tiles import MIXED_TILES, MixedTiles, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from micromix_compile.numerics.reference import QuantizedActivation
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -34,13 +34,21 @@ TILES = (Tile(16, 32, 64, 4, 2), Tile(32, 16, 128, 4, 2, SWAP=True))
 UNIT = {"cpu": 2.0**-24, "cuda": 2.0**-23}
 
 
-def family_on(device: str) -> Family:
-    """What serves the device: the GPU's own family, or the interpreter's float32 arithmetic."""
+def tiles_on(device: str) -> MixedTiles:
+    """What serves the device: the GPU's own tiles, or the interpreter's float32 arithmetic."""
     if device == "cpu":
-        return replace(FAMILIES["bf16"], mode="f32")
-    family = target_of(torch.device(device)).family
-    assert family is not None
-    return family
+        return replace(MIXED_TILES["bf16"], mode="f32")
+    tiles = target_of(torch.device(device)).exact.tiles
+    assert tiles is not None
+    return tiles
+
+
+def multiply(
+    tiles: MixedTiles, operands: list[Tensor], bias: Tensor | None, out_dtype: torch.dtype = torch.float32, *,
+    fp6: str = "e2m3", tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    x, w = QuantizedActivation(*operands[:4]), PackedWeight(*operands[4:])
+    return TritonExact(tiles).multiply(x, w, bias, fp6, out_dtype, tile=tile)
 
 
 def check(
@@ -48,9 +56,8 @@ def check(
 ) -> None:
     """Multiply on `device`, from memory that is NaN where nobody wrote, and compare."""
     operands = [tensor.to(device) for tensor in (*x, *w)]
-    family = replace(family_on(device), **changes)
     moved = None if bias is None else bias.to(device)
-    out = gpu.mixed_mx_mm(*operands, moved, fp6, torch.float32, family, tile).cpu()
+    out = multiply(replace(tiles_on(device), **changes), operands, moved, fp6=fp6, tile=tile).cpu()
     assert_product_is_exact(out, x, w, bias, fp6, unit=UNIT[device])
 
 
@@ -120,13 +127,13 @@ def test_the_nan_code_of_e4m3_decodes_to_nan(device: str, tile: Tile) -> None:
 def test_swizzled_scales_give_the_same_product(device: str, swizzle_x: bool, swizzle_w: bool, swap: bool) -> None:
     split = (160, 224, 32)  # 5, 7 and 1 blocks: no segment is a whole number of tiles
     x, w = quantized_rows(140, split, "e2m3"), packed_rows(150, split, "e2m3")
-    family, tile = family_on(device), Tile(128, 128, 128, 8, 1, SWAP=swap)
+    tiles, tile = tiles_on(device), Tile(128, 128, 128, 8, 1, SWAP=swap)
     operands = [tensor.to(device) for tensor in (*x, *w)]
-    plain = gpu.mixed_mx_mm(*operands, None, "e2m3", torch.float32, family, tile)
+    plain = multiply(tiles, operands, None, tile=tile)
     for index, swizzle in ((3, swizzle_x), (7, swizzle_w)):
         if swizzle:
             operands[index] = packing.swizzle_scale(operands[index], split)
-    assert torch.equal(gpu.mixed_mx_mm(*operands, None, "e2m3", torch.float32, family, tile), plain)
+    assert torch.equal(multiply(tiles, operands, None, tile=tile), plain)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -134,9 +141,9 @@ def test_swizzled_scales_give_the_same_product(device: str, swizzle_x: bool, swi
 def test_the_sum_is_rounded_once(out_dtype: torch.dtype) -> None:
     split = (96, 64, 64)
     x, w, bias = quantized_rows(33, split, "e2m3"), packed_rows(50, split, "e2m3"), torch.randn(50)
-    operands = [tensor.cuda() for tensor in (*x, *w, bias)]
-    wide = gpu.mixed_mx_mm(*operands, "e2m3", torch.float32, family_on("cuda"))
-    assert torch.equal(gpu.mixed_mx_mm(*operands, "e2m3", out_dtype, family_on("cuda")), wide.to(out_dtype))
+    *operands, moved = [tensor.cuda() for tensor in (*x, *w, bias)]
+    wide = multiply(tiles_on("cuda"), operands, moved)
+    assert torch.equal(multiply(tiles_on("cuda"), operands, moved, out_dtype), wide.to(out_dtype))
 
 
 def sweep() -> list[tuple[int, int, Split]]:
@@ -165,7 +172,7 @@ def every_tile() -> list[Any]:
     """All tiles of all families: those of Blackwell run here with `tl.dot_scaled` emulated, which is their logic."""
     return [
         pytest.param(name, tile, id=f"{name}-{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}-{most.bit_length()}")
-        for name, family in FAMILIES.items()
+        for name, family in MIXED_TILES.items()
         for most, tiles in family.tiles
         for tile in tiles
     ]
@@ -178,7 +185,7 @@ def test_every_tile_of_every_family(name: str, tile: Tile, w_fp4: bool) -> None:
     split = (352, 160, 96)
     for rows, fp6 in product((1, 150), FP6_FORMATS):
         x, w = quantized_rows(rows, split, fp6), packed_rows(300, (sum(split), 0, 0) if w_fp4 else split, fp6)
-        own = FAMILIES[name]
+        own = MIXED_TILES[name]
         check("cuda", x, w, None, fp6, tile, mode=own.mode, widen_fp4=own.widen_fp4)
 
 
@@ -186,7 +193,7 @@ def test_product_of_operands_that_fit_no_kernel_is_refused(device: str) -> None:
     x, w = quantized_rows(3, (64, 0, 32), "e2m3"), packed_rows(4, (32, 32, 32), "e2m3")
     operands = [tensor.to(device) for tensor in (*x, *w)]
     with pytest.raises(ValueError, match=r"\(64, 0, 32\), or all MXFP4, got \(32, 32, 32\)"):
-        gpu.mixed_mx_mm(*operands, None, "e2m3", torch.float32, family_on(device))
+        multiply(tiles_on(device), operands, None)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:

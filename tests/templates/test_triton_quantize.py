@@ -16,12 +16,14 @@ from torch.nn.functional import silu
 
 from micromix_compile import ops
 from micromix_compile.numerics import reference
+from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.numerics.formats import BLOCK_SIZE, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
-from micromix_compile.numerics.reference import FLOAT_DTYPES
-from micromix_compile.targets import gpu
+from micromix_compile.targets import quantizers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from micromix_compile.numerics.reference import QuantizedActivation
 
 pytestmark = INTERPRETED
 
@@ -36,8 +38,24 @@ def assert_same_bytes(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None
         assert not len(wrong), f"{name} differs in {len(wrong)} bytes, first at {wrong[0].tolist()}"
 
 
+def launch(x: Tensor, perm: Tensor, k4: int, k6: int, k8: int, *names: str) -> QuantizedActivation:
+    return quantizers.reorder_quantize("none", x, None, 0.0, perm, (k4, k6, k8), *names)
+
+
+def launch_behind_norm(
+    x: Tensor, weight: Tensor, eps: float, perm: Tensor, k4: int, k6: int, k8: int, *names: str
+) -> QuantizedActivation:
+    return quantizers.reorder_quantize("rms_norm", x, weight, eps, perm, (k4, k6, k8), *names)
+
+
+def launch_behind_silu_mul(
+    gate: Tensor, up: Tensor, perm: Tensor, k4: int, k6: int, k8: int, *names: str
+) -> QuantizedActivation:
+    return quantizers.reorder_quantize("silu_mul", gate, up, 0.0, perm, (k4, k6, k8), *names)
+
+
 def check_plain(x: Tensor, perm: Tensor, split: tuple[int, int, int], fp6: str, rounding: str, device: str) -> None:
-    got = gpu.reorder_quantize(x.to(device), perm.to(device), *split, fp6, rounding)
+    got = launch(x.to(device), perm.to(device), *split, fp6, rounding)
     want = reference.reorder_quantize(x, perm, split, fp6=fp6, scale_rounding=ScaleRounding(rounding))
     assert_same_bytes(got, want)
 
@@ -136,7 +154,7 @@ def test_a_special_value_poisons_its_block_alone(device: str, dtype: torch.dtype
     for row, column in ((0, 5), (0, 70), (0, 191), (2, 33)):
         x[row, column] = special
     check_plain(x, torch.arange(192), (64, 64, 64), "e2m3", "rceil", device)
-    scale = gpu.reorder_quantize(x.to(device), torch.arange(192, device=device), 64, 64, 64, "e2m3", "rceil").scale
+    scale = launch(x.to(device), torch.arange(192, device=device), 64, 64, 64, "e2m3", "rceil").scale
     assert (scale == 255).nonzero().tolist() == [[0, 0], [0, 2], [0, 5], [2, 1]]
 
 
@@ -160,8 +178,8 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, i
         (33, 4096, False, 2048, 8),
         (64, 4096, False, 2048, 8),
         (65, 4096, False, 4096, 8),
-        (gpu.FEW_ROWS, 4096, False, 4096, 8),
-        (gpu.FEW_ROWS + 1, 4096, False, 4096, 4),
+        (quantizers.FEW_ROWS, 4096, False, 4096, 8),
+        (quantizers.FEW_ROWS + 1, 4096, False, 4096, 4),
         (0, 4096, False, 4096, 4),
         ("M", 4096, False, 4096, 4),
         ("M", 8192, True, 8192, 8),
@@ -179,11 +197,11 @@ def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, i
 def test_tiles_of_few_and_many_rows(rows: object, channels: int, folds: bool, block_k: int, num_warps: int) -> None:
     """Few rows are shared among programs. Rows of a number unknown while compiling count as many."""
     x = SimpleNamespace(shape=(rows, channels), element_size=lambda: 2)
-    tile = gpu.quantizer_tile("none", x, None, channels, folds=folds)  # type: ignore[arg-type]
+    tile = quantizers.quantizer_tile("none", x, None, channels, folds=folds)  # type: ignore[arg-type]
     assert channels <= tile.BLOCK_C * tile.ROW_CHUNKS
     assert (tile.HAS_ROOM, tile.ROW_CHUNKS > 1) == (channels in (14336, 28672, 96), channels > 32768)
     assert (tile.BLOCK_K, tile.num_warps) == (block_k, num_warps)
-    behind_norm = gpu.quantizer_tile("rms_norm", x, None, channels, folds=folds)  # type: ignore[arg-type]
+    behind_norm = quantizers.quantizer_tile("rms_norm", x, None, channels, folds=folds)  # type: ignore[arg-type]
     assert behind_norm == tile._replace(HAS_ROOM=False)
 
 
@@ -193,7 +211,7 @@ def test_tiles_of_few_and_many_rows(rows: object, channels: int, folds: bool, bl
     ids=["in small parts", "in large parts", "in parts and chunks"],
 )
 def test_wide_rows(device: str, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "FEW_ROWS", few)
+    monkeypatch.setattr(quantizers, "FEW_ROWS", few)
     channels = 28672 + 7
     x = torch.randn(2, channels).to(dtype)
     perm = torch.cat((torch.randperm(channels), torch.full((25,), -1)))[torch.randperm(28704)]
@@ -214,7 +232,7 @@ def test_wide_rows(device: str, dtype: torch.dtype, few: int, monkeypatch: pytes
 def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(9, 64, dtype=torch.bfloat16, device=device)
     perm = torch.randperm(64).to(torch.int32)
-    got = gpu.reorder_quantize(arrange(x), perm.to(device), 32, 0, 32, "e2m3", "rceil")
+    got = launch(arrange(x), perm.to(device), 32, 0, 32, "e2m3", "rceil")
     want = reference.reorder_quantize(arrange(x.cpu()).contiguous(), perm, (32, 0, 32), fp6="e2m3")
     assert_same_bytes(got, want)
 
@@ -227,16 +245,16 @@ def test_offsets_pass_32_bits(device: str) -> None:
     x = storage.as_strided((3, 64), (2**30, 1))
     x.copy_(torch.randn(3, 64))
     perm = torch.randperm(64)
-    check_strided = gpu.reorder_quantize(x, perm.to(device), 32, 32, 0, "e2m3", "rceil")
+    check_strided = launch(x, perm.to(device), 32, 32, 0, "e2m3", "rceil")
     assert_same_bytes(check_strided, reference.reorder_quantize(x.cpu(), perm, (32, 32, 0), fp6="e2m3"))
 
 
 def test_only_the_outputs_are_written(device: str) -> None:
     x, perm = torch.randn(3, 64, device=device), torch.arange(64, device=device)
-    want = gpu.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
+    want = launch(x, perm, 32, 0, 32, "e2m3", "rceil")
     room = [torch.full((5, out.shape[1]), 0xA5, dtype=torch.uint8, device=device) for out in want]
     inner = reference.QuantizedActivation(*(buffer[1:4] for buffer in room))
-    gpu.reorder_quantize_call("none", x, None, 0.0, perm, inner, fp6="e2m3", scale_rounding="rceil").launch()
+    quantizers.reorder_quantize_call("none", x, None, 0.0, perm, inner, fp6="e2m3", scale_rounding="rceil").launch()
     assert_same_bytes(inner, tuple(out.cpu() for out in want))
     assert all(bool((buffer[[0, 4]] == 0xA5).all()) for buffer in room)
 
@@ -269,20 +287,20 @@ def test_arguments_that_the_reference_refuses_are_refused(change: dict[str, obje
     with pytest.raises(error) as want:
         reference.reorder_quantize(x, perm, split, fp6=fp6, scale_rounding=rounding)  # type: ignore[arg-type]
     with pytest.raises(error) as got:
-        gpu.reorder_quantize(x, perm, *split, fp6, rounding)  # type: ignore[arg-type, misc]
+        launch(x, perm, *split, fp6, rounding)  # type: ignore[arg-type, misc]
     assert str(got.value) == str(want.value)
 
 
 def test_operands_of_producers_must_fit_x() -> None:
     x, perm = torch.zeros(2, 64), torch.arange(64)
     with pytest.raises(TypeError, match=r"weight must be float32, bfloat16 or float16, got .*int64"):
-        gpu.rms_norm_reorder_quantize(x, torch.ones(64).long(), 1e-5, perm, 64, 0, 0, "e2m3", "rceil")
+        launch_behind_norm(x, torch.ones(64).long(), 1e-5, perm, 64, 0, 0, "e2m3", "rceil")
     with pytest.raises(ValueError, match=r"weight must have shape \(64,\), got \(32,\)"):
-        gpu.rms_norm_reorder_quantize(x, torch.ones(32), 1e-5, perm, 64, 0, 0, "e2m3", "rceil")
+        launch_behind_norm(x, torch.ones(32), 1e-5, perm, 64, 0, 0, "e2m3", "rceil")
     with pytest.raises(TypeError, match=r"up must have gate's dtype .*float32, got .*float16"):
-        gpu.silu_mul_reorder_quantize(x, x.half(), perm, 64, 0, 0, "e2m3", "rceil")
+        launch_behind_silu_mul(x, x.half(), perm, 64, 0, 0, "e2m3", "rceil")
     with pytest.raises(ValueError, match=r"up must have shape \(2, 64\), got \(1, 64\)"):
-        gpu.silu_mul_reorder_quantize(x, x[:1], perm, 64, 0, 0, "e2m3", "rceil")
+        launch_behind_silu_mul(x, x[:1], perm, 64, 0, 0, "e2m3", "rceil")
 
 
 # ---- RMSNorm and SiLU·mul before the quantizer
@@ -302,7 +320,7 @@ def test_norm_and_quantize_equals_its_two_steps_where_the_mean_is_exact(
     k4, k6 = channels // 64 * 32, channels // 128 * 32
     split = (k4, k6, channels - k4 - k6)
     x, weight, perm = x.to(device), weight.to(device), perm.to(device)
-    got = gpu.rms_norm_reorder_quantize(x, weight, 1e-5, perm, *split, "e2m3", "rceil")
+    got = launch_behind_norm(x, weight, 1e-5, perm, *split, "e2m3", "rceil")
     y = ops.rms_norm(x, weight, 1e-5).cpu()
     assert_same_bytes(got, reference.reorder_quantize(y, perm.cpu(), split, fp6="e2m3"))
 
@@ -310,7 +328,7 @@ def test_norm_and_quantize_equals_its_two_steps_where_the_mean_is_exact(
 def test_norm_of_a_bfloat16_row_takes_a_float32_weight(device: str) -> None:
     x, weight = torch.randint(-15, 16, (5, 64)).bfloat16().to(device), torch.randn(64).to(device)
     perm = torch.arange(64, device=device)
-    got = gpu.rms_norm_reorder_quantize(x, weight, 1e-5, perm, 32, 32, 0, "e2m3", "rceil")
+    got = launch_behind_norm(x, weight, 1e-5, perm, 32, 32, 0, "e2m3", "rceil")
     want = reference.reorder_quantize(ops.rms_norm(x, weight, 1e-5).cpu(), perm.cpu(), (32, 32, 0), fp6="e2m3")
     assert_same_bytes(got, want)
 
@@ -319,7 +337,7 @@ def test_norm_of_a_row_wider_than_one_tile(device: str) -> None:
     channels = 20000
     x = torch.randn(2, channels, device=device)
     perm = torch.arange(channels, device=device)
-    got = gpu.rms_norm_reorder_quantize(x, torch.ones_like(x[0]), 1e-6, perm, 0, 0, channels, "e2m3", "rceil")
+    got = launch_behind_norm(x, torch.ones_like(x[0]), 1e-6, perm, 0, 0, channels, "e2m3", "rceil")
     want = x / x.double().square().mean(1, keepdim=True).sqrt()
     values = reference.dequantize_activation(*got)
     assert bool(((values - want).abs() <= want.abs() * 2.0**-4 + 2.0**-9).all())
@@ -329,7 +347,7 @@ def test_norm_and_quantize_of_a_nan_row_is_nan_and_of_others_is_not(device: str)
     x = torch.randn(3, 48, dtype=torch.bfloat16, device=device)
     x[1, 3] = torch.nan
     perm = torch.cat((torch.full((32,), -1), torch.arange(48), torch.full((16,), -1))).to(device)
-    got = gpu.rms_norm_reorder_quantize(x, torch.ones_like(x[0]), 1e-6, perm, 32, 32, 32, "e2m3", "rceil")
+    got = launch_behind_norm(x, torch.ones_like(x[0]), 1e-6, perm, 32, 32, 32, "e2m3", "rceil")
     assert (got.scale == 255).tolist() == [[False] * 3, [False, True, True], [False] * 3]
 
 
@@ -345,9 +363,7 @@ def test_silu_mul_and_quantize_equals_its_steps_for_every_gate(device: str, dtyp
     assert gate.numel() > 40000
     up = torch.randn(gate.shape).to(dtype)
     perm = torch.randperm(2048)
-    got = gpu.silu_mul_reorder_quantize(
-        gate.to(device), up.to(device), perm.to(device), 1024, 512, 512, "e2m3", "rceil"
-    )
+    got = launch_behind_silu_mul(gate.to(device), up.to(device), perm.to(device), 1024, 512, 512, "e2m3", "rceil")
     want = reference.reorder_quantize(silu(gate) * up, perm, (1024, 512, 512), fp6="e2m3")
     assert_same_bytes(got, want)
 
@@ -356,7 +372,7 @@ def test_silu_mul_in_float32_is_close_and_rows_are_read_in_step(device: str) -> 
     both = torch.randn(5, 400, device=device)
     gate, up = both[:, :192], both[:, 200:392]
     perm = torch.arange(192, device=device)
-    got = gpu.silu_mul_reorder_quantize(gate, up, perm, 0, 0, 192, "e2m3", "rceil")
+    got = launch_behind_silu_mul(gate, up, perm, 0, 0, 192, "e2m3", "rceil")
     want = silu(gate) * up
     amax = want.unflatten(1, (-1, BLOCK_SIZE)).abs().amax(2).repeat_interleave(BLOCK_SIZE, 1)
     values = reference.dequantize_activation(*got)

@@ -16,11 +16,13 @@ from torch.nn.functional import silu
 
 from micromix_compile import ops
 from micromix_compile.numerics import folding, reference
+from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.numerics.folding import FoldedActivation
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
-from micromix_compile.numerics.reference import FLOAT_DTYPES
-from micromix_compile.targets import gpu, gpu_folded
-from micromix_compile.targets.gpu_folded import Residual
+from micromix_compile.targets import quantizers
+from micromix_compile.targets.folded_tiles import FOLDED_SM_90
+from micromix_compile.targets.hopper import TritonFolded, reorder_fold_call
+from micromix_compile.targets.kernels import Residual
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +59,7 @@ def assert_folds(
 def check_fold(
     device: str, x: Tensor, perm: Tensor, split: Split, fp6: str, rounding: str, *, w_fp4: bool = False
 ) -> None:
-    got = gpu_folded.reorder_fold("none", x.to(device), None, 0.0, perm.to(device), split, fp6, rounding, w_fp4=w_fp4)
+    got = TritonFolded().quantize("none", x.to(device), None, 0.0, perm.to(device), split, fp6, rounding, w_fp4=w_fp4)
     assert_folds(got, x, perm, split, fp6, rounding, w_fp4=w_fp4)
 
 
@@ -125,7 +127,7 @@ def test_a_special_value_takes_its_rows_scale_alone(
     x = -torch.rand(4, channels).to(dtype)
     x[0, 5], x[2, channels - 1] = special, special
     perm = torch.arange(channels)
-    got = gpu_folded.reorder_fold(
+    got = TritonFolded().quantize(
         "none", x.to(device), None, 0.0, perm.to(device), (64, 64, channels - 128), "e2m3", "rceil", w_fp4=False
     )
     assert got.row_scale.isnan().tolist() == [True, False, True, False]
@@ -155,7 +157,7 @@ def test_wide_rows(
     device: str, dtype: torch.dtype, channels: int, few: int, w_fp4: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All programs of a row have its scale, wherever its largest value is."""
-    monkeypatch.setattr(gpu, "FEW_ROWS", few)
+    monkeypatch.setattr(quantizers, "FEW_ROWS", few)
     x = torch.randn(3, channels).to(dtype)
     x[0, 3], x[1, -1], x[2, 20000] = 1000.0, -777.0, 50.0
     padding = torch.full((-channels % BLOCK_SIZE,), -1)
@@ -176,7 +178,7 @@ def test_wide_rows(
 def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(9, 64, dtype=torch.bfloat16, device=device)
     perm = torch.randperm(64)
-    got = gpu_folded.reorder_fold(
+    got = TritonFolded().quantize(
         "none", arrange(x), None, 0.0, perm.to(device), (32, 0, 32), "e2m3", "rceil", w_fp4=False
     )
     assert_folds(got, arrange(x.cpu()).contiguous(), perm, (32, 0, 32), "e2m3", "rceil", w_fp4=False)
@@ -185,13 +187,23 @@ def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
 def test_only_the_outputs_of_a_fold_are_written(device: str) -> None:
     split = (64, 32, 32)  # the MXFP6 block has no second: a block of zeros in its place, and three to whole lines
     x, perm = torch.randn(3, 128, device=device), torch.arange(128, device=device)
-    want = gpu_folded.reorder_fold("none", x, None, 0.0, perm, split, "e2m3", "rceil", w_fp4=False)
+    want = TritonFolded().quantize("none", x, None, 0.0, perm, split, "e2m3", "rceil", w_fp4=False)
     q = torch.full((5, folding.fold_width(split, w_fp4=False)), 0xA5, dtype=torch.uint8, device=device)
     assert q.shape[1] == 256
     row_scale, locks = torch.full((5,), 7.0, device=device), torch.full((folding.LOCKS + 2,), 7, device=device).int()
     inner = FoldedActivation(q[1:4], row_scale[1:4], locks[1:-1])
-    gpu_folded.reorder_fold_call(
-        "none", x, None, 0.0, perm, split, inner, fp6="e2m3", scale_rounding="rceil", w_fp4=False
+    reorder_fold_call(
+        "none",
+        x,
+        None,
+        0.0,
+        perm,
+        split,
+        inner,
+        fp6="e2m3",
+        scale_rounding="rceil",
+        w_fp4=False,
+        tiles=FOLDED_SM_90,
     ).launch()
     assert all(torch.equal(got, wanted) for got, wanted in zip(inner, want, strict=True))
     assert bool((q[[0, 4]] == 0xA5).all())
@@ -212,7 +224,7 @@ def test_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     k4, k6 = channels // 64 * 32, channels // 128 * 32
     split = (k4, k6, channels - k4 - k6)
     x, weight, rounding = x.to(device), weight.to(device), "rceil" if w_fp4 else "fit"
-    got = gpu_folded.reorder_fold("rms_norm", x, weight, 1e-5, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4)
+    got = TritonFolded().quantize("rms_norm", x, weight, 1e-5, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4)
     assert_folds(got, ops.rms_norm(x, weight, 1e-5).cpu(), perm, split, "e2m3", rounding, w_fp4=w_fp4)
 
 
@@ -222,7 +234,7 @@ def test_sum_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     device: str, dtype: torch.dtype, rows: int, channels: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one program and of four, as parts of wider matrices; the sum is whole and is of the row's own."""
-    monkeypatch.setattr(gpu, "FEW_ROWS", few)
+    monkeypatch.setattr(quantizers, "FEW_ROWS", few)
     x, residual = (torch.randint(-7, 8, (rows, channels + 8), device=device).to(dtype)[:, :channels] for _ in range(2))
     weight, perm = torch.randn(channels, device=device).to(dtype), torch.randperm(channels)
     split = (channels // 2, channels // 4, channels // 4)
@@ -232,7 +244,7 @@ def test_sum_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     want = ops.rms_norm(x + residual, weight, 1e-5).cpu()
     assert_folds(FoldedActivation(*folded), want, perm, split, "e2m3", "fit", w_fp4=False)
     added = Residual(residual, torch.full((rows, channels), torch.nan, dtype=dtype, device=device))
-    launched = gpu_folded.reorder_fold(
+    launched = TritonFolded().quantize(
         "rms_norm", x, weight, 1e-5, layout[0], split, "e2m3", "fit", w_fp4=False, residual=added
     )
     assert torch.equal(added.total, x + residual)
@@ -246,7 +258,7 @@ def test_the_sum_rounds_as_eager_does(device: str, dtype: torch.dtype) -> None:
     x, residual = torch.where(bits.isfinite(), bits, 0).to(device)
     added = Residual(residual, torch.empty_like(x))
     perm = torch.arange(2048, device=device)
-    gpu_folded.reorder_fold(
+    TritonFolded().quantize(
         "rms_norm", x, torch.ones_like(x[0]), 1e-5, perm, (2048, 0, 0), "e2m3", "fit", w_fp4=False, residual=added
     )
     assert torch.equal(added.total.cpu(), x.cpu() + residual.cpu())
@@ -269,7 +281,7 @@ def test_norm_and_fold_of_a_row_wider_than_one_tile(device: str) -> None:
     weight = 1 + torch.rand(channels, device=device)
     perm = torch.randperm(channels)
     split = (16384, 8192, 8192)
-    got = gpu_folded.reorder_fold("rms_norm", x, weight, 0.0, perm.to(device), split, "e2m3", "rceil", w_fp4=False)
+    got = TritonFolded().quantize("rms_norm", x, weight, 0.0, perm.to(device), split, "e2m3", "rceil", w_fp4=False)
     assert_folds(got, ops.rms_norm(x, weight, 0.0).cpu(), perm, split, "e2m3", "rceil", w_fp4=False)
 
 
@@ -290,7 +302,7 @@ def test_silu_mul_and_fold_equals_its_steps_for_every_gate(device: str, dtype: t
     assert gate.numel() > 40000
     up = torch.randn(gate.shape).to(dtype)
     perm, split, rounding = torch.randperm(2048), (1024, 512, 512), "rceil" if w_fp4 else "fit"
-    got = gpu_folded.reorder_fold(
+    got = TritonFolded().quantize(
         "silu_mul", gate.to(device), up.to(device), 0.0, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4
     )
     assert_folds(got, silu(gate) * up, perm, split, "e2m3", rounding, w_fp4=w_fp4)

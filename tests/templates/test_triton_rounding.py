@@ -14,7 +14,7 @@ from micromix_compile.numerics.formats import BLOCK_SIZE, ELEM_FORMATS, elem_for
 from micromix_compile.numerics.reference import scale_value
 from micromix_compile.ops.pack import round_weights
 from micromix_compile.recipe.types import ChannelStatistics, GroupRecipe
-from micromix_compile.targets import gpu_rounding
+from micromix_compile.targets import rounding as launched
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -44,7 +44,7 @@ def test_compensation_equals_the_plain_step(device: str, case: tuple[int, int, i
     wide = torch.full((len(part), 70), torch.nan)  # what surrounds a block must not matter
     wide[:, 5:37] = part
     here = (wide.to(device)[:, 5:37], scale.to(device), factor.to(device), elem_format(name))
-    for got, want in zip(gpu_rounding.compensate_block(*here), rounding.compensate_block(*here), strict=True):
+    for got, want in zip(launched.compensate_block(*here), rounding.compensate_block(*here), strict=True):
         assert same_bits(got, want)
 
 
@@ -64,7 +64,7 @@ def test_descent_equals_the_plain_step(device: str, case: tuple[int, int, int], 
     wide[:, 32:] = part.to(device)
     expected = wide[:, 32:].clone()
     change = rounding.descend_block(expected, *arguments, fmt)
-    assert torch.equal(gpu_rounding.descend_block(wide[:, 32:], *arguments, fmt), change)
+    assert torch.equal(launched.descend_block(wide[:, 32:], *arguments, fmt), change)
     assert same_bits(wide[:, 32:], expected)
     assert not wide[:, :32].any()
 
@@ -76,7 +76,7 @@ def test_whole_weights_equal_those_of_the_plain_steps(device: str) -> None:
     moment = (inputs.T @ inputs).to(device)
     formats = ["e2m1", "e2m3", "e4m3"]
     expected = rounding.round_weight(weight, formats, moment)
-    assert torch.equal(rounding.round_weight(weight, formats, moment, steps=gpu_rounding.STEPS), expected)
+    assert torch.equal(rounding.round_weight(weight, formats, moment, steps=launched.TRITON_STEPS), expected)
 
 
 def test_the_default_dtype_does_not_matter(device: str) -> None:
@@ -84,8 +84,8 @@ def test_the_default_dtype_does_not_matter(device: str) -> None:
     factor, fmt = torch.eye(BLOCK_SIZE, device=device), elem_format("e4m3")
     torch.set_default_dtype(torch.bfloat16)
     try:
-        results = gpu_rounding.compensate_block(part, scale, factor, fmt)
-        change = gpu_rounding.descend_block(part, part.clone(), scale, moment, fmt)
+        results = launched.compensate_block(part, scale, factor, fmt)
+        change = launched.descend_block(part, part.clone(), scale, moment, fmt)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {tensor.dtype for tensor in (*results, change)} == {torch.float32}

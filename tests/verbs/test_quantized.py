@@ -10,12 +10,13 @@ import pytest
 import torch
 from support.compiled import batches, compiled_with
 from support.models import make_net
+from support.targets import FOLDING, served_by
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.targets import native
+from micromix_compile.targets.target import Target
 from micromix_compile.verbs import quantized
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
@@ -24,14 +25,13 @@ pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
 def test_strict_refuses_plain_pytorch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     net = make_net(layers=1)
     recipe = micromix.calibrate(net, batches())
-    missing = native.NativeStatus(available=False, reason="no compiler", isa="", library=None, threads=1)
-    monkeypatch.setattr(native, "load", lambda: False)
-    monkeypatch.setattr(native, "status", lambda: missing)
+    plain = Target(name="cpu (plain PyTorch)", emulated="no compiler")
     monkeypatch.setattr(quantized, "_said", set())
-    with pytest.raises(BackendCompilerFailed, match=r"strict=True: the linears run as plain PyTorch.*no compiler"):
+    refused = pytest.raises(BackendCompilerFailed, match=r"strict=True: the linears run as plain PyTorch.*no compiler")
+    with served_by(plain), refused:
         compiled_with(net, recipe, strict=True)(torch.randn(2, 5, 64))
     torch._dynamo.reset()
-    with caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
+    with served_by(plain), caplog.at_level(logging.WARNING, "micromix_compile"), torch.no_grad():
         compiled_with(net, recipe)(torch.randn(2, 5, 64))
     assert len(re.findall("plain PyTorch operations", caplog.text)) == 1
 
@@ -40,7 +40,7 @@ def test_a_position_on_another_device_leaves_linears_what_their_own_device_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The graph has a 0-dimensional input and a table, whose devices are not asked; "meta" is no linear's device."""
-    net, asked, folding = make_net(torch.bfloat16, layers=1), [], []
+    net, asked = make_net(torch.bfloat16, layers=1), []
 
     class Positioned(nn.Module):
         def __init__(self) -> None:
@@ -54,15 +54,18 @@ def test_a_position_on_another_device_leaves_linears_what_their_own_device_runs(
     model = Positioned().eval()
     recipe = micromix.calibrate(net, [x])
     original = quantized.target_of
-    monkeypatch.setattr(quantized, "target_of", lambda device: asked.append(device) or original(device))
-    monkeypatch.setattr(quantized, "_folds", lambda weight: folding.append(weight.device.type) or True)
-    with torch.no_grad():
+
+    def target_of(device: torch.device, *, exact: bool) -> Target:
+        asked.append(device)
+        return original(device, exact=exact)
+
+    monkeypatch.setattr(quantized, "target_of", target_of)
+    with torch.no_grad(), served_by(FOLDING):
         out, _ = compiled_with(model, recipe)(x, scale, table)
         micromix.quantize_(net, recipe)
         expected = net(2 * x)
     assert asked == [torch.device("cpu")]
     assert (out - expected).float().abs().mean() <= 2.0**-7 * expected.float().abs().mean()
-    assert folding == ["cpu", "cpu"]  # once for each activation
 
 
 def test_layers_that_fall_out_of_compilation_are_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 
 import pytest
 import torch
 from support.graphs import run_post_grad
+from support.targets import FOLDING, served_by
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -29,14 +29,12 @@ def residual_program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tupl
 
 @pytest.mark.parametrize("shape", [(2, 3, 64), (6, 64)])
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
-def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], mode: str
-) -> None:
-    monkeypatch.setattr(sys.modules[fuse_residual.__module__], "runs_folded", lambda _: True)
+def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(shape: tuple[int, ...], mode: str) -> None:
     inputs = (*torch.randn(2, *shape).bfloat16(), torch.rand(64).bfloat16(), torch.randperm(64))
     gm = make_fx(residual_program, tracing_mode=mode)(*inputs)
     want = gm(*inputs)
-    assert run_post_grad(fuse_residual, gm.graph) == 2
+    with served_by(FOLDING):
+        assert run_post_grad(fuse_residual, gm.graph) == 2
     gm.graph.lint()
     gm.recompile()
     targets = Counter(str(node.target) for node in gm.graph.nodes)
@@ -47,9 +45,8 @@ def test_a_sum_before_a_norm_and_quantize_joins_them_with_equal_results(
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64)])
 def test_a_sum_of_other_shapes_stays_and_leaves_sizes_free(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+    shape: tuple[int, ...],
 ) -> None:
-    monkeypatch.setattr(sys.modules[fuse_residual.__module__], "runs_folded", lambda _: True)
     inputs = (torch.randn(5, 3, 64), torch.randn(shape), torch.rand(64), torch.randperm(64))
 
     def program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
@@ -59,5 +56,12 @@ def test_a_sum_of_other_shapes_stays_and_leaves_sizes_free(
     gm = make_fx(program, tracing_mode="symbolic")(*inputs)
     environment = next(iter(gm.graph.nodes)).meta["val"].fake_mode.shape_env
     guards = len(environment.guards)
-    assert run_post_grad(fuse_residual, gm.graph) == 0
+    with served_by(FOLDING):
+        assert run_post_grad(fuse_residual, gm.graph) == 0
     assert len(environment.guards) == guards
+
+
+def test_a_sum_stays_where_the_target_has_no_such_pass() -> None:
+    inputs = (*torch.randn(2, 6, 64).bfloat16(), torch.rand(64).bfloat16(), torch.randperm(64))
+    gm = make_fx(residual_program, tracing_mode="fake")(*inputs)
+    assert run_post_grad(fuse_residual, gm.graph) == 0

@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 import torch
 from support.graphs import run_post_grad
+from support.targets import served_by
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from micromix_compile import ops
 from micromix_compile.passes import fuse_rms_norm
+from micromix_compile.targets.target import Target
 
 pytestmark = pytest.mark.versions
 
@@ -49,3 +51,8 @@ def test_a_norm_whose_rows_are_used_elsewhere_stays() -> None:
 
 def test_a_norm_computed_in_half_precision_stays() -> None:
     assert run_post_grad(fuse_rms_norm, normed_and_quantized(torch.bfloat16, keep_rows=False, widen=False).graph) == 0
+
+
+def test_a_norm_stays_where_the_target_has_no_such_pass() -> None:
+    with served_by(Target(name="somebody's", passes=frozenset())):
+        assert run_post_grad(fuse_rms_norm, normed_and_quantized(torch.float32, keep_rows=False).graph) == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.graphs import context_with, session_with, trace
 from support.models import make_net
+from support.targets import FOLDING, served_by
 from torch import Tensor, fx, nn
 
 import micromix_compile as micromix
@@ -23,7 +24,7 @@ from micromix_compile.passes import (
     rewrite_linears,
     share_activations,
 )
-from micromix_compile.verbs import quantized
+from micromix_compile.targets.target import Target
 
 pytestmark = pytest.mark.versions
 
@@ -33,7 +34,7 @@ def folded_graph(model: nn.Module, *inputs: Tensor, folds: bool = True, **option
     session = session_with(model=model, recipe=recipe)
 
     def fold(graph: fx.Graph, context: PassContext) -> int:
-        context.folds = lambda _: folds
+        context.target_of = lambda _: FOLDING if folds else Target(name="exact")
         return fold_products(graph, context)
 
     session.passes = (find_linears, rewrite_linears, share_activations, fold)  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ def test_a_packed_model_is_quantized_by_short_orders_once_for_each_activation() 
     packed = micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()]))
 
     def fold(graph: fx.Graph, context: PassContext) -> int:
-        context.folds = lambda _: True
+        context.target_of = lambda _: FOLDING
         return fold_products(graph, context)
 
     session = session_with(share_activations, fold, model=packed)
@@ -106,14 +107,14 @@ def test_a_quantize_with_another_reader_stays() -> None:
     quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
     graph.output(graph.call_function(operator.getitem, (quantize, 3)))
     gm = fx.GraphModule({}, graph)
-    context = context_with(folds=lambda _: True)
+    context = context_with(target_of=lambda _: FOLDING)
     assert fold_products(gm.graph, context) == 0
     assert quantize in gm.graph.nodes
 
 
 @pytest.mark.parametrize("weights", ["same", "mxfp4"])
 def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
-    weights: str, monkeypatch: pytest.MonkeyPatch
+    weights: str,
 ) -> None:
     net = make_net(torch.bfloat16)
     recipe = micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()], MicroMixConfig(weights=weights))
@@ -121,9 +122,8 @@ def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
     outputs = []
     for folds in (False, True):
         torch._dynamo.reset()
-        monkeypatch.setattr(quantized, "_folds", lambda _, folds=folds: folds)
-        fast = torch.compile(net, backend="micromix", options={"recipe": recipe})
-        with torch.no_grad():
+        fast = torch.compile(net, backend="micromix", options={"recipe": recipe, "exact": not folds})
+        with torch.no_grad(), served_by(FOLDING):
             outputs.append(fast(x))
     difference = (outputs[0] - outputs[1]).float().abs()
     assert difference.mean() <= 2.0**-9 * outputs[0].float().abs().mean()
@@ -141,12 +141,11 @@ class Flat(nn.Module):
         return self.q(x).view(-1), self.k(x)
 
 
-def test_joint_products_are_contiguous_as_single_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_products_are_contiguous_as_single_ones_are() -> None:
     model, x = Flat().eval(), torch.randn(2, 3, 64).bfloat16()
     recipe = micromix.calibrate(model, [x], MicroMixConfig(skip=()))
-    monkeypatch.setattr(quantized, "_folds", lambda _: True)
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), served_by(FOLDING):
         flat, k = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
         want = micromix.quantize_(model, recipe)(x)
     assert k.is_contiguous()
@@ -176,7 +175,7 @@ def test_each_linears_own_device_decides_whether_it_folds() -> None:
     graph.output((*products, positions))
     assert input_devices(products) == [torch.device("cpu"), torch.device("meta")]
     gm = fx.GraphModule({}, graph)
-    context = context_with(folds=lambda weight: weight.is_meta)
+    context = context_with(target_of=lambda device: FOLDING if device.type == "meta" else Target(name="exact"))
     assert fold_products(gm.graph, context) == 1
     gm.graph.lint()
     joint = [node for node in gm.graph.nodes if node.target is ops.folded_mm]
@@ -215,7 +214,7 @@ def test_what_products_do_not_share_keeps_them_apart(change: str) -> None:
     graph.output(tuple(products))
     gm = fx.GraphModule({}, graph)
 
-    context = context_with(folds=lambda _: True)
+    context = context_with(target_of=lambda _: FOLDING)
     fold_products(gm.graph, context)
     gm.graph.lint()
     joint = [node for node in gm.graph.nodes if node.target is ops.folded_mm]

@@ -1,7 +1,7 @@
 """The compiled CPU kernels: built once per machine, kept in the user's cache, loaded on first use.
 
-The sources are in `templates/cpu`; they implement the ops of `ops.py` for CPU tensors. Without a compiler, or with
-MICROMIX_NATIVE=0 in the environment, the plain PyTorch implementations serve, and the log says so.
+The sources are in `templates/cpu`; once loaded, they are the dispatcher's for the exact ops with CPU tensors. Without a
+compiler, or with MICROMIX_NATIVE=0 in the environment, plain PyTorch serves, and the log says so.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import platformdirs
 import torch
 from torch import Tensor
 
 from micromix_compile import templates
-from micromix_compile.targets import native_cache
+from micromix_compile.numerics import producers
+from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets import cpu_cache
+from micromix_compile.targets.kernels import PlainExact
+
+if TYPE_CHECKING:
+    from micromix_compile.numerics.layout import PackedWeight, Split
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +78,6 @@ _lock = threading.Lock()
 _outcome: _Outcome | None = None
 
 
-def takes_over(x: Tensor) -> bool:
-    """Whether the op that is being called with `x` should be dispatched again, now to a compiled kernel.
-
-    Called by the plain implementations. Builds and loads the kernels the first time it is asked with a CPU tensor. An
-    op that still arrives here when they are loaded has operands that they do not serve, such as a mixture of devices:
-    False, so that the plain implementation raises the error that fits.
-    """
-    if x.device.type != "cpu" or x.layout != torch.strided or _outcome is not None:
-        return False
-    return load()
-
-
 def load() -> bool:
     """Build (if need be) and load the kernels. Returns whether they serve CPU tensors; tries once per process."""
     global _outcome
@@ -107,6 +101,44 @@ def status() -> NativeStatus:
     )
 
 
+class CompiledExact(PlainExact):
+    """The compiled kernels, loaded, by way of the dispatcher, which knows them.
+
+    What does not lie in plain CPU memory, such as operands on several devices, is the reference's, whose errors fit.
+    """
+
+    def quantize(
+        self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
+        scale_rounding: str,
+    ) -> QuantizedActivation:  # fmt: skip
+        """See `ExactKernels`. There is none behind SiLU times up."""
+        layout = (channel_perm, *split, fp6, scale_rounding)
+        if not _serves(x, other, channel_perm):
+            return super().quantize(producer, x, other, eps, channel_perm, split, fp6, scale_rounding)
+        if producer == "rms_norm":
+            return QuantizedActivation(*torch.ops.micromix.rms_norm_reorder_quantize(x, other, eps, *layout))
+        producers.check_produce(producer, x, other)
+        rows = producers.produce(producer, x, other, eps)
+        return QuantizedActivation(*torch.ops.micromix.reorder_quantize(rows, *layout))
+
+    def multiply(
+        self, x: QuantizedActivation, w: PackedWeight, bias: Tensor | None, fp6: str, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See `ExactKernels`."""
+        if not _serves(*x, *w, bias):
+            return super().multiply(x, w, bias, fp6, out_dtype)
+        out: Tensor = torch.ops.micromix.mixed_mx_mm(*x, *w, bias, fp6, out_dtype)
+        return out
+
+
+COMPILED_EXACT: Final = CompiledExact()
+
+
+def _serves(*operands: Tensor | None) -> bool:
+    tensors = [one for one in operands if one is not None]
+    return all(one.device.type == "cpu" and one.layout == torch.strided for one in tensors)
+
+
 def build(flags: tuple[str, ...] = ()) -> Path:
     """The compiled library, from the cache or from the compiler. flags: added to the compiler's.
 
@@ -120,15 +152,15 @@ def build(flags: tuple[str, ...] = ()) -> Path:
     try:
         made_by = hashlib.sha256(_run([*compiler, "--version"]).encode()).hexdigest()[:8]
     except NativeBuildError as error:
-        if library := native_cache.find(folder, stem, "*"):
+        if library := cpu_cache.find(folder, stem, "*"):
             return library
-        raise NativeBuildError(f"{error}{native_cache.reasons(folder, stem)}") from error
-    if library := native_cache.find(folder, stem, made_by):
+        raise NativeBuildError(f"{error}{cpu_cache.reasons(folder, stem)}") from error
+    if library := cpu_cache.find(folder, stem, made_by):
         return library
     logger.info("compiling CPU kernels, once per machine (in %s; about 20 seconds)", folder)
     try:
-        with native_cache.scratch(folder) as scratch:
-            return native_cache.keep(_compile(compiler, arguments, scratch), folder, f"{stem}-{made_by}")
+        with cpu_cache.scratch(folder) as scratch:
+            return cpu_cache.keep(_compile(compiler, arguments, scratch), folder, f"{stem}-{made_by}")
     except OSError as error:
         raise NativeBuildError(f"cannot write to {folder}: {error}") from error
 

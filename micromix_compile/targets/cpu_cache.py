@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _PRIVATE: Final = 0o700
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 _BUILD: Final = "build-"
-_ABANDONED: Final = 3600.0  # seconds; a build has `native._BUILD_TIMEOUT` for its slowest part
+_ABANDONED: Final = 3600.0  # seconds; a build has `cpu._BUILD_TIMEOUT` for its slowest part
 
 
 def find(folder: Path, stem: str, made_by: str) -> Path | None:

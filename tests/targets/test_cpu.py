@@ -20,8 +20,9 @@ from torch import Tensor
 from micromix_compile import ops, templates
 from micromix_compile.numerics import packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding, elem_format
+from micromix_compile.numerics.layout import PackedWeight
 from micromix_compile.numerics.reference import QuantizedActivation
-from micromix_compile.targets import native, native_cache
+from micromix_compile.targets import cpu, cpu_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm")
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
     """Without this, a machine that cannot compile would test the plain PyTorch path against itself."""
-    assert native.load(), native.status().reason
+    assert cpu.load(), cpu.status().reason
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -54,7 +55,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[Any]:
     for op in OP_NAMES:
         schema = str(getattr(torch.ops.micromix, op).default._schema)
         library.define(schema.partition("::")[2])
-    torch.ops.load_library(str(native.build(VARIANTS[name])))
+    torch.ops.load_library(str(cpu.build(VARIANTS[name])))
     yield getattr(torch.ops, name)
 
 
@@ -392,12 +393,12 @@ def test_opcheck_finds_nothing(op: str) -> None:
 
 
 def test_status_names_the_library_and_its_instruction_set() -> None:
-    status = native.status()
+    status = cpu.status()
     assert status.available
     assert status.reason == ""
     assert status.isa in ("amx-bf16", "avx512-bf16", "portable")
     assert status.library is not None
-    assert status.library == native.build(), "a second build must find the first one's file"
+    assert status.library == cpu.build(), "a second build must find the first one's file"
     assert status.threads == torch.get_num_threads()
 
 
@@ -406,13 +407,13 @@ def test_the_library_is_named_after_all_that_its_code_depends_on(
 ) -> None:
     (tmp_path / "kernel.cpp").write_text("first")
     monkeypatch.setattr(templates, "cpu_sources", lambda: [tmp_path / "kernel.cpp"])
-    names = {native._digest(["-O3"]), native._digest(["-O2"])}
+    names = {cpu._digest(["-O3"]), cpu._digest(["-O2"])}
     (tmp_path / "kernel.cpp").write_text("second")
-    names.add(native._digest(["-O3"]))
+    names.add(cpu._digest(["-O3"]))
     monkeypatch.setattr(torch, "__version__", "0.0")
-    names.add(native._digest(["-O3"]))
-    monkeypatch.setattr(native, "_cpu_identity", lambda: "another machine")
-    names.add(native._digest(["-O3"]))
+    names.add(cpu._digest(["-O3"]))
+    monkeypatch.setattr(cpu, "_cpu_identity", lambda: "another machine")
+    names.add(cpu._digest(["-O3"]))
     assert len(names) == 5
 
 
@@ -420,7 +421,7 @@ FAILING_COMPILER = 'import sys; sys.exit(sys.argv[1] != "--version" and "no such
 
 PLAIN_PATH_SCRIPT = """
 import json, logging, torch
-from micromix_compile.targets import native, native_cache
+from micromix_compile.targets import cpu, cpu_cache
 from micromix_compile import ops
 from micromix_compile.numerics import reference
 records = []
@@ -432,7 +433,7 @@ for _ in range(2):
     got = ops.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
 want = reference.reorder_quantize(x, perm, (32, 0, 32), fp6="e2m3")
 equal = all(torch.equal(a, b) for a, b in zip(got, want))
-status = native.status()
+status = cpu.status()
 print(json.dumps([equal, status.available, status.reason, records]))
 """
 
@@ -461,9 +462,29 @@ def test_without_a_library_plain_pytorch_serves_and_the_log_says_why(
     assert all(reason in message for message in messages)
 
 
-def test_other_devices_and_repeated_arrivals_are_not_taken_over() -> None:
-    assert not native.takes_over(torch.empty(1, device="meta"))
-    assert not native.takes_over(torch.empty(1)), "an op that arrives although the kernels are loaded stays"
+def test_operands_that_the_kernels_do_not_serve_get_the_errors_of_the_reference() -> None:
+    """They would come back for ever: the dispatcher has no other kernel for them."""
+    x, perm = torch.zeros(2, 64), torch.arange(64)
+    kernels = cpu.CompiledExact()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        kernels.quantize("none", x, None, 0.0, perm.to("meta"), (32, 0, 32), "e2m3", "rceil")
+    q = reference.reorder_quantize(x, perm, (32, 0, 32), fp6="e2m3")
+    weight = PackedWeight(*packed_rows(3, (32, 0, 32), "e2m3"))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        kernels.multiply(q._replace(scale=q.scale.to("meta")), weight, None, "e2m3", torch.float32)
+
+
+def test_what_arrives_at_the_loaded_kernels_is_theirs() -> None:
+    x, up, perm = torch.randn(3, 64), torch.randn(3, 64), torch.randperm(64)
+    weight = PackedWeight(*packed_rows(3, (32, 0, 32), "e2m3"))
+    kernels, layout = cpu.CompiledExact(), (perm, (32, 0, 32), "e2m3", "rceil")
+    for producer, other in (("none", None), ("rms_norm", torch.rand(64)), ("silu_mul", up)):
+        with torch.profiler.profile() as profile:
+            q = kernels.quantize(producer, x, other, 1e-6, *layout)
+            kernels.multiply(q, weight, None, "e2m3", torch.float32)
+        called = {event.key for event in profile.key_averages()} & {f"micromix::{name}" for name in OP_NAMES}
+        quantizer = "rms_norm_reorder_quantize" if producer == "rms_norm" else "reorder_quantize"
+        assert called == {f"micromix::{quantizer}", "micromix::mixed_mx_mm"}
 
 
 @pytest.fixture
@@ -474,8 +495,8 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                         '[ "$1" = --version ] || echo library > "$2"\n', "utf-8")  # fmt: skip
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(native, "_cache_dir", lambda: tmp_path / "cache")
-    return native.build()
+    monkeypatch.setattr(cpu, "_cache_dir", lambda: tmp_path / "cache")
+    return cpu.build()
 
 
 def test_a_library_that_is_whole_is_used_where_there_is_no_compiler(
@@ -483,7 +504,7 @@ def test_a_library_that_is_whole_is_used_where_there_is_no_compiler(
 ) -> None:
     assert cached.read_text() == "library\n"
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert native.build() == cached
+    assert cpu.build() == cached
 
 
 def truncate(path: Path) -> None:
@@ -510,25 +531,25 @@ def test_a_damaged_library_is_refused_without_a_compiler_and_made_anew_with_one(
     damage(cached)
     with monkeypatch.context() as context:
         context.setenv("CXX", "/nowhere/c++")
-        with pytest.raises(native.NativeBuildError, match=reason):
-            native.build()
-    assert native.build() == cached
-    assert native.build().read_text() == "library\n"
+        with pytest.raises(cpu.NativeBuildError, match=reason):
+            cpu.build()
+    assert cpu.build() == cached
+    assert cpu.build().read_text() == "library\n"
 
 
 def test_a_library_of_another_user_is_refused(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = cached.stat().st_uid
-    monkeypatch.setattr(native_cache.os, "getuid", lambda: owner + 1)
+    monkeypatch.setattr(cpu_cache.os, "getuid", lambda: owner + 1)
     if owner != 0:
-        assert native_cache.why_not(cached) == f"{cached.parent} belongs to user {owner}, not to {owner + 1} or root"
+        assert cpu_cache.why_not(cached) == f"{cached.parent} belongs to user {owner}, not to {owner + 1} or root"
         return
     os.chown(cached, 12345, -1)
-    assert f"{cached} belongs to user 12345, not to 1 or root" in str(native_cache.why_not(cached))
+    assert f"{cached} belongs to user 12345, not to 1 or root" in str(cpu_cache.why_not(cached))
 
 
 def test_a_folder_that_the_users_group_can_write_to_is_closed(cached: Path) -> None:
     cached.parent.chmod(0o775)
-    assert native.build() == cached
+    assert cpu.build() == cached
     assert cached.parent.stat().st_mode & 0o777 == 0o755
 
 
@@ -539,12 +560,12 @@ def test_what_killed_builds_leave_is_removed_when_it_is_old(cached: Path) -> Non
         (folder / "kernel.o").touch()
     os.utime(old, (0, 0))
     cached.unlink()
-    assert native.build() == cached
+    assert cpu.build() == cached
     assert not old.exists()
     assert new.exists()
 
 
 def test_a_library_without_our_kernels_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    with pytest.raises(native.NativeBuildError, match=r"cannot load .*micromix_isa"):
-        native._load_library(Path(torch.__file__).parent / "lib" / "libc10.so")
+    with pytest.raises(cpu.NativeBuildError, match=r"cannot load .*micromix_isa"):
+        cpu._load_library(Path(torch.__file__).parent / "lib" / "libc10.so")

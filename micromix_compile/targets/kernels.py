@@ -1,0 +1,147 @@
+"""Who computes the operations: what each target's kernels are asked, and plain PyTorch, which serves every device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from micromix_compile.numerics import folding, producers, reference
+from micromix_compile.numerics.formats import ScaleRounding
+from micromix_compile.numerics.layout import split_of_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from micromix_compile.numerics.folding import FoldedActivation
+    from micromix_compile.numerics.layout import PackedWeight, Split
+    from micromix_compile.numerics.reference import QuantizedActivation
+    from micromix_compile.targets.folded_tiles import FoldedTiles
+    from micromix_compile.targets.tiles import MixedTiles
+
+
+class FoldedWeight(NamedTuple):
+    """A packed weight with its factors and row scales (see `folding`), and the bias or None."""
+
+    w4: Tensor
+    w6: Tensor
+    w8: Tensor
+    factor: Tensor
+    row_scale: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def split(self) -> Split:
+        """(k4, k6, k8) of the weight."""
+        return split_of_weight(self.w4, self.w6, self.w8)
+
+    def contiguous(self) -> FoldedWeight:
+        """The same with every part row after row in memory."""
+        bias = None if self.bias is None else self.bias.contiguous()
+        w4, w6, w8, factor, row_scale = (part.contiguous() for part in self[:5])
+        return FoldedWeight(w4, w6, w8, factor, row_scale, bias)
+
+
+def columns_of(weights: Sequence[FoldedWeight]) -> list[int]:
+    """N of each."""
+    return [weight.row_scale.shape[0] for weight in weights]
+
+
+class Residual(NamedTuple):
+    """What is added to x in front of an RMSNorm, and where the sum goes: both (M, C) of x's dtype. total: contiguous.
+
+    Kernels want the columns of the addend side by side, too.
+    """
+
+    addend: Tensor
+    total: Tensor
+
+
+class ExactKernels(Protocol):
+    """The operations of `ops.exact`. Both raise TypeError or ValueError for arguments that they don't take."""
+
+    @property
+    def tiles(self) -> MixedTiles | None:
+        """Of the Triton kernels that lowerings make a part of graphs; None where operations stay calls."""
+
+    def quantize(
+        self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
+        scale_rounding: str,
+    ) -> QuantizedActivation:  # fmt: skip
+        """`reference.reorder_quantize` of `producers.produce(producer, x, other, eps)`."""
+
+    def multiply(
+        self, x: QuantizedActivation, w: PackedWeight, bias: Tensor | None, fp6: str, out_dtype: torch.dtype
+    ) -> Tensor:
+        """`reference.mixed_mx_mm`."""
+
+
+class FoldedKernels(Protocol):
+    """The operations of `ops.folded`. `quantize` raises TypeError or ValueError for what it does not take."""
+
+    @property
+    def tiles(self) -> FoldedTiles | None:
+        """As of `ExactKernels`."""
+
+    def quantize(
+        self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
+        scale_rounding: str, *, w_fp4: bool, residual: Residual | None,
+    ) -> FoldedActivation:  # fmt: skip
+        """`folding.fold_activation` of what `ExactKernels.quantize` returns. Adds the residual to x before all else."""
+
+    def multiply(
+        self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype
+    ) -> list[Tensor]:
+        """`folding.folded_mm` with weights that are packed: (M, N) of each."""
+
+
+class PlainExact:
+    """The reference itself."""
+
+    tiles: MixedTiles | None = None
+
+    def quantize(
+        self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
+        scale_rounding: str,
+    ) -> QuantizedActivation:  # fmt: skip
+        """See `ExactKernels`."""
+        producers.check_produce(producer, x, other)
+        rows, rounding = producers.produce(producer, x, other, eps), ScaleRounding(scale_rounding)
+        return reference.reorder_quantize(rows, channel_perm, split, fp6=fp6, scale_rounding=rounding)
+
+    def multiply(
+        self, x: QuantizedActivation, w: PackedWeight, bias: Tensor | None, fp6: str, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See `ExactKernels`."""
+        return reference.mixed_mx_mm(x, *w, bias, fp6=fp6, out_dtype=out_dtype)
+
+
+class PlainFolded:
+    """What `folding` says, for weights that are packed."""
+
+    tiles: FoldedTiles | None = None
+
+    def quantize(
+        self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
+        scale_rounding: str, *, w_fp4: bool, residual: Residual | None,
+    ) -> FoldedActivation:  # fmt: skip
+        """See `FoldedKernels`."""
+        if residual is not None:
+            x = residual.total.copy_(x + residual.addend)
+        producers.check_produce(producer, x, other)
+        rows, rounding = producers.produce(producer, x, other, eps), ScaleRounding(scale_rounding)
+        quantized = reference.reorder_quantize(rows, channel_perm, split, fp6=fp6, scale_rounding=rounding)
+        amax = rows.abs().amax(1).float() if rows.shape[1] else rows.new_zeros(rows.shape[0], dtype=torch.float32)
+        return folding.fold_activation(quantized, amax, w_fp4=w_fp4)
+
+    def multiply(
+        self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype
+    ) -> list[Tensor]:
+        """See `FoldedKernels`."""
+        folded = [(folding.fold_weight(w.w4, w.w6, w.w8, w.factor, fp6), w.row_scale) for w in weights]
+        return folding.folded_mm(x.q, x.row_scale, folded, [w.bias for w in weights], out_dtype)
+
+
+PLAIN_EXACT: Final = PlainExact()
+PLAIN_FOLDED: Final = PlainFolded()
