@@ -28,6 +28,8 @@ from micromix_compile.targets.tiles import MIXED_TILES, Tile
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from micromix_compile.targets.ptx import Compiled
+
 NOT_RUN: Final = "compiled only: nothing here ran on Blackwell"
 ROWS: Final = (1, 16, 256, 2048)
 SHARES: Final = (0.75, 0.20, 0.05)
@@ -100,7 +102,7 @@ def tile_rows(name: str, gpu: Gpu) -> list[dict[str, Any]]:
     return rows
 
 
-def tile_row(name: str, tile: Tile, result: offline.Compiled) -> dict[str, Any]:
+def tile_row(name: str, tile: Tile, result: Compiled) -> dict[str, Any]:
     """A row of the first table."""
     row: dict[str, Any] = {"gpu": name, "target": result.target, "tile": describe(tile)}
     row["mma_per_step"] = ", ".join(f"{count} {kind}" for kind, count in sorted(dict(result.mma_blocks).items()))

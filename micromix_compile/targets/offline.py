@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that aren't here, and read in the result what they would run.
+"""Compile the Triton kernels for GPUs that aren't here; `ptx` reads in the results what they would run.
 
 Triton compiles for any GPU it knows without having one, but not in a process that runs its interpreter, and it keeps
 state: `compile_all` therefore works in processes of its own.
@@ -9,12 +9,10 @@ state: `compile_all` therefore works in processes of its own.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +30,7 @@ from micromix_compile.targets.exact import mixed_mx_mm_call
 from micromix_compile.targets.folded_tiles import Parts, tiles_of
 from micromix_compile.targets.hopper import folded_mm_call
 from micromix_compile.targets.kernels import FoldedWeight
+from micromix_compile.targets.ptx import Compiled, inspect_binary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from micromix_compile.targets.folded_tiles import FoldedTile
     from micromix_compile.targets.launch import KernelCall
     from micromix_compile.targets.tiles import MixedTiles, Tile
-
-# Columns of tensor memory that one sm_100 processor has (PTX ISA, "Tensor Memory").
-TENSOR_MEMORY_COLUMNS: Final = 512
 
 DEFAULT_STAGES: Final = 3
 """Triton's own, where a launch leaves them to it."""
@@ -55,15 +51,6 @@ _POINTERS: Final = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32",
 }  # fmt: skip
-
-# What PTX says of the source: comments, its lines and files with the labels for them, debug sections, modules.
-_OF_SOURCE: Final = (
-    r"//.*",
-    r"^\s*\.(loc|file)\b.*",
-    r"^\s*\$L__(tmp|func_begin|func_end)\d+:",
-    r"^\s*\.section\s+\.debug\w*\s*\{[^}]*\}",
-    r"\bmicromix_compile(\.|_\$_)(\w+?(\.|_\$_))*",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,58 +72,11 @@ class Kernel:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Compiled:
-    """What came out of one compilation.
-
-    target: as ptxas names it ("sm_100a"). mma_blocks: (kind, instructions) of every straight piece of code with matrix
-    instructions; one step along K is one piece, and a peeled first step another. Kinds are "tcgen05.mma mxf4" and the
-    like, see `mma_kind`. registers: per thread. spilled_bytes: stored, per thread. shared_bytes, tensor_columns: of
-    one program. serialized: ptxas has each asynchronous matrix instruction end before the next begins. trap: the code
-    can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
-    float32 subnormals for zero, such as "rsqrt.approx.ftz.f32". before_wait: those that read or write memory before the
-    kernel waits for its inputs, None if it does not wait. mma_ended: of each straight piece with asynchronous matrix
-    instructions that read registers, which ptxas writes to behind it: whether it waits for all of them. ptx_digest: see
-    the function.
-    """
-
-    target: str
-    mma_blocks: tuple[tuple[str, int], ...]
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    tensor_columns: int
-    serialized: bool
-    trap: bool
-    flushing: tuple[str, ...]
-    before_wait: tuple[str, ...] | None
-    mma_ended: tuple[bool, ...]
-    ptx_digest: str
-
-    @property
-    def mma(self) -> dict[str, int]:
-        """Matrix instructions in the whole kernel, by kind."""
-        counts: dict[str, int] = {}
-        for kind, count in self.mma_blocks:
-            counts[kind] = counts.get(kind, 0) + count
-        return counts
-
-    @property
-    def emulated(self) -> bool:
-        """Whether any matrix instruction, or all for want of one, works without block scales."""
-        return not self.mma_blocks or not all(is_block_scaled(kind) for kind, _ in self.mma_blocks)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class NotSupported:
     """The installed Triton or its ptxas cannot compile for the target. reason: a sentence that names the version."""
 
     target: str
     reason: str
-
-
-def is_block_scaled(kind: str) -> bool:
-    """Whether a kind of `Compiled.mma_blocks` takes MX scales itself."""
-    return kind.split()[1].startswith("mx")
 
 
 def target_name(capability: int) -> str:
@@ -231,34 +171,7 @@ def compile_kernel(kernel: Kernel) -> Compiled | NotSupported:
                 raise
             target = target_name(kernel.capability)
             return NotSupported(target=target, reason=f"the ptxas of triton {triton.__version__} has no {target}")
-    return _inspect(binary, log.getvalue())
-
-
-def mma_kind(instruction: str) -> str | None:
-    """A PTX matrix instruction's kind, such as "mma.sync mxf8f6f4" or "wgmma bf16"; None for another instruction.
-
-    The name begins with "mx" exactly if the instruction takes block scales.
-    """
-    if not (match := re.match(r"(tcgen05\.mma|mma\.sync|wgmma)\.(?!fence|commit|wait)", instruction)):
-        return None
-    if kind := re.search(r"kind::(\w+)", instruction):
-        name = kind[1]
-        if name.startswith("mx") and ".block_scale" not in instruction:
-            name = f"unscaled-{name}"
-    else:
-        name = instruction.rstrip().split(".")[-2 if match[1] == "mma.sync" else -1]
-    return f"{match[1]} {name}"
-
-
-def ptx_digest(ptx: str) -> str:
-    """16 hexadecimal digits of the SHA-256 of a kernel's PTX, which stay the same when its source moves.
-
-    Another line, file or module of a function changes nothing, nor does a comment; any other instruction does.
-    """
-    for pattern in _OF_SOURCE:
-        ptx = re.sub(pattern, "", ptx, flags=re.MULTILINE)
-    lines = (line.strip() for line in ptx.splitlines())
-    return hashlib.sha256("\n".join(line for line in lines if line).encode()).hexdigest()[:16]
+    return inspect_binary(binary, log.getvalue())
 
 
 def _source(kernel: Kernel) -> Any:
@@ -304,60 +217,6 @@ def _ptxas_log() -> Iterator[io.StringIO]:
         yield log
 
 
-def _inspect(binary: Any, log: str) -> Compiled:
-    """Read a compiled kernel. log: of `ptxas -v`."""
-    ptx = binary.asm["ptx"]
-    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
-    (registers,) = re.findall(r"Used (\d+) registers", log)
-    return Compiled(
-        target=target,
-        mma_blocks=tuple(_mma_blocks(ptx)),
-        registers=int(registers),
-        spilled_bytes=sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)),
-        shared_bytes=int(binary.metadata.shared),
-        tensor_columns=int(getattr(binary.metadata, "tmem_size", None) or 0),
-        serialized="instructions are serialized" in log,
-        trap=re.search(r"\btrap;", ptx) is not None,
-        flushing=tuple(sorted(set(re.findall(r"[a-z][\w.]*\.ftz\b[\w.]*", ptx)))),
-        before_wait=_before_wait(ptx),
-        mma_ended=tuple(_mma_ended(ptx)),
-        ptx_digest=ptx_digest(ptx),
-    )
-
-
-def _before_wait(ptx: str) -> tuple[str, ...] | None:
-    """Memory instructions in front of the wait, which stands in a kernel's straight beginning; arguments are none."""
-    beginning, wait, _ = ptx.partition("griddepcontrol.wait")
-    found = re.findall(r"\b(?:ld|st|atom|red|cp)\.(?!param)[\w.:]+", beginning)
-    return tuple(sorted(set(found))) if wait else None
-
-
-def _mma_ended(ptx: str) -> Iterator[bool]:
-    """Of pieces between labels and branches with `wgmma` that reads its left operand from registers: all waited for."""
-    ended: bool | None = None
-    for line in (*ptx.splitlines(), "$L__BB_end:"):
-        statement = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line)
-        if re.match(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*\{", statement):
-            ended = False
-        elif ended is not None and re.match(r"wgmma\.wait_group\S*\s+0\b", statement):
-            ended = True
-        elif ended is not None and re.match(r"\$L__BB\w+:|bra", statement):
-            yield ended
-            ended = None
-
-
-def _mma_blocks(ptx: str) -> Iterator[tuple[str, int]]:
-    """(kind, count) of the matrix instructions between labels and branches, in the order of the text."""
-    counts: dict[str, int] = {}
-    for line in (*ptx.splitlines(), "$L__BB_end:"):
-        statement = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line)
-        if re.match(r"\$L__BB\w+:|bra", statement):
-            yield from counts.items()
-            counts = {}
-        elif kind := mma_kind(statement.split()[0] if statement else ""):
-            counts[kind] = counts.get(kind, 0) + 1
-
-
 def _compile_in_process(kernels: Sequence[Kernel]) -> list[Compiled | NotSupported]:
     """`compile_kernel` of each in a new process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -371,13 +230,7 @@ def _compile_in_process(kernels: Sequence[Kernel]) -> list[Compiled | NotSupport
 
 def _result(fields: dict[str, Any]) -> Compiled | NotSupported:
     """A result from its JSON object."""
-    if "reason" in fields:
-        return NotSupported(**fields)
-    fields["mma_blocks"] = tuple((kind, count) for kind, count in fields["mma_blocks"])
-    fields["flushing"] = tuple(fields["flushing"])
-    fields["before_wait"] = None if fields["before_wait"] is None else tuple(fields["before_wait"])
-    fields["mma_ended"] = tuple(fields["mma_ended"])
-    return Compiled(**fields)
+    return NotSupported(**fields) if "reason" in fields else Compiled.from_fields(fields)
 
 
 def main() -> None:

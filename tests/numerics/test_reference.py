@@ -39,7 +39,6 @@ from test_formats import (
 from torch import Tensor
 
 from micromix_compile.numerics import packing, reference
-from micromix_compile.numerics.checks import check_split
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding, elem_format
 from micromix_compile.numerics.reference import QuantizedActivation, dequantize, quantize, reorder_quantize
 
@@ -282,33 +281,6 @@ def test_any_index_width_gives_the_same_bytes(dtype: torch.dtype) -> None:
     x, perm = torch.randn(3, 96), torch.randperm(96)
     expected = reorder_quantize(x, perm, (32, 32, 32), fp6="e2m3")
     assert same_bytes(reorder_quantize(x, perm.to(dtype), (32, 32, 32), fp6="e2m3"), expected)
-
-
-@pytest.mark.parametrize(
-    ("split", "channels", "message"),
-    [
-        ((-32, 64, 0), 32, "k4 must be a non-negative multiple of 32, got -32"),
-        ((0, 33, 31), 64, "k6 must be a non-negative multiple of 32, got 33"),
-        ((0, 32, 16), 48, "k8 must be a non-negative multiple of 32, got 16"),
-        ((32, 32, 32), 64, r"split \(32, 32, 32\) sums to 96, but channel_perm has 64 entries"),
-        ((0, 0, 0), 32, r"split \(0, 0, 0\) sums to 0, but channel_perm has 32 entries"),
-    ],
-)
-def test_a_bad_split_is_refused_with_its_values(split: tuple[int, int, int], channels: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_split(split, channels)
-    with pytest.raises(ValueError, match=message):
-        reorder_quantize(torch.zeros(1, channels), torch.arange(channels), split, fp6="e2m3")
-
-
-def test_bad_arguments_of_reorder_quantize_are_refused_by_name() -> None:
-    x, perm = torch.zeros(2, 32), torch.arange(32)
-    with pytest.raises(ValueError, match=r"x must be 2-dimensional \(M, C\), got shape \(1, 2, 32\)"):
-        reorder_quantize(x[None], perm, (32, 0, 0), fp6="e2m3")
-    with pytest.raises(ValueError, match="fp6 must be one of e2m3, e3m2, got 'e4m3'"):
-        reorder_quantize(x, perm, (32, 0, 0), fp6="e4m3")
-    with pytest.raises(TypeError, match=r"channel_perm must be int16, int32 or int64, got torch\.float32"):
-        reorder_quantize(x, perm.float(), (32, 0, 0), fp6="e2m3")
 
 
 def packed_weight(weight: Tensor, split: tuple[int, int, int], fp6: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ from micromix_compile.passes import POST_GRAD_PASSES, PassContext, for_inductor
 from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90
 from micromix_compile.targets.hopper import TritonFolded
-from micromix_compile.targets.offline import mma_kind
+from micromix_compile.targets.ptx import mma_kind
 from micromix_compile.targets.target import FOLDED, Row, Target, register_target
 from micromix_compile.targets.tiles import SM_90
 from support import digests

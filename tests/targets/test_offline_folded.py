@@ -21,7 +21,8 @@ from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile
 from micromix_compile.targets.groups import MAX_GROUP
 from micromix_compile.targets.hopper import reorder_fold_call
 from micromix_compile.targets.kernels import FoldedWeight, Residual
-from micromix_compile.targets.offline import Compiled, Kernel, kernel_of
+from micromix_compile.targets.offline import Kernel, kernel_of
+from micromix_compile.targets.ptx import Compiled
 
 CAPABILITY = 90
 SMALL_TILE_REGISTERS = 65536 // 3 // 128 // 8 * 8  # three programs of four warps, which `parts_for` counts on
