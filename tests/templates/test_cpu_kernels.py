@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
+from support.rows import each_arrangement, rows_of_every_size, rows_with_an_exact_mean
 from support.strategies import hostile_rows
 from torch import Tensor
 
@@ -90,25 +91,13 @@ def test_quantizer_bytes_equal_the_reference(
 def test_every_variant_quantizes_to_the_same_bytes(
     variant: Any, dtype: torch.dtype, fp6: str, scale_rounding: ScaleRounding
 ) -> None:
-    for center in (0, 9) if dtype == torch.float16 else (-140, -60, 0, 100, 126):
-        x = hostile_rows(70, 230, dtype, seed=center + 200, center=center)
-        perm = torch.cat((torch.randperm(230), torch.full((26,), -1)))[torch.randperm(256)].to(torch.int32)
+    for _, x, perm in rows_of_every_size(70, 230, 256, dtype, (-140, -60, 0, 100, 126)):
         got = variant.reorder_quantize(x, perm, 96, 96, 64, fp6, scale_rounding.value)
         want = reference.reorder_quantize(x, perm, (96, 96, 64), fp6=fp6, scale_rounding=scale_rounding)
         assert equal_bytes(got, want)
 
 
-@pytest.mark.parametrize(
-    "arrange",
-    [
-        lambda x: x.t().contiguous().t(),
-        lambda x: x.repeat_interleave(2, 1)[:, ::2],
-        lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-        lambda x: x[:1].expand(7, -1),
-        lambda x: x.flip(0)[1::2],
-    ],
-    ids=["column major", "every second column", "wide rows", "one row repeated", "every second row"],
-)
+@each_arrangement
 def test_strided_rows_are_quantized_where_they_lie(arrange: Callable[[Tensor], Tensor]) -> None:
     x = arrange(torch.randn(9, 64))
     perm = torch.randperm(64)
@@ -125,15 +114,7 @@ def test_strided_rows_are_quantized_where_they_lie(arrange: Callable[[Tensor], T
 def test_norm_and_quantize_equals_its_two_steps_where_the_mean_is_exact(
     variant: Any, dtype: torch.dtype, channels: int
 ) -> None:
-    # Integers below 16 have squares whose sum stays below 2**24, and a power of two divides it without rounding: the
-    # order of the sum cannot matter, every other step rounds in one way only, so all bytes must agree.
-    x = torch.randint(-15, 16, (33, channels)).to(dtype)
-    x[0] = 0
-    weight = torch.randn(channels).to(dtype)
-    perm = torch.randperm(channels).to(torch.int32)
-    split = (channels // 2, channels // 4 // 32 * 32, channels - channels // 2 - channels // 4 // 32 * 32)
-    if channels == 32:
-        split = (0, 32, 0)
+    x, weight, perm, split = rows_with_an_exact_mean(33, channels, dtype)
     got = variant.rms_norm_reorder_quantize(x, weight, 1e-5, perm, *split, "e2m3", "rceil")
     want = reference.reorder_quantize(ops.rms_norm(x, weight, 1e-5), perm, split, fp6="e2m3")
     assert equal_bytes(got, want)

@@ -10,7 +10,13 @@ import torch
 from hypothesis import example, given, settings
 from support.covering import part
 from support.products import INTERPRETED, SEGMENTS, one_format
-from support.strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, reorder_cases
+from support.rows import (
+    each_arrangement,
+    gates_of_one_rounding,
+    rows_of_every_size,
+    rows_with_an_exact_mean,
+)
+from support.strategies import ReorderCase, float_dtypes, index_dtypes, reorder_cases
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -89,10 +95,7 @@ def test_bytes_equal_the_reference(
 def test_magnitudes_of_the_whole_range_and_specials_among_them(
     device: str, dtype: torch.dtype, scale_rounding: str
 ) -> None:
-    centers = (-20, 0, 9) if dtype == torch.float16 else (-148, -126, -60, 0, 100, 121, 126)
-    for index, center in enumerate(centers):
-        x = hostile_rows(5, 1000, dtype, seed=center + 200, center=center)
-        perm = torch.cat((torch.randperm(1000), torch.full((24,), -1)))[torch.randperm(1024)].to(torch.int32)
+    for index, (_, x, perm) in enumerate(rows_of_every_size(5, 1000, 1024, dtype)):
         check_plain(x, perm, (416, 352, 256), FP6_FORMATS[index % 2], scale_rounding, device)
 
 
@@ -218,17 +221,7 @@ def test_wide_rows(device: str, dtype: torch.dtype, few: int, monkeypatch: pytes
     check_plain(x, perm, (16416, 8160, 4128), "e2m3", "rceil", device)
 
 
-@pytest.mark.parametrize(
-    "arrange",
-    [
-        lambda x: x.t().contiguous().t(),
-        lambda x: x.repeat_interleave(2, 1)[:, ::2],
-        lambda x: torch.cat((x, x, x[:, :1]), 1)[:, 1 : x.shape[1] + 1],
-        lambda x: x[:1].expand(7, -1),
-        lambda x: x.flip(0)[1::2],
-    ],
-    ids=["column major", "every second column", "wide odd rows", "one row repeated", "every second row"],
-)
+@each_arrangement
 def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(9, 64, dtype=torch.bfloat16, device=device)
     perm = torch.randperm(64).to(torch.int32)
@@ -311,14 +304,7 @@ def test_operands_of_producers_must_fit_x() -> None:
 def test_norm_and_quantize_equals_its_two_steps_where_the_mean_is_exact(
     device: str, dtype: torch.dtype, channels: int
 ) -> None:
-    # Integers below 16 have squares whose sum stays below 2**24, and a power of two divides it without rounding: the
-    # order of the sum cannot matter, every other step rounds in one way only, so all bytes must agree.
-    x = torch.randint(-15, 16, (9, channels)).to(dtype)
-    x[0] = 0
-    weight = torch.randn(channels).to(dtype)
-    perm = torch.randperm(channels).to(torch.int32)
-    k4, k6 = channels // 64 * 32, channels // 128 * 32
-    split = (k4, k6, channels - k4 - k6)
+    x, weight, perm, split = rows_with_an_exact_mean(9, channels, dtype)
     x, weight, perm = x.to(device), weight.to(device), perm.to(device)
     got = launch_behind_norm(x, weight, 1e-5, perm, *split, "e2m3", "rceil")
     y = ops.rms_norm(x, weight, 1e-5).cpu()
@@ -353,15 +339,7 @@ def test_norm_and_quantize_of_a_nan_row_is_nan_and_of_others_is_not(device: str)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_silu_mul_and_quantize_equals_its_steps_for_every_gate(device: str, dtype: torch.dtype) -> None:
-    bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
-    gate = bits.view(dtype)
-    # Exponentials differ in float32's last places; where that could turn the rounding to the dtype, leave the gate out.
-    exact = silu(gate.double())
-    near = torch.stack([(exact * (1 + e)).to(dtype) for e in (-(2.0**-20), 2.0**-20)])
-    gate = gate[(near[0] == near[1]) & exact.isfinite()]
-    gate = gate[: len(gate) // 2048 * 2048].reshape(-1, 2048)
-    assert gate.numel() > 40000
-    up = torch.randn(gate.shape).to(dtype)
+    gate, up = gates_of_one_rounding(dtype)
     perm = torch.randperm(2048)
     got = launch_behind_silu_mul(gate.to(device), up.to(device), perm.to(device), 1024, 512, 512, "e2m3", "rceil")
     want = reference.reorder_quantize(silu(gate) * up, perm, (1024, 512, 512), fp6="e2m3")

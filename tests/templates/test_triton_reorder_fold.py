@@ -10,7 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.covering import part
 from support.products import INTERPRETED, SEGMENTS, one_format
-from support.strategies import ReorderCase, float_dtypes, hostile_rows, index_dtypes, reorder_cases
+from support.rows import (
+    each_arrangement,
+    gates_of_one_rounding,
+    rows_of_every_size,
+    rows_with_an_exact_mean,
+)
+from support.strategies import ReorderCase, float_dtypes, index_dtypes, reorder_cases
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -78,12 +84,9 @@ def test_activations_equal_the_two_steps(
 def test_magnitudes_of_the_whole_range_with_specials_in_some_rows(
     device: str, dtype: torch.dtype, scale_rounding: str
 ) -> None:
-    centers = (-20, 0, 9) if dtype == torch.float16 else (-148, -126, -60, 0, 100, 121, 126)
-    for index, center in enumerate(centers):
-        x = hostile_rows(5, 1000, dtype, seed=center + 200, center=center)
+    for index, (center, x, perm) in enumerate(rows_of_every_size(5, 1000, 1024, dtype)):
         x[:3] = torch.where(x[:3].abs().float() <= 2.0 ** min(center + 4, 127), x[:3], 0.0)
         x[3] = torch.where(x[3].isfinite(), x[3], 0.0)  # with the dtype's largest value
-        perm = torch.cat((torch.randperm(1000), torch.full((24,), -1)))[torch.randperm(1024)].to(torch.int32)
         check_fold(device, x, perm, (416, 352, 256), FP6_FORMATS[index % 2], scale_rounding, w_fp4=index % 3 == 1)
 
 
@@ -165,16 +168,7 @@ def test_wide_rows(
     check_fold(device, x, perm, (len(perm) - 12288, 8160, 4128), "e2m3", "rceil", w_fp4=w_fp4)
 
 
-@pytest.mark.parametrize(
-    "arrange",
-    [
-        lambda x: x.t().contiguous().t(),
-        lambda x: x.repeat_interleave(2, 1)[:, ::2],
-        lambda x: torch.cat((x, x, x[:, :1]), 1)[:, 1 : x.shape[1] + 1],
-        lambda x: x[:1].expand(7, -1),
-    ],
-    ids=["column major", "every second column", "wide odd rows", "one row repeated"],
-)
+@each_arrangement
 def test_strided_rows(device: str, arrange: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(9, 64, dtype=torch.bfloat16, device=device)
     perm = torch.randperm(64)
@@ -216,13 +210,7 @@ def test_only_the_outputs_of_a_fold_are_written(device: str) -> None:
 def test_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     device: str, dtype: torch.dtype, channels: int, w_fp4: bool
 ) -> None:
-    # As in the quantizer's tests: with small integers and a power of two for their number, no step has two results.
-    x = torch.randint(-15, 16, (9, channels)).to(dtype)
-    x[0] = 0
-    weight = torch.randn(channels).to(dtype)
-    perm = torch.randperm(channels).to(torch.int32)
-    k4, k6 = channels // 64 * 32, channels // 128 * 32
-    split = (k4, k6, channels - k4 - k6)
+    x, weight, perm, split = rows_with_an_exact_mean(9, channels, dtype)
     x, weight, rounding = x.to(device), weight.to(device), "rceil" if w_fp4 else "fit"
     got = TritonFolded().quantize("rms_norm", x, weight, 1e-5, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4)
     assert_folds(got, ops.rms_norm(x, weight, 1e-5).cpu(), perm, split, "e2m3", rounding, w_fp4=w_fp4)
@@ -293,14 +281,7 @@ def test_norm_and_fold_of_a_row_wider_than_one_tile(device: str) -> None:
     ],
 )
 def test_silu_mul_and_fold_equals_its_steps_for_every_gate(device: str, dtype: torch.dtype, w_fp4: bool) -> None:
-    gate = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
-    # As in the quantizer's tests: no gates at which float32's last places could turn the rounding to the dtype.
-    exact = silu(gate.double())
-    near = torch.stack([(exact * (1 + e)).to(dtype) for e in (-(2.0**-20), 2.0**-20)])
-    gate = gate[(near[0] == near[1]) & exact.isfinite()]
-    gate = gate[: len(gate) // 2048 * 2048].reshape(-1, 2048)
-    assert gate.numel() > 40000
-    up = torch.randn(gate.shape).to(dtype)
+    gate, up = gates_of_one_rounding(dtype)
     perm, split, rounding = torch.randperm(2048), (1024, 512, 512), "rceil" if w_fp4 else "fit"
     got = TritonFolded().quantize(
         "silu_mul", gate.to(device), up.to(device), 0.0, perm.to(device), split, "e2m3", rounding, w_fp4=w_fp4
