@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
-from weakref import ref
-
 import pytest
 import torch
 from hypothesis import example, given
@@ -25,14 +21,9 @@ from support.strategies import (
 )
 from torch import Tensor
 
-from micromix_compile import ops
 from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, E8M0_NAN, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
 from micromix_compile.numerics.reference import QuantizedActivation
-from micromix_compile.ops import prepared
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 Split = tuple[int, int, int]
 
@@ -333,97 +324,3 @@ def test_a_folded_product_is_near_the_mx_product(w_fp4: bool) -> None:
 
 
 # ---- the ops
-
-
-def folded_operands(columns: int = 40) -> list[Any]:
-    x = pack_activation(torch.randn(3, 96), (32, 32, 32), "e2m3")
-    weight = folded_weight(
-        reference.reorder_quantize(torch.randn(columns, 96), torch.arange(96), (32, 32, 32), fp6="e2m3"), "e2m3"
-    )
-    parts = (weight.w4, weight.w6, weight.w8, weight.factor, weight.row_scale)
-    return [*x, *([part] for part in parts), [torch.randn(columns)], "e2m3", torch.float32]
-
-
-def test_the_ops_pass_the_checks_of_torch_library() -> None:
-    x, perm = torch.randn(3, 96), torch.randperm(96)
-    torch.library.opcheck(ops.reorder_fold, (x, perm, 32, 32, 32, "e2m3", "rceil", False))
-    torch.library.opcheck(ops.folded_mm, tuple(folded_operands()))
-
-
-@pytest.mark.parametrize(
-    ("place", "wrong", "message"),
-    [
-        (1, torch.zeros(4), r"row_scale must have shape \(3,\), got \(4,\)"),
-        (4, [torch.zeros(3, 40, 0, dtype=torch.uint8)], r"weight 0 takes rows of 64 bytes, q has 128"),
-        (6, [torch.zeros(40, 3, dtype=torch.uint8)], r"w_factor\[0\] must have shape \(3, 40, 4\), got \(40, 3\)"),
-        (8, [torch.zeros(39)], r"bias\[0\] must have shape \(40,\), got \(39,\)"),
-        (8, [torch.zeros(40)] * 2, r"w4 must list 1 to 3 weights, bias as many or none, got 1 and 2"),
-    ],
-)
-def test_operands_of_a_folded_product_must_fit(place: int, wrong: Any, message: str) -> None:
-    operands = folded_operands()
-    operands[place] = wrong
-    with pytest.raises(ValueError, match=message):
-        ops.folded_mm(*operands)
-
-
-def test_weights_of_one_product_must_be_split_alike() -> None:
-    *x, w4, w6, w8, factor, row_scale, _, fp6, out_dtype = folded_operands()
-    other = [torch.zeros(40, 32), torch.zeros(3, 40, 0), torch.zeros(40, 64), torch.zeros(2, 40, 4)]
-    lists = [[*first, part.to(torch.uint8)] for first, part in zip((w4, w6, w8, factor), other, strict=True)]
-    with pytest.raises(ValueError, match=r"split like the first, \(\d+, \d+, \d+\), weight 1 is split \(64, 0, 64\)"):
-        ops.folded_mm(*x, *lists, row_scale * 2, [], fp6, out_dtype)
-
-
-def kept(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """As graphs keep what was made of their last call's inputs."""
-    one = prepared.Kept(make)
-    return lambda *inputs: one.of(inputs[-1:], *inputs)
-
-
-@pytest.mark.parametrize("keep", [lambda make: make, kept], ids=["all", "one"])
-def test_factors_follow_their_scales(keep: Callable[..., Callable[..., tuple[Tensor, ...]]]) -> None:
-    q = reference.reorder_quantize(torch.randn(5, 96), torch.arange(96), (32, 32, 32), fp6="e2m3")
-    w6, scale = packing.pack_fp6(q.q6, "e2m3"), q.scale.clone()
-    of = keep(partial(prepared.folded_factors, fp6="e2m3"))
-
-    def factors() -> tuple[Tensor, ...]:
-        return of(q.q4, w6, q.q8, scale)
-
-    first = factors()
-    assert factors()[0] is first[0]
-    scale.add_(1)
-    assert torch.equal(factors()[1], 2 * first[1])
-    scale.data = scale + 1
-    assert torch.equal(factors()[1], 4 * first[1])
-    assert torch.equal(of(q.q4, w6, q.q8, scale + 1)[1], 8 * first[1])
-    assert torch.equal(factors()[1], 4 * first[1])
-
-
-def test_what_a_graph_keeps_is_let_go_before_it_is_made_anew() -> None:
-    """It may be all weights of a model."""
-    made: list[ref[Tensor]] = []
-
-    def make() -> Tensor:
-        assert all(one() is None for one in made)
-        new = torch.zeros(3)
-        made.append(ref(new))
-        return new
-
-    one, other, keep = torch.zeros(3), torch.zeros(3), prepared.Kept(make)
-    for keys, count in (((one, other), 1), ((one, other), 1), ((other, one), 2), ((other, one), 2)):
-        keep.of(keys)
-        assert len(made) == count
-    other.add_(1)
-    keep.of((other, one))
-    assert len(made) == 3
-
-
-def test_a_short_order_follows_its_order_and_is_made_once() -> None:
-    perm = torch.arange(96, dtype=torch.int32)
-    of = kept(prepared.short_order)
-    (short,) = of(perm)
-    assert short.dtype == torch.int16
-    assert of(perm)[0] is prepared.short_order(perm)[0] is short
-    perm.copy_(perm.flip(0))
-    assert torch.equal(of(perm)[0].int(), perm)
