@@ -8,8 +8,6 @@ which has no inline PTX, takes the branch beside it that says the same in intege
 import triton
 import triton.language as tl
 
-from micromix_compile.numerics.formats import fp6_format
-
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -31,19 +29,30 @@ def _word_ptx(source: str, destination: str) -> str:
     mov.b32 {destination}, {{first, second}};"""
 
 
-def _fp6_ptx(fp6: str) -> str:
-    """Three planes, $4 to $6, and factors to four words."""
+@triton.constexpr_function
+def fp6_planes(fp6):
+    """How the fourth byte lies in the other three, see `PlaneLayout`: used, moves.
+
+    The import stands here because Triton hashes, and Inductor copies, the globals that device functions name.
+    """
+    from micromix_compile.numerics.formats import fp6_format
+
     planes = fp6_format(fp6).planes
     assert planes is not None, "every FP6 format has its planes"
+    return planes.used, planes.moves
+
+
+def _fp6_ptx(fp6: str) -> str:
+    """Three planes, $4 to $6, and factors to four words."""
+    used, moves = fp6_planes(fp6)
     words = [
-        f"\n    and.b32 t, ${4 + plane}, {planes.used * 0x01010101:#x};" + _word_ptx("t", f"${plane}")
-        for plane in range(3)
+        f"\n    and.b32 t, ${4 + plane}, {used * 0x01010101:#x};" + _word_ptx("t", f"${plane}") for plane in range(3)
     ]
     gather = "\n    mov.b32 t, 0;" + "".join(
         f"""
     {"shl" if shift < 0 else "shr"}.b32 a, ${4 + plane}, {abs(shift)};
     lop3.b32 t, a, {bits * 0x01010101:#x}, t, 0xEA;"""
-        for plane, bits, shift in planes.moves
+        for plane, bits, shift in moves
     )
     return one_line(f"{{ {_REGISTERS} {_FACTOR.format(7)}{''.join(words)}{gather}{_word_ptx('t', '$3')} }}")
 
@@ -106,14 +115,11 @@ def _fold_codes(code, factor):
 def fold_fp6(plane0, plane1, plane2, factor, FP6: tl.constexpr):
     """Three byte planes of FP6 codes and factors, all (R, C) -> four (R, C) of E4M3 bytes, a plane each."""
     if _INTERPRETED:
-        if FP6 == "e3m2":
-            used: tl.constexpr = 0xBE
-            fourth = ((plane0 & 0x41) << 1) | ((plane1 >> 1) & 0x20) | ((plane1 << 2) & 0x04)
-            fourth = fourth | ((plane2 >> 2) & 0x10) | ((plane2 << 3) & 0x08)
-        else:
-            used: tl.constexpr = 0x9F
-            fourth = ((plane0 << 1) & 0x80) | ((plane0 >> 1) & 0x10)
-            fourth = fourth | ((plane1 >> 3) & 0x0C) | ((plane2 >> 5) & 0x03)
+        used, moves = fp6_planes(FP6)
+        fourth = tl.zeros_like(plane0)
+        for plane, bits, shift in moves:
+            byte = (plane0, plane1, plane2)[plane]
+            fourth = fourth | ((byte << -shift if shift < 0 else byte >> shift) & bits)
         return (
             fold_e4m3(plane0 & used, factor), fold_e4m3(plane1 & used, factor), fold_e4m3(plane2 & used, factor),
             fold_e4m3(fourth, factor),

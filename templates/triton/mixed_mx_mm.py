@@ -14,12 +14,14 @@ MODE says how two MX operands are multiplied:
 import triton
 import triton.language as tl
 
+from micromix_compile.templates.triton.fold import fp6_planes
+
 BLOCK_SIZE = tl.constexpr(32)  # channels that share a scale
 SWIZZLE_BLOCKS = tl.constexpr(4)  # a swizzled scale tile: 128 rows by 4 blocks, 512 bytes
 
 # Which bits of an E4M3 byte an FP6 code uses, in each byte of a 32-bit word.
-_E3M2_BITS = tl.constexpr(0xBEBEBEBE)
-_E2M3_BITS = tl.constexpr(0x9F9F9F9F)
+_E3M2_BITS = tl.constexpr(fp6_planes("e3m2")[0] * 0x01010101)
+_E2M3_BITS = tl.constexpr(fp6_planes("e2m3")[0] * 0x01010101)
 
 _E2M1_TO_E4M3_SHIFT = tl.constexpr(6)  # an E2M1 code is 2**6 times the E4M3 code with its bits
 
