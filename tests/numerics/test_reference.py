@@ -42,8 +42,6 @@ from micromix_compile.numerics.reference import dequantize, quantize, reorder_qu
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
-FP32_UNIT = 2.0**-24
-"""Largest relative error of one float32 rounding."""
 
 Quantized = tuple[np.ndarray, np.ndarray]
 

@@ -24,8 +24,6 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 FP32_UNIT = 2.0**-24
 """Largest relative error of one float32 rounding."""
 
-Quantized = tuple[np.ndarray, np.ndarray]
-
 
 def segments(case: ReorderCase) -> list[tuple[str, Tensor]]:
     """(format, channels) of the three segments of x[:, perm], where -1 reads a column of zeros put after the last."""

@@ -9,28 +9,14 @@ from weakref import ref
 import pytest
 import torch
 from support.products import folded_weight, pack_activation
-from support.strategies import (
-    ReorderCase,
-)
 from torch import Tensor
 
 from micromix_compile import ops
 from micromix_compile.numerics import packing, reference
-from micromix_compile.numerics.formats import ELEM_FORMATS, ScaleRounding
 from micromix_compile.ops import prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-Split = tuple[int, int, int]
-
-E4M3 = ELEM_FORMATS["e4m3"]
-LEAST_SCALE = 2.0**-126
-EXACT = {"e2m1": (-8, 6), "e2m3": (-6, 5), "e3m2": (-5, 4)}
-"""Exponents of a block relative to its row at which every code is an E4M3 value."""
-
-TOP = ReorderCase(torch.full((1, 32), 3.4e38), torch.arange(32), (32, 0, 0), "e2m3", ScaleRounding.RCEIL)
-ROW_OF_ANOTHER_SIZE = torch.cat((torch.full((1, 32), 2.0**30), torch.ones(1, 224)), 1)
 
 
 def folded_operands(columns: int = 40) -> list[Any]:
