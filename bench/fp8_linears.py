@@ -59,18 +59,13 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        q, scale = self._quantize(weight)
+        q, scale = fp8_quantize(weight)
         self.register_buffer("weight", q)
         self.register_buffer("scale", scale.T.contiguous())
 
-    @staticmethod
-    def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448.0
-        return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., N)."""
-        q, scale = self._quantize(x.reshape(-1, x.shape[-1]))
+        q, scale = fp8_quantize(x.reshape(-1, x.shape[-1]))
         out = scaled_mm(q, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True)
         return out.reshape(*x.shape[:-1], -1)
 
