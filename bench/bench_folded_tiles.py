@@ -15,8 +15,9 @@ import re
 import sys
 
 import torch
-from bench_gpu_linear import BF16, CUDA, FP6, MODELS, SPLITS, folded_weight, split_of
+from bench_gpu_linear import folded_weight
 from gpu_timing import copies, measure, size
+from linear_cases import BF16, CUDA, FP6, MODELS, SPLITS, split_of
 from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources

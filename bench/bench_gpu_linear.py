@@ -15,13 +15,22 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fp8_linears import (
+    compiled_add_rms_norm,
+    compiled_fp8_quantize,
+    compiled_rms_norm,
+    fp8_bias,
+    fp8_mm,
+    fp8_quantize,
+)
 from gpu_timing import Times, copies, measure, read_all, read_sums, size
+from linear_cases import BF16, CUDA, E4M3, FP6, MODELS, SPLITS, Case, cases_of, split_argument, split_of
 from linear_rows import Row, plot, print_summary, print_table, write_csv
 from rich.console import Console
 from rich.progress import track
@@ -30,9 +39,8 @@ from torchao_linears import torchao_configs, torchao_linear
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.lowering.torch_private.dynamo import dynamo_settings
-from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.numerics import folding, packing, reference
-from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
+from micromix_compile.numerics.formats import ScaleRounding
 from micromix_compile.targets.expansion import ExpandedWeights, expand_weights, library_mm
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import FoldedWeight, Residual, columns_of
@@ -46,31 +54,6 @@ if TYPE_CHECKING:
 
     from micromix_compile.numerics.layout import Split
 
-MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
-    "llama-8b": {
-        "qkv": ((4096, 1024, 1024), 4096),
-        "o": ((4096,), 4096),
-        "gate_up": ((14336, 14336), 4096),
-        "down": ((4096,), 14336),
-    },
-    "qwen2.5-7b": {
-        "qkv": ((3584, 512, 512), 3584),
-        "o": ((3584,), 3584),
-        "gate_up": ((18944, 18944), 3584),
-        "down": ((3584,), 18944),
-    },
-    "qwen3-32b": {
-        "qkv": ((8192, 1024, 1024), 5120),
-        "o": ((5120,), 8192),
-        "gate_up": ((25600, 25600), 5120),
-        "down": ((5120,), 25600),
-    },
-    "llama-70b": {"down": ((8192,), 28672)},
-}
-"""(columns of each weight of the group, K) of a model's linears."""
-
-SPLITS = ("75/20/5", "50/35/15")
-"""Channels in MXFP4, MXFP6 and MXFP8, percent."""
 
 SHARE_SPLITS = ("100/0/0", "80/20/0", "80/0/20", "0/100/0", "0/0/100")
 SHARE_ROWS = (1, 16, 64, 2048)
@@ -81,56 +64,9 @@ INT4_ROWS = 16
 
 INT4_GROUP = 128
 QUANTIZED_SHAPE = (8192, 4096)
-FP6 = "e2m3"
-CUDA = torch.device("cuda")
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A group of linears that read one activation."""
-
-    name: str
-    columns: tuple[int, ...]
-    K: int
-
-    @property
-    def N(self) -> int:  # noqa: N802 - the field's name
-        """All columns."""
-        return sum(self.columns)
-
-    def row(self, what: str, rows: int, times: Times, floor_bytes: int, split: str = "") -> Row:
-        """A measurement with what follows from it."""
-        flops = 2 * rows * self.N * self.K
-        return Row(
-            self.name, rows, self.N, self.K, split, what, times.us, times.p20, times.p80, floor_bytes,
-            floor_bytes / times.us / 1e6, flops / times.us / 1e6,
-        )  # fmt: skip
 
 
 # ---- what is timed
-
-
-def fp8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of E4M3 with a float32 scale each, as dynamic FP8 quantization does it."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448.0
-    return (x.float() / scale).clamp(-448.0, 448.0).to(E4M3), scale
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """What stands before a quantizer."""
-    return torch.nn.functional.rms_norm(x, (x.shape[1],), weight, 1e-5)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual stream, and what the quantizer behind it reads."""
-    total = x + residual
-    return total, rms_norm(total, weight)
-
-
-compiled_fp8_quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.compile(fp8_quantize)
-compiled_rms_norm: Callable[[Tensor, Tensor], Tensor] = torch.compile(rms_norm)
-compiled_add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = torch.compile(add_rms_norm)
 
 
 @cache
@@ -158,37 +94,6 @@ def expand(weights: Sequence[FoldedWeight], runs: Sequence[slice], rooms: Sequen
     """As many launches as a call makes."""
     for run, room in zip(runs, rooms, strict=True):
         expand_weights(weights[run], room, fp6=FP6)
-
-
-def fp8_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """FP8 product with a scale a row on both sides. weight: (N, K)."""
-    return scaled_mm(x, weight.T, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=BF16, use_fast_accum=True)
-
-
-def fp8_bias(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor) -> Tensor | None:
-    """The bias where the library adds one in its product; elsewhere FP8 is timed without, which flatters it."""
-    try:
-        fp8_mm(x, x_scale, weight, w_scale, bias)
-    except RuntimeError as error:
-        print(f"FP8 without bias at M = {len(x)}: {str(error).splitlines()[0][:60]}", file=sys.stderr)
-        return None
-    return bias
-
-
-def split_of(channels: int, split: str) -> Split:
-    """Whole blocks of K in each format. split: as in `SPLITS`."""
-    _, share6, share8 = map(int, split.split("/"))
-    k8 = round(channels * share8 / 100 / BLOCK_SIZE) * BLOCK_SIZE
-    k6 = min(round(channels * share6 / 100 / BLOCK_SIZE) * BLOCK_SIZE, channels - k8)
-    return channels - k6 - k8, k6, k8
-
-
-def split_argument(text: str) -> str:
-    """A split from the command line."""
-    shares = text.split("/")
-    if len(shares) != 3 or not all(share.isdecimal() for share in shares) or sum(map(int, shares)) != 100:
-        raise argparse.ArgumentTypeError(f"three shares like 75/20/5 that add up to 100, got {text!r}")
-    return text
 
 
 def folded_weight(columns: int, split: Split) -> FoldedWeight:
@@ -413,11 +318,6 @@ def _refuse_unless_near(what: str, got: Tensor, want: Tensor, limit: float) -> N
     error = ((got.double() - want).norm() / want.norm()).item()
     if not error <= limit:
         raise SystemExit(f"{what} is off by {error:.3g} of its norm, more than {limit}: nothing is timed")
-
-
-def cases_of(models: Sequence[str]) -> list[Case]:
-    """All linears of some models."""
-    return [Case(f"{model} {name}", *shape) for model in models for name, shape in MODELS[model].items()]
 
 
 def run(

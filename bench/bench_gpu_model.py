@@ -19,11 +19,12 @@ import json
 import statistics
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fp8_linears import with_fp8_linears
+from launch_counts import launches
 from rich.console import Console
 from rich.table import Table
 from shares import with_shares
@@ -33,7 +34,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.machine import hardware, versions
-from micromix_compile.lowering.torch_private.operators import scaled_mm
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
@@ -62,44 +62,6 @@ class Arguments(argparse.Namespace):
     cache: int
     mode: str
     json: Path | None
-
-
-def launches(run: Callable[[], object]) -> tuple[Counter[str], dict[str, float]]:
-    """Kernels that `run` launches, and the milliseconds that the GPU is at them, by kind.
-
-    A profiler may leave launches slower than they were: what is timed by the clock comes first.
-    """
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
-        run()
-        torch.cuda.synchronize()
-    counts: Counter[str] = Counter()
-    busy: dict[str, float] = {}
-    for event in profile.events():
-        if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset")):
-            what = kind(event.name)
-            counts[what] += 1
-            busy[what] = busy.get(what, 0.0) + event.time_range.elapsed_us() / 1e3
-    return counts, busy
-
-
-def kind(name: str) -> str:
-    """What a kernel is, from its name; Inductor names its pointwise kernels and reductions for our ops, too."""
-    for part, meaning in (
-        ("triton_poi_", "other Triton"),
-        ("triton_red_", "other Triton"),
-        ("triton_per_", "other Triton"),
-        ("triton_for_", "other Triton"),
-        ("reorder_quantize", "quantize"),
-        ("reorder_fold", "quantize"),
-        ("mixed_mx_mm", "mixed matmul"),
-        ("folded_mm", "mixed matmul"),
-        ("expand_weight", "expand"),
-        ("triton_", "other Triton"),
-    ):
-        if part in name:
-            return meaning
-    return "attention" if any(word in name.lower() for word in ("flash", "fmha", "attention")) else "library"
 
 
 def first_call(run: Callable[[], object]) -> float:
@@ -352,36 +314,6 @@ def forward_ms(model: nn.Module, ids: Tensor, mode: str) -> float:
     for _ in range(2):  # compiles; records, where there are CUDA graphs
         fast(ids, use_cache=False, logits_to_keep=1)
     return median_ms(lambda: fast(ids, use_cache=False, logits_to_keep=1), 5)
-
-
-class Fp8Linear(nn.Module):
-    """Rows of E4M3 with a float32 scale each, on both sides; activations are quantized when they come."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        q, scale = self._quantize(weight)
-        self.register_buffer("weight", q)
-        self.register_buffer("scale", scale.T.contiguous())
-
-    @staticmethod
-    def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448.0
-        return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., N)."""
-        q, scale = self._quantize(x.reshape(-1, x.shape[-1]))
-        out = scaled_mm(q, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True)
-        return out.reshape(*x.shape[:-1], -1)
-
-
-def with_fp8_linears(model: nn.Module) -> nn.Module:
-    """Every linear but the head replaced in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Fp8Linear(module.weight))
-    return model
 
 
 def peak_gib(run: Callable[[], object]) -> float:

@@ -321,3 +321,6 @@ def test_a_folded_product_is_near_the_mx_product(w_fp4: bool) -> None:
     lost += right.abs().sum(1) * left.abs().amax(1)[:, None] * 2.0**-17
     sums = left.abs() @ right.abs().T * (2 * 192 * 2.0**-24)
     assert ((got - left @ right.T).abs() <= lost + sums).all()
+
+
+# ---- the ops

@@ -1,4 +1,4 @@
-"""Operands of folded products: of all sizes, of integers whose sums are exact, and how near a product must be."""
+"""Folded operands and products of them: random, of integers, exact, by any tile."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics import reference
+from micromix_compile.numerics import folding, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.targets.expansion import ExpandedWeights, expand_weights
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile, Parts
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import FoldedWeight
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 
     from micromix_compile.numerics.folding import FoldedActivation
 
-
 Split = tuple[int, int, int]
 
-WIDE_TILES = [tile for _, tile in FOLDED_SM_90.wide]
 ALL_TILES = FOLDED_SM_90.tiles
 
 
@@ -41,6 +40,26 @@ def random_weight(columns: int, split: Split, fp6: str, *, bias: bool = False, d
     w *= torch.exp2(torch.randint(-18, 3, (columns, k // BLOCK_SIZE), device=device)).repeat_interleave(BLOCK_SIZE, 1)
     quantized = reference.reorder_quantize(w, torch.arange(k, device=device), split, fp6=fp6)
     return folded_weight(quantized, fp6, torch.randn(columns, device=device).bfloat16() if bias else None)
+
+
+def check_expanded(device: str, weights: Sequence[FoldedWeight], fp6: str) -> None:
+    """Equal bytes, scales and biases, below each other, and nothing before or behind them."""
+    weights = [on(device, one) for one in weights]
+    want = torch.cat([folding.fold_weight(one.w4, one.w6, one.w8, one.factor, fp6) for one in weights])
+    rows = want.shape[0] + 2
+    room = torch.full((rows, want.shape[1]), 0xA5, dtype=torch.uint8, device=device)
+    scales, biases = torch.full((rows,), 7.0, device=device), torch.full((rows,), 7.0, device=device).bfloat16()
+    has_bias = weights[0].bias is not None
+    out = ExpandedWeights(room[1:-1], scales[1:-1], biases[1:-1] if has_bias else None)
+    expand_weights(weights, out, fp6=fp6)
+    wrong = (room[1:-1] != want).nonzero()
+    assert not len(wrong), f"{len(wrong)} bytes differ, first at {wrong[0].tolist()}"
+    assert torch.equal(out.row_scale, torch.cat([one.row_scale for one in weights]))
+    if out.bias is not None:
+        assert torch.equal(out.bias, torch.cat([one.bias for one in weights if one.bias is not None]))
+    assert bool((room[[0, -1]] == 0xA5).all())
+    assert bool((scales[[0, -1]] == 7.0).all())
+    assert bool((biases[[0, -1]] == 7.0).all())
 
 
 def tiles_on(device: str) -> tuple[FoldedTile, ...]:
@@ -114,17 +133,3 @@ def assert_equal_but_for_one_rounding(got: Tensor, exact: Tensor) -> None:
 def mma_channels(tile: FoldedTile, x: FoldedActivation) -> int:
     """The most that matrix instructions add to one sum."""
     return tile.BLOCK_K if tile.SUM_STEPS else x.q.shape[1]
-
-
-def assert_near_by_norm(got: Tensor, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str) -> None:
-    """Within 1 % of the product's norm: what 14 bits can do to thousands of channels at worst says little.
-
-    A channel out of place or a wrong scale errs by as much as the product; BF16's rounding by 0.2 %.
-    """
-    exact, _ = folded_product(x, weights, fp6)
-    assert float((got.double() - exact).norm()) <= 0.01 * float(exact.norm())
-
-
-def share(channels: int, share4: float, share6: float) -> Split:
-    k4, k6 = (int(channels * part) // BLOCK_SIZE * BLOCK_SIZE for part in (share4, share6))
-    return k4, k6, channels - k4 - k6

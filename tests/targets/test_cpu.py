@@ -1,28 +1,35 @@
-"""The library of compiled CPU kernels: built once, kept, verified when it is loaded, and who calls what is in it."""
+"""The compiled CPU kernels against the reference: bytes of the quantizers, error bounds of the product."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.products import packed_rows
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.products import assert_product_is_exact, packed_rows, quantized_rows
+from support.rows import each_arrangement, rows_of_every_size, rows_with_an_exact_mean
+from support.strategies import hostile_rows
+from torch import Tensor
 
-from micromix_compile import templates
-from micromix_compile.numerics import reference
-from micromix_compile.numerics.layout import PackedWeight
-from micromix_compile.targets import cpu, cpu_cache
+from micromix_compile import ops
+from micromix_compile.numerics import packing, reference
+from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding, elem_format
+from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets import cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     Split = tuple[int, int, int]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VARIANTS = {
+    "micromix": (),
+    "micromix_avx512": ("-DMICROMIX_NO_AMX", "-DMICROMIX_NAMESPACE=micromix_avx512"),
+    "micromix_portable": ("-DMICROMIX_PORTABLE", "-DMICROMIX_NAMESPACE=micromix_portable"),
+}
 OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm")
 
 
@@ -32,180 +39,329 @@ def kernels() -> None:
     assert cpu.load(), cpu.status().reason
 
 
-def test_status_names_the_library_and_its_instruction_set() -> None:
-    status = cpu.status()
-    assert status.available
-    assert status.reason == ""
-    assert status.isa in ("amx-bf16", "avx512-bf16", "portable")
-    assert status.library is not None
-    assert status.library == cpu.build(), "a second build must find the first one's file"
-    assert status.threads == torch.get_num_threads()
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The ops as compiled for one instruction set: the product's own, and what other machines would run."""
+    name: str = request.param
+    if name == "micromix":
+        yield torch.ops.micromix
+        return
+    library = torch.library.Library(name, "DEF")
+    for op in OP_NAMES:
+        schema = str(getattr(torch.ops.micromix, op).default._schema)
+        library.define(schema.partition("::")[2])
+    torch.ops.load_library(str(cpu.build(VARIANTS[name])))
+    yield getattr(torch.ops, name)
 
 
-def test_the_library_is_named_after_all_that_its_code_depends_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def equal_bytes(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+
+
+@st.composite
+def quantizer_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Split]:
+    k4, k6, k8 = (BLOCK_SIZE * draw(st.integers(0, 3)) for _ in range(3))
+    split = (k4, k6, k8)
+    k, rows = sum(split), draw(st.sampled_from((0, 1, 2, 5, 40)))
+    channels = draw(st.integers(1, k + 40))
+    dtype = draw(st.sampled_from(DTYPES))
+    center = draw(st.integers(-20, 12) if dtype == torch.float16 else st.integers(-148, 127))
+    seed = draw(st.integers(0, 2**32 - 1))
+    perm = torch.randint(-1, channels, (k,), generator=torch.Generator().manual_seed(seed))
+    perm_dtype = draw(st.sampled_from((torch.int32, torch.int64)))
+    return hostile_rows(rows, channels, dtype, seed, center), perm.to(perm_dtype), split
+
+
+@settings(max_examples=300, deadline=None)
+@given(quantizer_cases(), st.sampled_from(FP6_FORMATS), st.sampled_from(list(ScaleRounding)))
+@example((torch.full((1, 32), 3.0e38), torch.arange(32), (0, 32, 0)), "e2m3", ScaleRounding.RCEIL)
+@example((torch.full((1, 32), 1.0e-45), torch.arange(32), (32, 0, 0)), "e2m3", ScaleRounding.FLOOR)
+def test_quantizer_bytes_equal_the_reference(
+    case: tuple[Tensor, Tensor, Split], fp6: str, scale_rounding: ScaleRounding
 ) -> None:
-    (tmp_path / "kernel.cpp").write_text("first")
-    monkeypatch.setattr(templates, "cpu_sources", lambda: [tmp_path / "kernel.cpp"])
-    names = {cpu._digest(["-O3"]), cpu._digest(["-O2"])}
-    (tmp_path / "kernel.cpp").write_text("second")
-    names.add(cpu._digest(["-O3"]))
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    names.add(cpu._digest(["-O3"]))
-    monkeypatch.setattr(cpu, "_cpu_identity", lambda: "another machine")
-    names.add(cpu._digest(["-O3"]))
-    assert len(names) == 5
+    x, perm, split = case
+    got = ops.reorder_quantize(x, perm, *split, fp6, scale_rounding.value)
+    want = reference.reorder_quantize(x, perm, split, fp6=fp6, scale_rounding=scale_rounding)
+    assert equal_bytes(got, want)
 
 
-FAILING_COMPILER = 'import sys; sys.exit(sys.argv[1] != "--version" and "no such flag")'
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+@pytest.mark.parametrize("scale_rounding", list(ScaleRounding))
+def test_every_variant_quantizes_to_the_same_bytes(
+    variant: Any, dtype: torch.dtype, fp6: str, scale_rounding: ScaleRounding
+) -> None:
+    for _, x, perm in rows_of_every_size(70, 230, 256, dtype, (-140, -60, 0, 100, 126)):
+        got = variant.reorder_quantize(x, perm, 96, 96, 64, fp6, scale_rounding.value)
+        want = reference.reorder_quantize(x, perm, (96, 96, 64), fp6=fp6, scale_rounding=scale_rounding)
+        assert equal_bytes(got, want)
 
-PLAIN_PATH_SCRIPT = """
-import json, logging, torch
-from micromix_compile.targets import cpu, cpu_cache
-from micromix_compile import ops
-from micromix_compile.numerics import reference
-records = []
-handler = logging.Handler()
-handler.emit = lambda record: records.append((record.levelname, record.getMessage()))
-logging.getLogger("micromix_compile").addHandler(handler)
-x, perm = torch.randn(3, 64), torch.randperm(64)
-for _ in range(2):
+
+@each_arrangement
+def test_strided_rows_are_quantized_where_they_lie(arrange: Callable[[Tensor], Tensor]) -> None:
+    x = arrange(torch.randn(9, 64))
+    perm = torch.randperm(64)
     got = ops.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
-want = reference.reorder_quantize(x, perm, (32, 0, 32), fp6="e2m3")
-equal = all(torch.equal(a, b) for a, b in zip(got, want))
-status = cpu.status()
-print(json.dumps([equal, status.available, status.reason, records]))
-"""
+    want = reference.reorder_quantize(x.contiguous(), perm, (32, 0, 32), fp6="e2m3")
+    assert equal_bytes(got, want)
 
 
+# ---- RMSNorm before the quantizer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [32, 256, 1024])
+def test_norm_and_quantize_equals_its_two_steps_where_the_mean_is_exact(
+    variant: Any, dtype: torch.dtype, channels: int
+) -> None:
+    x, weight, perm, split = rows_with_an_exact_mean(33, channels, dtype)
+    got = variant.rms_norm_reorder_quantize(x, weight, 1e-5, perm, *split, "e2m3", "rceil")
+    want = reference.reorder_quantize(ops.rms_norm(x, weight, 1e-5), perm, split, fp6="e2m3")
+    assert equal_bytes(got, want)
+
+
+@pytest.mark.parametrize("fmt", ["e2m1", "e2m3", "e3m2", "e4m3"])
+def test_normalized_values_are_quantized_to_the_nearest_code(variant: Any, fmt: str) -> None:
+    # Against the norm in float64: rounding to a code of step s moves a value by at most s / 2, that is 2**-(m + 1) of
+    # a normal value or half the subnormal step; the float32 norm itself (sum, sqrt, division, two products) adds less
+    # than 2**-20 of the value.
+    form = elem_format(fmt)
+    fp6 = fmt if fmt in FP6_FORMATS else "e2m3"
+    x, weight = torch.randn(50, 576) * 3 + 0.5, torch.randn(576)
+    split = (576 * (fmt == "e2m1"), 576 * (fmt in FP6_FORMATS), 576 * (fmt == "e4m3"))
+    perm = torch.arange(576, dtype=torch.int32)
+    q = QuantizedActivation(*variant.rms_norm_reorder_quantize(x, weight, 1e-6, perm, *split, fp6, "rceil"))
+    wide = x.double()
+    exact = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    shift = (form.e4m3_shift or 0) if fmt in FP6_FORMATS else 0
+    scale = reference.scale_value(q.scale).double().repeat_interleave(BLOCK_SIZE, 1) * 2.0**-shift
+    half_step = torch.maximum(
+        exact.abs() * 2.0 ** -(form.mantissa_bits + 1), scale * 2.0 ** (form.min_exponent - form.mantissa_bits - 1)
+    )
+    error = (reference.dequantize_activation(*q).double() - exact).abs()
+    assert bool((error <= half_step + exact.abs() * 2.0**-20).all())
+
+
+def test_norm_accepts_a_float32_weight_for_a_bfloat16_model() -> None:
+    x, weight = torch.randint(-15, 16, (5, 64)).bfloat16(), torch.randn(64)
+    perm = torch.arange(64, dtype=torch.int32)
+    got = ops.rms_norm_reorder_quantize(x, weight, 1e-5, perm, 32, 32, 0, "e2m3", "even")
+    want = reference.reorder_quantize(
+        ops.rms_norm(x, weight, 1e-5), perm, (32, 32, 0), fp6="e2m3", scale_rounding=ScaleRounding.EVEN
+    )
+    assert equal_bytes(got, want)
+
+
+# ---- The product
+
+
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
 @pytest.mark.parametrize(
-    ("environment", "reason", "warnings"),
+    ("rows", "columns", "x_split", "w_split"),
     [
-        ({"CXX": "/nowhere/c++"}, "/nowhere/c++' did not run", 1),
-        ({"CXX": f"{sys.executable} -c '{FAILING_COMPILER}'"}, "no such flag", 1),
-        ({"MICROMIX_NATIVE": "0"}, "MICROMIX_NATIVE=0 is set", 0),
+        pytest.param(1, 48, (320, 192, 64), (320, 192, 64), id="decode"),
+        pytest.param(1, 1, (0, 32, 0), (0, 32, 0), id="one block"),
+        pytest.param(3, 37, (96, 64, 32), (96, 64, 32), id="few rows, ragged N"),
+        pytest.param(8, 65, (96, 64, 32), (192, 0, 0), id="eight rows, FP4 weights"),
+        pytest.param(1, 33, (96, 64, 32), (192, 0, 0), id="decode, FP4 weights"),
+        pytest.param(9, 16, (32, 0, 64), (32, 0, 64), id="nine rows"),
+        pytest.param(17, 100, (0, 64, 32), (32, 32, 32), id="another split"),
+        pytest.param(33, 31, (64, 0, 0), (0, 0, 64), id="formats that differ"),
+        pytest.param(50, 70, (1344, 768, 96), (1344, 768, 96), id="several passes along K"),
+        pytest.param(5, 70, (1344, 768, 96), (1344, 768, 96), id="one tile of x, several passes"),
+        pytest.param(530, 45, (64, 32, 32), (64, 32, 32), id="more rows than a slab"),
+        pytest.param(64, 700, (64, 32, 32), (64, 32, 32), id="more columns than a panel"),
     ],
-    ids=["no compiler", "failing compiler", "switched off"],
 )
-def test_without_a_library_plain_pytorch_serves_and_the_log_says_why(
-    tmp_path: Path, environment: dict[str, str], reason: str, warnings: int
+def test_product_is_exact_up_to_accumulation(
+    variant: Any, rows: int, columns: int, x_split: Split, w_split: Split, fp6: str
 ) -> None:
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
-    command = [sys.executable, "-c", PLAIN_PATH_SCRIPT]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    equal, available, said, records = json.loads(done.stdout)
-    assert equal
-    assert not available
-    assert reason in said
-    messages = [message for level, message in records if level == "WARNING"]
-    assert len(messages) == warnings
-    assert all(reason in message for message in messages)
+    x, weight = quantized_rows(rows, x_split, fp6), packed_rows(columns, w_split, fp6)
+    for out_dtype, bias in zip(DTYPES, (None, torch.randn(columns), torch.randn(columns).half()), strict=True):
+        got = variant.mixed_mx_mm(*x, *weight, bias, fp6, out_dtype)
+        assert got.dtype == out_dtype
+        assert_product_is_exact(got, x, weight, bias, fp6)
 
 
-def test_operands_that_the_kernels_do_not_serve_get_the_errors_of_the_reference() -> None:
-    """They would come back for ever: the dispatcher has no other kernel for them."""
-    x, perm = torch.zeros(2, 64), torch.arange(64)
-    kernels = cpu.CompiledExact()
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        kernels.quantize("none", x, None, 0.0, perm.to("meta"), (32, 0, 32), "e2m3", "rceil")
-    q = reference.reorder_quantize(x, perm, (32, 0, 32), fp6="e2m3")
-    weight = PackedWeight(*packed_rows(3, (32, 0, 32), "e2m3"))
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        kernels.multiply(q._replace(scale=q.scale.to("meta")), weight, None, "e2m3", torch.float32)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        pytest.param(3, 700, id="few rows"),
+        pytest.param(530, 45, id="divided along x"),
+        pytest.param(64, 700, id="divided along w"),
+        pytest.param(50, 40, id="divided along w and x"),
+    ],
+)
+def test_products_and_quantizers_are_right_on_any_number_of_threads(threads: int, rows: int, columns: int) -> None:
+    split = (96, 64, 32)
+    values, perm, before = torch.randn(rows, 192), torch.randperm(192), torch.get_num_threads()
+    x, weight = quantized_rows(rows, split, "e2m3"), packed_rows(columns, split, "e2m3")
+    torch.set_num_threads(threads)
+    try:
+        product = ops.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32)
+        quantized = ops.reorder_quantize(values, perm, *split, "e2m3", "rceil")
+    finally:
+        torch.set_num_threads(before)
+    assert_product_is_exact(product, x, weight, None, "e2m3")
+    assert equal_bytes(quantized, reference.reorder_quantize(values, perm, split, fp6="e2m3"))
 
 
-def test_what_arrives_at_the_loaded_kernels_is_theirs() -> None:
-    x, up, perm = torch.randn(3, 64), torch.randn(3, 64), torch.randperm(64)
-    weight = PackedWeight(*packed_rows(3, (32, 0, 32), "e2m3"))
-    kernels, layout = cpu.CompiledExact(), (perm, (32, 0, 32), "e2m3", "rceil")
-    for producer, other in (("none", None), ("rms_norm", torch.rand(64)), ("silu_mul", up)):
-        with torch.profiler.profile() as profile:
-            q = kernels.quantize(producer, x, other, 1e-6, *layout)
-            kernels.multiply(q, weight, None, "e2m3", torch.float32)
-        called = {event.key for event in profile.key_averages()} & {f"micromix::{name}" for name in OP_NAMES}
-        quantizer = "rms_norm_reorder_quantize" if producer == "rms_norm" else "reorder_quantize"
-        assert called == {f"micromix::{quantizer}", "micromix::mixed_mx_mm"}
+@st.composite
+def splits_of(draw: st.DrawFn, blocks: int) -> Split:
+    first = draw(st.integers(0, blocks))
+    second = draw(st.integers(0, blocks - first))
+    return (first * BLOCK_SIZE, second * BLOCK_SIZE, (blocks - first - second) * BLOCK_SIZE)
 
 
-@pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of one library, which a compiler that only copies made; later builds find it or copy again."""
-    compiler = tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\necho version\n[ "$1" = --version ] || while [ "$1" != -o ]; do shift; done\n'
-                        '[ "$1" = --version ] || echo library > "$2"\n', "utf-8")  # fmt: skip
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(cpu, "_cache_dir", lambda: tmp_path / "cache")
-    return cpu.build()
+@settings(max_examples=80, deadline=None)
+@given(st.data(), st.integers(0, 40), st.integers(0, 70), st.integers(0, 24), st.sampled_from(FP6_FORMATS))
+def test_product_of_any_shape(data: st.DataObject, rows: int, columns: int, blocks: int, fp6: str) -> None:
+    x_split, w_split = data.draw(splits_of(blocks)), data.draw(splits_of(blocks))
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    magnitude = 2.0 ** data.draw(st.sampled_from((-100, 0, 100)))
+    x, weight = quantized_rows(rows, x_split, fp6, magnitude), packed_rows(columns, w_split, fp6)
+    bias = torch.randn(columns) if data.draw(st.booleans()) else None
+    got = ops.mixed_mx_mm(*x, *weight, bias, fp6, torch.float32)
+    assert_product_is_exact(got, x, weight, bias, fp6)
 
 
-def test_a_library_that_is_whole_is_used_where_there_is_no_compiler(
-    cached: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert cached.read_text() == "library\n"
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert cpu.build() == cached
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("segment", [0, 1, 2])
+def test_a_nan_scale_reaches_its_row_or_column_and_no_other(variant: Any, rows: int, segment: int) -> None:
+    x, weight = quantized_rows(rows, (32, 32, 32), "e3m2"), packed_rows(20, (32, 32, 32), "e3m2")
+    x.scale[rows - 1, segment] = 255
+    weight[3][7, segment] = 255
+    got = variant.mixed_mx_mm(*x, *weight, None, "e3m2", torch.bfloat16)
+    expected = torch.zeros(rows, 20, dtype=torch.bool)
+    expected[rows - 1, :] = expected[:, 7] = True
+    assert torch.equal(got.isnan(), expected)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:3])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_nan_code_of_e4m3_decodes_to_nan(variant: Any, rows: int) -> None:
+    x, weight = quantized_rows(rows, (0, 0, 64), "e2m3"), packed_rows(5, (0, 0, 64), "e2m3")
+    weight[2][3, 40] = 0x7F
+    x.q8[0, 1] = 0xFF
+    nan = variant.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32).isnan()
+    assert bool(nan[0].all())
+    assert nan[1:].sum() == nan[1:, 3].sum() == rows - 1
 
 
-def make_foreign(path: Path) -> None:
-    path.write_text("another library")
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("split", [(32, 0, 0), (0, 32, 0), (0, 0, 32)])
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+def test_every_code_decodes_under_every_scale(variant: Any, rows: int, split: Split, fp6: str) -> None:
+    """Each of the 32 columns of x picks one channel, so the product lists the decoded weights."""
+    k4, k6, k8 = split
+    one = torch.eye(32).repeat(rows // 32 + 1, 1)[: max(rows, 32)]
+    x = reference.reorder_quantize(one, torch.arange(32), (0, 0, 32), fp6=fp6)
+    codes = torch.arange(256, dtype=torch.uint8).reshape(8, 32)
+    scale = torch.arange(1, 246, dtype=torch.uint8).repeat_interleave(8)  # what bf16 and float32 hold without rounding
+    bits = codes.repeat(245, 1)
+    form = elem_format(fp6)
+    fp6_codes = bits & 0x3F
+    aligned = ((fp6_codes & 0x20) << 2) | ((fp6_codes & 0x1F) << (3 - form.mantissa_bits))
+    n = len(scale)
+    weight = (
+        packing.pack_fp4(bits & 0xF) if k4 else torch.empty(n, 0, dtype=torch.uint8),
+        packing.pack_fp6(aligned, fp6) if k6 else torch.empty(3, n, 0, dtype=torch.uint8),
+        torch.where((bits & 0x7F) == 0x7F, 0, bits) if k8 else torch.empty(n, 0, dtype=torch.uint8),
+        scale.unsqueeze(1),
+    )
+    values = reference.dequantize_weight(*weight, fp6)  # (N, 32)
+    smallest_normal = 2.0**-126  # bf16 instructions flush what is below
+    for first in range(0, len(one), rows):
+        part = QuantizedActivation(*(t[first : first + rows] for t in x))
+        got = variant.mixed_mx_mm(*part, *weight, None, fp6, torch.float32)
+        want = (one[first : first + rows] @ values.T).float()
+        normal = want.abs() >= smallest_normal
+        assert torch.equal(got[normal], want[normal])
+        assert bool((got[~normal].abs() < smallest_normal).all())
 
 
-DAMAGES = {
-    "truncated": (truncate, r"its content \(3 bytes\) is not what was compiled"),
-    "empty": (lambda path: path.write_bytes(b""), r"its content \(0 bytes\)"),
-    "foreign": (make_foreign, "is not what was compiled"),
-    "writable": (lambda path: path.chmod(0o770), r"can be written by other users \(mode 770\)"),
-    "a link": (lambda path: (path.rename(path.with_suffix("")), path.symlink_to(path.with_suffix(""))), "is no file"),
+# ---- Arguments, registration, and what happens without a compiler
+
+QUANTIZER_ARGS: dict[str, Any] = {
+    "x": torch.zeros(2, 64),
+    "channel_perm": torch.arange(64),
+    "k4": 32,
+    "k6": 32,
+    "k8": 0,
+    "fp6": "e2m3",
+    "scale_rounding": "rceil",
 }
 
 
-@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_library_is_refused_without_a_compiler_and_made_anew_with_one(
-    cached: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], reason: str
-) -> None:
-    damage(cached)
-    with monkeypatch.context() as context:
-        context.setenv("CXX", "/nowhere/c++")
-        with pytest.raises(cpu.NativeBuildError, match=reason):
-            cpu.build()
-    assert cpu.build() == cached
-    assert cpu.build().read_text() == "library\n"
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, TypeError, "bfloat16 or float16, got torch.float64"),
+        ({"x": torch.zeros(2, 2, 64)}, ValueError, r"2-dimensional \(M, C\), got shape \(2, 2, 64\)"),
+        ({"k4": 16}, ValueError, "k4 must be a non-negative multiple of 32, got 16"),
+        ({"k6": -32, "k4": 96}, ValueError, "k6 must be a non-negative multiple of 32, got -32"),
+        ({"k8": 32}, ValueError, r"split \(32, 32, 32\) sums to 96, but channel_perm has 64 entries"),
+        ({"fp6": "e4m3"}, ValueError, "fp6 must be one of e2m3, e3m2, got 'e4m3'"),
+        ({"scale_rounding": "up"}, ValueError, "'up' is not a valid ScaleRounding"),
+        ({"channel_perm": torch.full((64,), 64)}, ValueError, r"channel_perm\[0\] must be in \[-1, 64\), got 64"),
+        ({"channel_perm": torch.full((64,), -2)}, ValueError, r"channel_perm\[0\] must be in \[-1, 64\), got -2"),
+        ({"channel_perm": torch.zeros(64)}, TypeError, "must hold integers, got torch.float32"),
+        ({"channel_perm": torch.zeros(8, 8).long()}, ValueError, r"1-dimensional, got shape \(8, 8\)"),
+    ],
+)
+def test_quantizer_refuses_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.reorder_quantize(**{**QUANTIZER_ARGS, **change})
 
 
-def test_a_library_of_another_user_is_refused(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = cached.stat().st_uid
-    monkeypatch.setattr(cpu_cache.os, "getuid", lambda: owner + 1)
-    if owner != 0:
-        assert cpu_cache.why_not(cached) == f"{cached.parent} belongs to user {owner}, not to {owner + 1} or root"
-        return
-    os.chown(cached, 12345, -1)
-    assert f"{cached} belongs to user 12345, not to 1 or root" in str(cpu_cache.why_not(cached))
+def test_norm_refuses_a_weight_of_another_length() -> None:
+    args = {**QUANTIZER_ARGS, "weight": torch.ones(63), "eps": 1e-5}
+    with pytest.raises(ValueError, match=r"weight must have shape \(64,\), got \(63,\)"):
+        ops.rms_norm_reorder_quantize(**args)
 
 
-def test_a_folder_that_the_users_group_can_write_to_is_closed(cached: Path) -> None:
-    cached.parent.chmod(0o775)
-    assert cpu.build() == cached
-    assert cached.parent.stat().st_mode & 0o777 == 0o755
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x_scale": torch.zeros(2, 4, dtype=torch.uint8)}, ValueError, "x_scale must have 3 columns"),
+        ({"w_scale": torch.zeros(6, 3, dtype=torch.uint8)}, ValueError, "w4 must have 6 rows"),
+        ({"w6": torch.zeros(2, 5, 8, dtype=torch.uint8)}, ValueError, "w6 must have three byte planes"),
+        ({"w6": torch.zeros(3, 5, 7, dtype=torch.uint8)}, ValueError, "w6 must hold whole blocks of 32"),
+        ({"x8": torch.zeros(2, 32)}, TypeError, "x8 must be uint8, got torch.float32"),
+        ({"x4": torch.zeros(2, 32, dtype=torch.uint8)}, ValueError, "x_scale must have 4 columns"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \(5,\), got \(4,\)"),
+        ({"fp6": "e3m3"}, ValueError, "fp6 must be one of e2m3, e3m2"),
+    ],
+)
+def test_product_refuses_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    x, weight = quantized_rows(2, (32, 32, 32), "e2m3"), packed_rows(5, (32, 32, 32), "e2m3")
+    names = ("x4", "x6", "x8", "x_scale", "w4", "w6", "w8", "w_scale")
+    args = dict(zip(names, (*x, *weight), strict=True))
+    options = {"bias": None, "fp6": "e2m3", "out_dtype": torch.float32}
+    with pytest.raises(error, match=message):
+        ops.mixed_mx_mm(**{**args, **options, **change})
 
 
-def test_what_killed_builds_leave_is_removed_when_it_is_old(cached: Path) -> None:
-    old, new = cached.parent / "build-old", cached.parent / "build-new"
-    for folder in (old, new):
-        folder.mkdir()
-        (folder / "kernel.o").touch()
-    os.utime(old, (0, 0))
-    cached.unlink()
-    assert cpu.build() == cached
-    assert not old.exists()
-    assert new.exists()
+def test_product_refuses_operands_of_different_k() -> None:
+    x, weight = quantized_rows(2, (32, 0, 0), "e2m3"), packed_rows(5, (64, 0, 0), "e2m3")
+    with pytest.raises(ValueError, match="x has K = 32, but w has K = 64"):
+        ops.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32)
 
 
-def test_a_library_without_our_kernels_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    with pytest.raises(cpu.NativeBuildError, match=r"cannot load .*micromix_isa"):
-        cpu._load_library(Path(torch.__file__).parent / "lib" / "libc10.so")
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_opcheck_finds_nothing(op: str) -> None:
+    perm = torch.arange(96, dtype=torch.int32)
+    layout = (perm, 32, 32, 32, "e2m3", "rceil")
+    x = torch.randn(4, 96)
+    args: dict[str, tuple[Any, ...]] = {
+        "reorder_quantize": (x, *layout),
+        "rms_norm_reorder_quantize": (x, torch.ones(96), 1e-5, *layout),
+        "mixed_mx_mm": (
+            *quantized_rows(4, (32, 32, 32), "e2m3"),
+            *packed_rows(6, (32, 32, 32), "e2m3"),
+            torch.zeros(6),
+            "e2m3",
+            torch.bfloat16,
+        ),
+    }
+    torch.library.opcheck(getattr(torch.ops.micromix, op).default, args[op])

@@ -1,21 +1,27 @@
-"""Which tile, in how many parts, packed or by way of the library, and when the next kernel may start."""
+"""Which tiles the folded product takes for some rows, how they are shared, when the library multiplies."""
 
 from __future__ import annotations
 
 from itertools import chain, pairwise
 
 import pytest
-import sympy
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.folded import (
-    WIDE_TILES,
     random_weight,
+)
+from support.products import (
+    INTERPRETED,
 )
 
 from micromix_compile.numerics import folding
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, tiles_of
+
+pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *INTERPRETED]
+
+
+WIDE_TILES = [tile for _, tile in FOLDED_SM_90.wide]
 
 
 @pytest.mark.parametrize(
@@ -104,23 +110,3 @@ def test_loads_of_mxfp8_run_less_far_ahead_where_it_is_little_and_registers_suff
     little, much = (3072, 832, 192), (3264, 0, 832)
     assert [shared.stages8(little, 1), wider.stages8(little, 3)] == [2, 2]
     assert [shared.stages8(much, 1), precise.stages8(little, 2), wider.stages8(little, 1)] == [3, 3, 3]
-
-
-def test_products_start_before_their_quantizer_ends_where_that_was_measured() -> None:
-    o, gate_up = [[4096]], [[14336, 14336]]
-    for rows in (1, 64):
-        assert FOLDED_SM_90.release_for(rows, 4096, o) == "start"
-    for rows in (1, 4):
-        assert FOLDED_SM_90.release_for(rows, 4096, gate_up) == "stores"
-        assert FOLDED_SM_90.release_for(rows, 4096, o + gate_up) == "stores"
-        assert FOLDED_SM_90.release_for(rows, 14336, o) == "stores"
-        assert FOLDED_SM_90.release_for(rows, 4096) == "stores"
-    assert FOLDED_SM_90.release_for(4, 4096, o) == "stores"
-    for columns, split in ([4608, 4608], 2), ([8192], 3):  # of which more programs fit a processor
-        assert FOLDED_SM_90.parts_for(64, columns, 4096, FOLDED_SM_90.shared[-1][1]) == (0, split)
-        assert FOLDED_SM_90.release_for(64, 4096, [columns]) == "end"
-        assert FOLDED_SM_90.release_for(1, 4096, [columns]) == "start"
-    for rows in (0, 5, 16, 17, 32, 65, 8192, sympy.Symbol("s0")):
-        assert FOLDED_SM_90.release_for(rows, 4096, o) == "end"
-    for rows in (33, 64):
-        assert FOLDED_SM_90.release_for(rows, 4096, gate_up) == "end"

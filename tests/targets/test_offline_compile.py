@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -358,26 +356,3 @@ def test_other_blackwell_chips_have_block_scaled_instructions(compiled: Results,
         assert tiles_of(BAD[name].capability).mode != "scaled"
         pytest.xfail(f"not supported by the installed triton: it emulates tl.dot_scaled on {found.target}")
     assert found.mma.keys() == expected_step(BAD[name]).keys()
-
-
-def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would run the kernel's Python, not compile it."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        offline.compile_kernel(TABLE[0].kernel)
-
-
-def test_a_kernel_described_wrongly_is_refused_by_name() -> None:
-    """The message comes from another process."""
-    kernel = replace(TABLE[0].kernel, tensors={"x4": "*u8"})
-    with pytest.raises(RuntimeError, match="mixed_mx_mm_kernel takes"):
-        offline.compile_all([kernel], workers=1)
-
-
-def test_importing_the_module_imports_no_triton_and_the_package_does_not_import_it() -> None:
-    code = (
-        "import sys, micromix_compile; print('micromix_compile.targets.offline' in sys.modules); "
-        "import micromix_compile.targets.offline; print('triton' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["False", "False"], done.stderr

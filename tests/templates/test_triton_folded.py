@@ -1,4 +1,4 @@
-"""Folded products against `folding`: kernels interpreted, or on a GPU."""
+"""Folded products, and weights expanded for them, against `folding`: kernels interpreted, or on a GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.folded import (
-    WIDE_TILES,
     assert_equal_but_for_one_rounding,
+    check_expanded,
     exact_integers,
     folded_rows,
     integers,
@@ -26,21 +26,77 @@ from support.folded import (
 )
 from support.products import (
     INTERPRETED,
+    SEGMENTS,
     assert_folded_product_is_exact,
     folded_weight,
 )
 
-from micromix_compile.numerics import folding, reference
+from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.targets.expansion import ExpandedWeights, expand_call
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile, Parts, tiles_of
 from micromix_compile.targets.groups import MAX_GROUP
 from micromix_compile.targets.hopper import TritonFolded, folded_mm_call, reorder_fold_call
+from micromix_compile.targets.kernels import FoldedWeight
 from micromix_compile.templates.triton.folded_mm import _bound
 
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *INTERPRETED]
 
 Split = tuple[int, int, int]
+
+WIDE_TILES = [tile for _, tile in FOLDED_SM_90.wide]
+
+
+# ---- weights: expanded
+
+
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+@pytest.mark.parametrize("columns", [(0,), (1,), (7,), (5, 3), (3, 9, 6), (4, 0, 1)])
+@pytest.mark.parametrize(
+    "split", [(32, 0, 0), (0, 32, 0), (0, 0, 32), (64, 0, 96), (0, 160, 32), (1056, 544, 32), (992, 1024, 1056)]
+)
+def test_expanded_weights_equal_the_definition(device: str, fp6: str, columns: tuple[int, ...], split: Split) -> None:
+    check_expanded(device, [random_weight(n, split, fp6, bias=len(columns) > 1) for n in columns], fp6)
+
+
+def test_weights_without_channels_still_have_scales_and_biases(device: str) -> None:
+    none = torch.zeros(5, 0, dtype=torch.uint8)
+    factor = torch.zeros(folding.factor_shape(5, (0, 0, 0)), dtype=torch.uint8)
+    weight = FoldedWeight(none, none.expand(3, 5, 0), none, factor, torch.ones(5), torch.randn(5).bfloat16())
+    check_expanded(device, [weight] * 2, "e2m3")
+
+
+POWERS = [2.0**e for e in range(-16, 12)]
+
+
+def every_code_under_every_factor(fmt: str) -> FoldedWeight:
+    """A row a factor. All that a factor byte can be, and all codes but E4M3's NaN."""
+    if fmt == "e2m1":
+        factors = 8 * torch.arange(12, dtype=torch.uint8)
+        codes = torch.arange(32, dtype=torch.uint8) % 16
+    else:
+        upper = torch.tensor(POWERS, dtype=torch.float16).view(torch.int16) >> 8
+        factors = torch.cat((torch.zeros(1, dtype=torch.uint8), upper.to(torch.uint8)))
+        codes = torch.arange(256 if fmt == "e4m3" else 64, dtype=torch.uint8)
+        codes = torch.where(codes & 0x7F == 0x7F, 0, codes) if fmt == "e4m3" else codes
+    codes = codes.repeat(len(factors), 1)
+    aligned = codes[:, :0]
+    if fmt in FP6_FORMATS:
+        aligned, _ = packing.align_fp6(codes, codes.new_zeros(len(codes), 2), fmt)
+    w4 = packing.pack_fp4(codes) if fmt == "e2m1" else codes[:, :0]
+    w6 = packing.pack_fp6(aligned, fmt if fmt in FP6_FORMATS else "e2m3")
+    w8 = codes if fmt == "e4m3" else codes[:, :0]
+    words = -(-codes.shape[1] // (BLOCK_SIZE * folding.FACTOR_WORD))
+    factor = factors[None, :, None].repeat(words, 1, folding.FACTOR_WORD)
+    return FoldedWeight(w4, w6, w8, factor, torch.ones(len(factors)))
+
+
+@pytest.mark.parametrize("fmt", SEGMENTS)
+def test_every_code_is_folded_under_every_factor(device: str, fmt: str) -> None:
+    check_expanded(device, [every_code_under_every_factor(fmt)], fmt if fmt in FP6_FORMATS else "e2m3")
+
+
+# ---- products
 
 
 @settings(max_examples=8)

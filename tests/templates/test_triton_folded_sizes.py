@@ -1,4 +1,4 @@
-"""Folded products of real sizes, on a GPU."""
+"""The folded kernels at real sizes, on a GPU."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import pytest
+import sympy
 import torch
 from support.folded import (
-    ALL_TILES,
     assert_equal_but_for_one_rounding,
-    assert_near_by_norm,
+    check_expanded,
     exact_integers,
     folded_rows,
     integers,
     mma_channels,
     multiply,
     random_weight,
-    share,
 )
 from support.products import (
     INTERPRETED,
     SEGMENTS,
     assert_folded_product_is_exact,
+    folded_product,
     folded_weight,
     one_format,
     pack_activation,
@@ -31,17 +31,27 @@ from support.products import (
 from torch import Tensor
 
 from micromix_compile.numerics import folding, reference
-from micromix_compile.numerics.formats import FP6_FORMATS
+from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile, FoldedTiles, tiles_of
 from micromix_compile.targets.hopper import TritonFolded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from micromix_compile.numerics.folding import FoldedActivation
+    from micromix_compile.targets.kernels import FoldedWeight
 
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *INTERPRETED]
 
 Split = tuple[int, int, int]
+
+ALL_TILES = FOLDED_SM_90.tiles
+
+
+def share(channels: int, share4: float, share6: float) -> Split:
+    k4, k6 = (int(channels * part) // BLOCK_SIZE * BLOCK_SIZE for part in (share4, share6))
+    return k4, k6, channels - k4 - k6
+
 
 SHARES = ((0.75, 0.2), (0.5, 0.35), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.4, 0.0))
 SIZES = [(1, 1, 64), (3, 5, 96), (7, 999, 160), (16, 576, 576), (17, 1536, 576), (33, 49, 1088), (1, 6144, 4096)]
@@ -116,6 +126,26 @@ def test_kernels_that_start_ahead_read_what_those_before_them_wrote(
         assert torch.equal(got, want)
 
 
+def test_products_start_before_their_quantizer_ends_where_that_was_measured() -> None:
+    o, gate_up = [[4096]], [[14336, 14336]]
+    for rows in (1, 64):
+        assert FOLDED_SM_90.release_for(rows, 4096, o) == "start"
+    for rows in (1, 4):
+        assert FOLDED_SM_90.release_for(rows, 4096, gate_up) == "stores"
+        assert FOLDED_SM_90.release_for(rows, 4096, o + gate_up) == "stores"
+        assert FOLDED_SM_90.release_for(rows, 14336, o) == "stores"
+        assert FOLDED_SM_90.release_for(rows, 4096) == "stores"
+    assert FOLDED_SM_90.release_for(4, 4096, o) == "stores"
+    for columns, split in ([4608, 4608], 2), ([8192], 3):  # of which more programs fit a processor
+        assert FOLDED_SM_90.parts_for(64, columns, 4096, FOLDED_SM_90.shared[-1][1]) == (0, split)
+        assert FOLDED_SM_90.release_for(64, 4096, [columns]) == "end"
+        assert FOLDED_SM_90.release_for(1, 4096, [columns]) == "start"
+    for rows in (0, 5, 16, 17, 32, 65, 8192, sympy.Symbol("s0")):
+        assert FOLDED_SM_90.release_for(rows, 4096, o) == "end"
+    for rows in (33, 64):
+        assert FOLDED_SM_90.release_for(rows, 4096, gate_up) == "end"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
@@ -128,6 +158,15 @@ def test_every_tile_stays_within_the_bound_of_fp8_mma(tile: FoldedTile, fp6: str
         got = multiply(x, weights, fp6, tile, split_k)
         assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=mma_channels(tile, x))
         assert_near_by_norm(got, x, weights, fp6)
+
+
+def assert_near_by_norm(got: Tensor, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str) -> None:
+    """Within 1 % of the product's norm: what 14 bits can do to thousands of channels at worst says little.
+
+    A channel out of place or a wrong scale errs by as much as the product; BF16's rounding by 0.2 %.
+    """
+    exact, _ = folded_product(x, weights, fp6)
+    assert float((got.double() - exact).norm()) <= 0.01 * float(exact.norm())
 
 
 @pytest.mark.gpu
@@ -179,3 +218,11 @@ def test_products_of_many_rows_by_way_of_the_library(group: tuple[int, ...], row
     got = multiply(x, weights, fp6, None, None, torch.bfloat16)
     assert_folded_product_is_exact(got, x, weights, fp6, mma_channels=4096)
     assert_near_by_norm(got, x, weights, fp6)
+
+
+@pytest.mark.gpu
+def test_bytes_of_large_weights_equal_the_definition() -> None:
+    for columns, channels in (((4096, 1024, 1024), 4096), ((1001,), 14336), ((257, 30), 28672)):
+        for fp6 in FP6_FORMATS:
+            split = share(channels, 0.75, 0.2)
+            check_expanded("cuda", [random_weight(n, split, fp6, bias=True, device="cuda") for n in columns], fp6)

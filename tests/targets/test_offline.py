@@ -1,16 +1,22 @@
-"""What is read in PTX: matrix instructions, waits, traps, spills, and digests that know no places in the source."""
+"""What `targets.ptx` reads in compiled kernels, on texts that are known; what `targets.offline` refuses."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
+from test_offline_compile import TABLE
 
-from micromix_compile.targets import ptx
+from micromix_compile.targets import offline, ptx
 from micromix_compile.targets.ptx import Compiled
+
+Name = TypeVar("Name")
 
 
 @pytest.mark.parametrize(
@@ -102,3 +108,26 @@ def test_a_digest_of_ptx_knows_instructions_but_not_where_their_source_stands() 
     assert digest == ptx.ptx_digest(text("/there/f.py", 7, "fold", 8, 3))
     assert digest != ptx.ptx_digest(text("/here/f.py", 1, "templates_$_fold", 2, 4))
     assert re.fullmatch("[0-9a-f]{16}", digest)
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run the kernel's Python, not compile it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        offline.compile_kernel(TABLE[0].kernel)
+
+
+def test_a_kernel_described_wrongly_is_refused_by_name() -> None:
+    """The message comes from another process."""
+    kernel = replace(TABLE[0].kernel, tensors={"x4": "*u8"})
+    with pytest.raises(RuntimeError, match="mixed_mx_mm_kernel takes"):
+        offline.compile_all([kernel], workers=1)
+
+
+def test_importing_the_module_imports_no_triton_and_the_package_does_not_import_it() -> None:
+    code = (
+        "import sys, micromix_compile; print('micromix_compile.targets.offline' in sys.modules); "
+        "import micromix_compile.targets.offline; print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "False"], done.stderr
