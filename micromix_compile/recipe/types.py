@@ -1,4 +1,4 @@
-"""What calibration decided. `recipe_file` keeps it.
+"""What calibration decided; `recipe.file` keeps it.
 
 A recipe maps linear layers to the order and split of their input channels. Linears that read the same activation form a
 group: one order, one split, one set of statistics.

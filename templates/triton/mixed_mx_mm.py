@@ -19,10 +19,6 @@ from micromix_compile.templates.triton.fold import fp6_planes
 BLOCK_SIZE = tl.constexpr(32)  # channels that share a scale
 SWIZZLE_BLOCKS = tl.constexpr(4)  # a swizzled scale tile: 128 rows by 4 blocks, 512 bytes
 
-# Which bits of an E4M3 byte an FP6 code uses, in each byte of a 32-bit word.
-_E3M2_BITS = tl.constexpr(fp6_planes("e3m2")[0] * 0x01010101)
-_E2M3_BITS = tl.constexpr(fp6_planes("e2m3")[0] * 0x01010101)
-
 _E2M1_TO_E4M3_SHIFT = tl.constexpr(6)  # an E2M1 code is 2**6 times the E4M3 code with its bits
 
 
@@ -34,19 +30,42 @@ def _unpack_fp4(packed):
     return tl.reshape(tl.join(low, high), (packed.shape[0], 2 * packed.shape[1]))
 
 
+@triton.constexpr_function
+def _used_bits(fp6):
+    """The bits that an FP6 code uses of an E4M3 byte, in each byte of a word."""
+    return fp6_planes(fp6)[0] * 0x01010101
+
+
+@triton.constexpr_function
+def _moves(fp6):
+    """How many of `PlaneLayout.moves` a format has."""
+    return len(fp6_planes(fp6)[1])
+
+
+@triton.constexpr_function
+def _move(fp6, index, part):
+    """(plane, bits in each byte of a word, shift)[part] of a move."""
+    plane, bits, shift = fp6_planes(fp6)[1][index]
+    return (plane, bits * 0x01010101, shift)[part]
+
+
+@triton.jit
+def _moved(plane0, plane1, plane2, PLANE: tl.constexpr, BITS: tl.constexpr, SHIFT: tl.constexpr):
+    """In each byte of a word, bits of the fourth plane's byte that lie in one of the others (`PlaneLayout.moves`)."""
+    word = plane0 if PLANE == 0 else (plane1 if PLANE == 1 else plane2)
+    moved = word << -SHIFT if SHIFT < 0 else word >> SHIFT
+    return moved & BITS
+
+
 @triton.jit
 def _unpack_fp6(plane0, plane1, plane2, FP6: tl.constexpr):
     """Three byte planes as (R, W) uint32 words -> (R, 16 W) uint8 E4M3 bytes; see `packing.pack_fp6`."""
     rows: tl.constexpr = plane0.shape[0]
     words: tl.constexpr = plane0.shape[1]
-    if FP6 == "e3m2":
-        used: tl.constexpr = _E3M2_BITS
-        fourth = ((plane0 & 0x41414141) << 1) | ((plane1 >> 1) & 0x20202020) | ((plane1 << 2) & 0x04040404)
-        fourth = fourth | ((plane2 >> 2) & 0x10101010) | ((plane2 << 3) & 0x08080808)
-    else:
-        used: tl.constexpr = _E2M3_BITS
-        fourth = ((plane0 << 1) & 0x80808080) | ((plane0 >> 1) & 0x10101010)
-        fourth = fourth | ((plane1 >> 3) & 0x0C0C0C0C) | ((plane2 >> 5) & 0x03030303)
+    used: tl.constexpr = _used_bits(FP6)
+    fourth = tl.zeros_like(plane0)
+    for i in tl.static_range(_moves(FP6)):
+        fourth |= _moved(plane0, plane1, plane2, _move(FP6, i, 0), _move(FP6, i, 1), _move(FP6, i, 2))
     # Plane j holds channels 8 j .. 8 j + 7 of every block of 32: two words a plane and block.
     even = tl.join(plane0 & used, plane2 & used)
     odd = tl.join(plane1 & used, fourth)
