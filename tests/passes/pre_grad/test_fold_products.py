@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -24,7 +25,7 @@ from micromix_compile.passes import (
     rewrite_linears,
     share_activations,
 )
-from micromix_compile.targets.target import Target
+from micromix_compile.targets.target import FOLDED, Target
 
 pytestmark = pytest.mark.versions
 
@@ -113,9 +114,9 @@ def test_a_quantize_with_another_reader_stays() -> None:
 
 
 @pytest.mark.parametrize("weights", ["same", "mxfp4"])
-def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
-    weights: str,
-) -> None:
+def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(weights: str) -> None:
+    """SiLU is Inductor's in both, which in torch 2.11 rounds otherwise than eager: an ulp moves codes of the next."""
+    target = dataclasses.replace(FOLDING, passes=FOLDED - {"fuse_silu_mul"})
     net = make_net(torch.bfloat16)
     recipe = micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()], MicroMixConfig(weights=weights))
     x = torch.randn(3, 5, 64).bfloat16()
@@ -123,7 +124,7 @@ def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
     for folds in (False, True):
         torch._dynamo.reset()
         fast = torch.compile(net, backend="micromix", options={"recipe": recipe, "exact": not folds})
-        with torch.no_grad(), served_by(FOLDING):
+        with torch.no_grad(), served_by(target):
             outputs.append(fast(x))
     difference = (outputs[0] - outputs[1]).float().abs()
     assert difference.mean() <= 2.0**-9 * outputs[0].float().abs().mean()
