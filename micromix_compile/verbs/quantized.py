@@ -87,7 +87,10 @@ class _QuantizedGraph:
 
 def _cache_settings(config: MicroMixConfig, targets: Sequence[Target] = ()) -> dict[str, Any]:
     """What compiled code depends on beside the graph and this package."""
-    others = {"passes": outside_sources(POST_GRAD_PASSES), "targets": [target.name for target in targets]}
+    others = {
+        "passes": outside_sources(POST_GRAD_PASSES),
+        "targets": [[target.name, *sorted(target.passes)] for target in targets],
+    }
     return {**config.to_dict(), **{name: value for name, value in others.items() if value}}
 
 

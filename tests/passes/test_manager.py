@@ -30,6 +30,7 @@ from micromix_compile.passes import (
     share_activations,
 )
 from micromix_compile.passes.manager import name_of
+from micromix_compile.targets.target import FOLDED
 from micromix_compile.verbs import quantized
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def test_compiled_code_is_cached_by_the_files_of_passes_from_outside() -> None:
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     assert outside_sources([*POST_GRAD_PASSES, count_quantizers]) == {"count_quantizers": digest}
     assert quantized._cache_settings(MicroMixConfig()) == MicroMixConfig().to_dict()
-    assert quantized._cache_settings(MicroMixConfig(), [FOLDING])["targets"] == ["folding"]
+    assert quantized._cache_settings(MicroMixConfig(), [FOLDING])["targets"] == [["folding", *sorted(FOLDED)]]
     with added(POST_GRAD_PASSES, count_quantizers, after=fuse_rms_norm):
         assert quantized._cache_settings(MicroMixConfig())["passes"] == {"count_quantizers": digest}
 
