@@ -1,4 +1,4 @@
-"""What turns rewritten graphs into code, and the only place that knows the device and torch's private parts."""
+"""What turns rewritten graphs into code, a file an op family; torch's private parts are in `torch_private`."""
 
 if __name__ == "lowering":
     raise ImportError(

@@ -58,6 +58,7 @@ def empty(size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
 
 def launch(call: KernelCall) -> None:
     """Add a launch whose tensors are `Operand`s to the graph."""
+    assert call.fuses, "Inductor takes no option for it"
     args = {name: value.node if isinstance(value, Operand) else value for name, value in call.args.items()}
     kernel = _tuned(call.kernel, call.num_warps, call.num_stages)
     lower_kernel_launch(kernel, call.grid, args, call.constexprs)

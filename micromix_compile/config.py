@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import UnionType
 
-Policy = Literal["budget", "mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6", "mxfp8"]
-POLICIES: Final[tuple[str, ...]] = get_args(Policy)
+PolicyName = Literal["budget", "mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6", "mxfp8"]
+POLICY_NAMES: Final[tuple[str, ...]] = get_args(PolicyName)
 THRESHOLD_POLICIES: Final = ("mxfp8-anchor", "paper", "released")
 """Policies that split channels by calibrated thresholds."""
 UNIFORM_POLICIES: Final = ("mxfp4", "mxfp6", "mxfp8")
@@ -68,7 +68,7 @@ def _is_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def _is_policy(name: str, value: object) -> None:
-    _is_one_of(name, value, (*POLICIES, *ADDED_POLICIES))
+    _is_one_of(name, value, (*POLICY_NAMES, *ADDED_POLICIES))
 
 
 def _is_in_range(name: str, value: Any) -> None:
@@ -156,7 +156,7 @@ class MicroMixConfig:
     """Options of the backend, of `calibrate` and of `quantize_`.
 
     policy: how channels are split. "mxfp8-anchor", "paper" and "released" compare |x| with per-format thresholds
-        (MicroMix, Eq. 6; see `assignment`); "budget" spends `target_bits` where a predicted divergence from the
+        (MicroMix, Eq. 6; see `thresholds`); "budget" spends `target_bits` where a predicted divergence from the
         unquantized model is least (see `budget`); "mxfp4", "mxfp6" and "mxfp8" give every channel that format.
     target_bits, target_kind: what "budget" may spend on average: "element" bits a channel weighted by
         multiply-accumulates, "stored" bits a weight with scales, padding and orders, or "time": element bits of which
@@ -168,7 +168,7 @@ class MicroMixConfig:
     weight_rounding: "nearest", or "gptq": weights make up for each other's rounding errors on the calibrated inputs.
     scale_search: weights choose between two block exponents by error. Activations always follow `scale_rounding`.
     uniform_order: channels of the policies of one format stay in the order of the "model", or are "sheltered": the
-        largest share their blocks with those that lose least by it (see `assignment`). Mixed formats sort by size.
+        largest share their blocks with those that lose least by it (see `orders`). Mixed formats sort by size.
     granularity: channels per format are rounded to multiples of this: 32, 64 or 128.
     skip: fnmatch patterns of module names that stay as they are.
     strict: an emulated or plain-PyTorch path is an error instead of a warning.
@@ -182,7 +182,7 @@ class MicroMixConfig:
     Raises ValueError or TypeError that names the field, its value and what is accepted.
     """
 
-    policy: str = field(default="budget", metadata=_takes(_is_policy, "How channels are split", choices=POLICIES))
+    policy: str = field(default="budget", metadata=_takes(_is_policy, "How channels are split", choices=POLICY_NAMES))
     target_bits: float = field(
         default=5.5, metadata=_takes(_is_in_range, "What the policy budget may spend on average")
     )

@@ -15,7 +15,7 @@ from typing import Final
 
 from micromix_compile.passes.context import LinearPlan, LinearSite, Owner, PassContext
 from micromix_compile.passes.graph import input_devices
-from micromix_compile.passes.manager import Pass, for_inductor, outside_sources, run_passes
+from micromix_compile.passes.manager import Pass, for_inductor, identities, run_passes
 from micromix_compile.passes.post_grad.fuse_residual import fuse_residual
 from micromix_compile.passes.post_grad.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.post_grad.fuse_silu_mul import fuse_silu_mul
@@ -45,10 +45,10 @@ __all__ = [
     "fuse_residual",
     "fuse_rms_norm",
     "fuse_silu_mul",
+    "identities",
     "input_devices",
     "insert_observers",
     "open_attention",
-    "outside_sources",
     "rewrite_linears",
     "run_passes",
     "share_activations",

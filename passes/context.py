@@ -89,7 +89,7 @@ class Owner(Protocol):
 class PassContext:
     """What passes share while they work on one graph.
 
-    example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors. None after autograd.
+    example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors. Empty after autograd.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.

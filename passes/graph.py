@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from micromix_compile.lowering.torch_private.operators import argument_names
+from micromix_compile.lowering.torch_private.operators import argument_names, schema_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def calls(node: fx.Node, *operators: Callable[..., Any]) -> bool:
-    """Whether `node` calls one of these operators, by overload or without one."""
-    targets = [target for one in operators for target in (one, getattr(one, "overloadpacket", one))]
-    return node.op == "call_function" and node.target in targets
+    """Whether `node` calls one of these operators, by overload or, where it is the only one, without."""
+    packets = [packet for one in operators if schema_of(packet := getattr(one, "overloadpacket", one)) is not None]
+    return node.op == "call_function" and node.target in (*operators, *packets)
 
 
 def call(graph: fx.Graph, operator: Callable[..., Any], /, **arguments: Any) -> fx.Node:

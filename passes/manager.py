@@ -34,7 +34,8 @@ def run_passes(
         name = name_of(graph_pass)
         _dump(graph, context, f"before.{name}")
         matches[name] = graph_pass(graph, context)
-        clean_up(graph, functional=functional and matches[name] > 0)
+        if matches[name] or not functional:
+            clean_up(graph, functional=functional)
         _dump(graph, context, f"after.{name}")
     kind = "post-grad" if functional else "pre-grad"
     logger.debug("%s passes: %s", kind, ", ".join(f"{name} {count}" for name, count in matches.items()))
@@ -46,13 +47,18 @@ def for_inductor(passes: Sequence[Pass], context: PassContext) -> Callable[[fx.G
     return partial(run_passes, passes=tuple(passes), context=context.after_autograd(), functional=True)
 
 
-def outside_sources(passes: Sequence[Pass]) -> dict[str, str]:
-    """SHA-256 of the file that a pass is defined in, by name, for each that is no pass of this package.
+def identities(passes: Sequence[Pass]) -> list[list[str]]:
+    """What compiled code is cached by: the names of its passes in order, with what tells versions of one apart.
 
-    Caches of compiled code know this package's files only. Raises ValueError for a pass that has no file.
+    That is the SHA-256 of the file that a pass is defined in; of ours nothing, for the cache knows our own files.
+    Raises ValueError for a pass from outside that is not a function of a module: what else decides what it does (a
+    closure, arguments of a partial, an instance) nobody could tell.
     """
-    outside = [one for one in passes if str(getattr(one, "__module__", "")).partition(".")[0] != "micromix_compile"]
-    return {name_of(one): hashlib.sha256(_file_of(one).read_bytes()).hexdigest() for one in outside}
+    return [[name_of(one), "" if _is_ours(one) else _digest_of(one)] for one in passes]
+
+
+def _is_ours(graph_pass: Pass) -> bool:
+    return str(getattr(graph_pass, "__module__", "")).partition(".")[0] == "micromix_compile"
 
 
 def name_of(graph_pass: Pass) -> str:
@@ -60,15 +66,13 @@ def name_of(graph_pass: Pass) -> str:
     return str(getattr(graph_pass, "__name__", type(graph_pass).__name__))
 
 
-def _file_of(graph_pass: Pass) -> Path:
-    definition = graph_pass if inspect.isroutine(graph_pass) else type(graph_pass)
-    try:
-        path = Path(inspect.getfile(definition))
-    except TypeError:
-        path = Path()
-    if not path.is_file():
-        raise ValueError(f"the pass {name_of(graph_pass)} must be defined in a file, by which compiled code is cached")
-    return path
+def _digest_of(graph_pass: Pass) -> str:
+    path = Path(inspect.getfile(graph_pass)) if inspect.isfunction(graph_pass) else Path()
+    if not path.is_file() or "<locals>" in graph_pass.__qualname__:
+        raise ValueError(
+            f"the pass {name_of(graph_pass)} must be a function of a module in a file, by which compiled code is cached"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _dump(graph: fx.Graph, context: PassContext, moment: str) -> None:

@@ -1,4 +1,4 @@
-"""Kernel text, one kernel a file: C++ for the CPU in `cpu`."""
+"""Kernel text, one kernel a file: Triton in `triton`, C++ for the CPU in `cpu`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from micromix_compile.config import (
     DUMPED,
     GRANULARITIES,
-    POLICIES,
+    POLICY_NAMES,
     TARGET_KINDS,
     WEIGHT_MODES,
     WEIGHT_ROUNDINGS,
@@ -24,12 +24,12 @@ from micromix_compile.numerics.formats import FP6_FORMATS, ScaleRounding
 
 NOT_A_NUMBER = "lam must be a number, got {}"
 NOT_POSITIVE = "lam must be a positive finite number, got {}"
-POLICY_NAMES = "policy must be one of budget, mxfp8-anchor, paper, released, mxfp4, mxfp6, mxfp8, got {}"
+POLICY_TEXT = "policy must be one of budget, mxfp8-anchor, paper, released, mxfp4, mxfp6, mxfp8, got {}"
 STRINGS = " must be a list or tuple of strings, got {}"
 
 BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
-    ("policy", "fp5", ValueError, POLICY_NAMES),
-    ("policy", None, ValueError, POLICY_NAMES),
+    ("policy", "fp5", ValueError, POLICY_TEXT),
+    ("policy", None, ValueError, POLICY_TEXT),
     ("lam", 0.0, ValueError, NOT_POSITIVE),
     ("lam", -1, ValueError, NOT_POSITIVE),
     ("lam", float("inf"), ValueError, NOT_POSITIVE),
@@ -72,7 +72,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
 pattern_lists = st.lists(st.text(max_size=10), max_size=3)
 configs = st.builds(
     MicroMixConfig,
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(POLICY_NAMES),
     lam=st.floats(1e-6, 1e6) | st.integers(1, 9),
     target_bits=st.floats(4, 16) | st.integers(4, 16),
     target_kind=st.sampled_from(TARGET_KINDS),

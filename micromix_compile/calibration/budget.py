@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.numerics.formats import BLOCK_SIZE, segment_formats
+from micromix_compile.numerics.layout import segment_bits
 from micromix_compile.recipe.types import COST_FORMATS
 
 if TYPE_CHECKING:
@@ -87,11 +88,12 @@ def _candidates(group: GroupRecipe, outputs: int, config: MicroMixConfig) -> Can
     """What one group offers to the budget; `outputs` is the sum of N over its linears."""
     costs = _costs_in_order(group, config)
     channels, in_features = group.channel_perm.numel(), group.statistics.abs_mean.numel()
+    bits = segment_bits(config.fp6)
     if config.target_kind != "stored":
-        spent = (4, 8, 8) if config.target_kind == "time" else (4, 6, 8)
-        four, six, eight = (bits * outputs * in_features / channels for bits in spent)
+        spent = bits if config.target_kind == "element" else (bits[0], bits[2], bits[2])
+        four, six, eight = (each * outputs * in_features / channels for each in spent)
         return Candidates(costs=costs, prices=(four, six, eight))
-    four, six, eight = (float(b * outputs) for b in ((4, 6, 8) if config.weights == "same" else (4, 4, 4)))
+    four, six, eight = (float(each * outputs) for each in (bits if config.weights == "same" else (bits[0],) * 3))
     fixed = channels * (outputs * 8 / BLOCK_SIZE + 8 * 4)  # scales, and the order's int32
     return Candidates(costs=costs, prices=(four, six, eight), fixed=fixed)
 
@@ -104,7 +106,7 @@ def _costs_in_order(group: GroupRecipe, config: MicroMixConfig) -> Tensor:
             f"policy 'budget' needs the costs of formats, which calibration did not take for {group.name}; "
             f"calibrate with this policy"
         )
-    rows = [COST_FORMATS.index(name) for name in ("e2m1", config.fp6, "e4m3")]
+    rows = [COST_FORMATS.index(name) for name in segment_formats(config.fp6)]
     weights = costs.weights[rows] if config.weights == "same" else costs.weights[[rows[0]] * 3]
     if config.weight_rounding == "gptq":
         weights = COMPENSATED * weights

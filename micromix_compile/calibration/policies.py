@@ -67,9 +67,18 @@ def policy_of(config: MicroMixConfig) -> Policy:
     return POLICIES[config.policy]
 
 
-def add_policy(name: str, policy: Policy) -> None:
-    """Let `MicroMixConfig(policy=name)` split channels by `policy`. Raises ValueError if the name is taken."""
+def add_policy(name: str, policy: Policy) -> Callable[[], None]:
+    """Let `MicroMixConfig(policy=name)` split channels by `policy`. Returns what takes it back.
+
+    Raises ValueError if the name is taken.
+    """
     if name in POLICIES:
         raise ValueError(f"there is a policy {name!r} already")
     POLICIES[name] = policy
     ADDED_POLICIES.append(name)
+
+    def remove() -> None:
+        if POLICIES.pop(name, None) is not None:
+            ADDED_POLICIES.remove(name)
+
+    return remove

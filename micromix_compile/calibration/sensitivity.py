@@ -44,11 +44,6 @@ class CostProbe:
         self._output_energy: dict[str, Tensor] = {}  # per linear (N,): of gradients, or of the outputs themselves
         self._leaves: list[Tensor] = []
 
-    @property
-    def has_seen(self) -> bool:
-        """Whether something arrived: forward, or, with gradients, backward."""
-        return bool(self._output_energy)
-
     def watch_input(self, x: Tensor, order: Tensor, token_mask: Tensor | None) -> None:
         """Take note of a group's input.
 

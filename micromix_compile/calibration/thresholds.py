@@ -22,7 +22,7 @@ import math
 from typing import TYPE_CHECKING
 
 from micromix_compile.config import THRESHOLD_POLICIES, MicroMixConfig
-from micromix_compile.numerics.formats import FP6_FORMATS, ElemFormat, elem_format
+from micromix_compile.numerics.formats import FP6_FORMATS, ElemFormat, elem_format, segment_formats
 from micromix_compile.numerics.layout import padded_channels
 from micromix_compile.recipe.types import ChannelStatistics, Recipe, Threshold
 
@@ -33,7 +33,7 @@ INT8_ANCHOR = 254.0
 
 
 def thresholds(config: MicroMixConfig) -> tuple[Threshold, Threshold]:
-    """(T(4), T(6)) of a threshold policy. Raises ValueError for the uniform policies, which have none."""
+    """(T(4), T(6)) of a threshold policy. Raises ValueError for other policies, which have none."""
     if config.policy not in THRESHOLD_POLICIES:
         raise ValueError(f"policy {config.policy!r} has no thresholds; those of {THRESHOLD_POLICIES} have")
     anchor_is_fp8 = config.policy == "mxfp8-anchor"
@@ -43,7 +43,7 @@ def thresholds(config: MicroMixConfig) -> tuple[Threshold, Threshold]:
             ratio=config.lam * _error_ratio(elem_format(name), use_emax=anchor_is_fp8) / anchor,
             signed=config.policy == "released",
         )
-        for name in ("e2m1", config.fp6)
+        for name in segment_formats(config.fp6)[:2]
     )
     return t4, t6
 

@@ -11,8 +11,8 @@ its scale, and kernels fold while they unpack, with the same rounding, but MXFP4
 MXFP8 blocks with e - r < -16 as zero: errors below 2**-9 of the row's largest value. A zero has no sign, but may have
 one where a negative value was rounded to it.
 
-This module says what folded operands are, in plain PyTorch. `templates.reorder_fold` and `templates.fold` compute the
-same.
+This module says what folded operands are, in plain PyTorch. The kernels of `templates.triton.reorder_fold` and
+`templates.triton.fold` compute the same.
 """
 
 from __future__ import annotations

@@ -49,6 +49,12 @@ def weight_split(split: Split, weights: str) -> Split:
     return split if weights == "same" else (sum(split), 0, 0)
 
 
+def segment_bits(fp6: str) -> tuple[int, int, int]:
+    """Bits of an element in each segment."""
+    four, six, eight = (elem_format(name).bits for name in segment_formats(fp6))
+    return four, six, eight
+
+
 def block_counts(split: Split) -> tuple[int, int, int]:
     """Blocks of 32 channels in each segment."""
     k4, k6, k8 = (k // BLOCK_SIZE for k in split)
@@ -91,7 +97,7 @@ def split_scale(scale: Tensor, split: Split) -> tuple[Tensor, Tensor, Tensor]:
 
 def row_bytes(split: Split, fp6: str) -> int:
     """Bytes of a packed weight's row, with scales."""
-    bits = sum(k * elem_format(name).bits for k, name in zip(split, segment_formats(fp6), strict=True))
+    bits = sum(k * each for k, each in zip(split, segment_bits(fp6), strict=True))
     return bits // 8 + sum(split) // BLOCK_SIZE
 
 

@@ -1,4 +1,4 @@
-"""The operations of the folded path (see `folding`), which `passes.fold_products` puts in the place of those in `ops`.
+"""The operations of the folded path (see `folding`): the pass `fold_products` puts them in the place of exact ones.
 
     micromix::reorder_fold(x, channel_perm, k4, k6, k8, fp6, scale_rounding, w_fp4) -> (q, row_scale, locks)
     micromix::rms_norm_reorder_fold(x, weight, eps, channel_perm, ...)              -> (q, row_scale, locks)

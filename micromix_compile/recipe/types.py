@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from micromix_compile.numerics.layout import PackedWeight, Split, order_dtype, row_bytes, weight_split
+from micromix_compile.numerics.formats import FP6_FORMATS
+from micromix_compile.numerics.layout import PackedWeight, Split, order_dtype, row_bytes, segment_bits, weight_split
 
 if TYPE_CHECKING:
     import os
@@ -106,7 +107,7 @@ class LinearRecipe:
     @property
     def element_bits(self) -> float:
         """Bits per channel, averaged, without scales and padding's share of them."""
-        return sum(bits * k for bits, k in zip((4, 6, 8), self.split, strict=True)) / sum(self.split)
+        return sum(bits * k for bits, k in zip(segment_bits(FP6_FORMATS[0]), self.split, strict=True)) / sum(self.split)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -152,7 +152,7 @@ class Session:
         """The state of a weight that was prepared or adopted."""
         return self.names.state(parameter)
 
-    # What the passes ask (passes.manager.Owner)
+    # What the passes ask (passes.context.Owner)
 
     def name_of(self, parameter: nn.Parameter) -> str:
         """Fully qualified name of the linear that owns `parameter`."""

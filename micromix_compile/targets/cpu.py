@@ -136,7 +136,7 @@ COMPILED_EXACT: Final = CompiledExact()
 
 def _serves(*operands: Tensor | None) -> bool:
     tensors = [one for one in operands if one is not None]
-    return all(one.device.type == "cpu" and one.layout == torch.strided for one in tensors)
+    return all(one.device.type == "cpu" and one.layout == torch.strided and not one.is_quantized for one in tensors)
 
 
 def build(flags: tuple[str, ...] = ()) -> Path:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from micromix_compile.targets.kernels import FoldedWeight
 
 PROCESSORS: Final = 132
-"""Where there is no device to ask: of the GPUs that the figures here come from."""
+"""Where there is no device to ask: of the GPUs that the figures here come from. Nothing was measured with others."""
 
 _ANY: Final = 1 << 62
 
@@ -155,7 +155,7 @@ class FoldedTiles:
     # 12.3, 12.2, then 23.1, 23.4, then 35.2, 35.2. M = 64, "end" and "start": 13.6, 13.2, then 15.8, 15.0, then 29.6,
     # 30.0, then 42.9, 45.3.
     def release_for(self, rows: Any, channels: int, products: Sequence[Sequence[int]] = ()) -> str:
-        """`RELEASE` of a quantizer, see `templates.reorder_fold`, of M = rows, which may be symbolic.
+        """`RELEASE` of a quantizer, see `templates.triton.reorder_fold`, of M = rows, which may be symbolic.
 
         channels: bytes of a folded row. products: the columns of each product that reads it, as far as known.
 

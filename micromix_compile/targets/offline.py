@@ -86,6 +86,7 @@ def target_name(capability: int) -> str:
 
 def kernel_of(call: KernelCall, capability: int) -> Kernel:
     """A launch as what Triton would compile for it. Its tensors may be on any device, "meta" too."""
+    assert call.fuses, "what is compiled here may fuse"
     function = call.kernel.fn  # the kernel itself may be interpreted
     return Kernel(
         function=f"{function.__module__}:{function.__name__}",

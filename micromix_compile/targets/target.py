@@ -38,7 +38,7 @@ class Target:
     name: for people. emulated: why the work runs as plain PyTorch tensor operations, or None if it doesn't. exact,
     folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. steps: who rounds a
     block of weights. passes: which it has of the graph passes that not every device has, pre-grad and post-grad, by
-    name.
+    name. Rows that differ by whether products must be exact differ by passes only: operations ask by their device.
     """
 
     name: str
@@ -93,10 +93,15 @@ def target_for(device: Device) -> Target:
 
 
 def register_target(row: Row) -> Callable[[], None]:
-    """Ask `row` before all others from now on. Returns what takes it back."""
+    """Ask `row` before all others from now on. Returns what takes it back.
+
+    For a CPU's exact operations it comes too late once the compiled kernels have been loaded, by the first operation or
+    question about a CPU: torch calls those itself from then on.
+    """
 
     def remove() -> None:
-        _rows.remove(row)
+        if row in _rows:
+            _rows.remove(row)
         _target.cache_clear()
 
     _rows.insert(0, row)

@@ -16,8 +16,8 @@ from micromix_compile.passes import (
     CONVERT_PASSES,
     POST_GRAD_PASSES,
     for_inductor,
+    identities,
     input_devices,
-    outside_sources,
     run_passes,
 )
 from micromix_compile.session.graph import AppendedInputs, close_graph, open_graph
@@ -49,16 +49,17 @@ def compile_quantized(
     close_graph(session, context)
     targets = _targets(session, gm, context)
     gradients = session.is_packed and not context.inputs and wants_gradients(example_inputs)
-    appended = gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]
+    appended = AppendedInputs.of(gm, context)
+    examples = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
     with torch.set_grad_enabled(gradients):
         compiled = inductor.compile_graph(
             gm,
-            [*example_inputs, *(node.meta["example_value"] for node in appended)],
+            [*example_inputs, *examples],
             options=options,
             post_grad_passes=for_inductor(POST_GRAD_PASSES, context),
             settings=_cache_settings(session.config, targets),
         )
-    return _QuantizedGraph(session, compiled, AppendedInputs.of(gm, context), gradients=gradients).run
+    return _QuantizedGraph(session, compiled, appended, gradients=gradients).run
 
 
 class _QuantizedGraph:
@@ -87,11 +88,8 @@ class _QuantizedGraph:
 
 def _cache_settings(config: MicroMixConfig, targets: Sequence[Target] = ()) -> dict[str, Any]:
     """What compiled code depends on beside the graph and this package."""
-    others = {
-        "passes": outside_sources(POST_GRAD_PASSES),
-        "targets": [[target.name, *sorted(target.passes)] for target in targets],
-    }
-    return {**config.to_dict(), **{name: value for name, value in others.items() if value}}
+    named = [[target.name, *sorted(target.passes)] for target in targets]
+    return {**config.to_dict(), "passes": identities(POST_GRAD_PASSES), "targets": named}
 
 
 def _targets(session: Session, gm: fx.GraphModule, context: PassContext) -> list[Target]:

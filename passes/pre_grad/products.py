@@ -89,7 +89,7 @@ def _given(node: fx.Node, product: Product) -> dict[str, Any]:
 
 
 def is_transpose(node: fx.Node) -> bool:
-    """Whether `node` exchanges a tensor's last two dimensions."""
+    """Whether `node` transposes a matrix or, in a stack, each; of `transpose(0, 1)` only matrices are meant."""
     if str(node.target).removesuffix(".default") in ("aten.numpy_T", "aten.mT"):  # of `.T` and `.mT` from torch 2.15 on
         return True
     if node.op == "call_function" and node.target is getattr:

@@ -1,4 +1,4 @@
-"""Rounding of weights in order of their channels, one block of 32 a launch: see `micromix_compile.rounding`.
+"""Rounding of weights in order of their channels, one block of 32 a launch: see `numerics.rounding`.
 
 Each channel's rounding changes what the ones after it are rounded from, so that the columns of a block are a chain,
 and all rows are independent. Both kernels keep their rows in registers from the first column to the last. They make

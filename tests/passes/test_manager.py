@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from micromix_compile.passes import (
     Pass,
     PassContext,
     fuse_rms_norm,
-    outside_sources,
+    identities,
     run_passes,
     share_activations,
 )
@@ -116,21 +117,31 @@ def test_passes_from_outside_run_where_they_were_put_and_are_dumped(
     assert {path.name.split(".")[2] for path in tmp_path.iterdir()} >= {"count_products", "count_quantizers"}
 
 
-def test_compiled_code_is_cached_by_the_files_of_passes_from_outside() -> None:
-    assert outside_sources([*CONVERT_PASSES, *POST_GRAD_PASSES]) == {}
+def test_compiled_code_is_cached_by_its_passes_in_order_and_by_the_files_of_those_from_outside() -> None:
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    assert outside_sources([*POST_GRAD_PASSES, count_quantizers]) == {"count_quantizers": digest}
-    assert quantized._cache_settings(MicroMixConfig()) == MicroMixConfig().to_dict()
+    ours = [["fuse_rms_norm", ""], ["fuse_residual", ""], ["fuse_silu_mul", ""]]
+    assert quantized._cache_settings(MicroMixConfig())["passes"] == ours
     assert quantized._cache_settings(MicroMixConfig(), [FOLDING])["targets"] == [["folding", *sorted(FOLDED)]]
     with added(POST_GRAD_PASSES, count_quantizers, after=fuse_rms_norm):
-        assert quantized._cache_settings(MicroMixConfig())["passes"] == {"count_quantizers": digest}
+        passes = quantized._cache_settings(MicroMixConfig())["passes"]
+    assert passes == [ours[0], ["count_quantizers", digest], *ours[1:]]
 
 
-def test_a_post_grad_pass_without_a_file_is_refused_by_name() -> None:
+def unkeyed_passes() -> dict[str, Any]:
+    """What nobody can tell versions of apart by a file."""
     scope: dict[str, Any] = {}
     exec("def typed_in(graph, context): return 0", scope)
-    with pytest.raises(ValueError, match="the pass typed_in must be defined in a file"):
-        outside_sources([scope["typed_in"]])
+
+    def closure(graph: fx.Graph, context: PassContext) -> int:
+        return len(scope)
+
+    return {"typed in": scope["typed_in"], "closure": closure, "partial": partial(count_quantizers)}
+
+
+@pytest.mark.parametrize("kind", ["typed in", "closure", "partial"])
+def test_a_post_grad_pass_that_no_file_tells_all_of_is_refused_by_name(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"the pass \w+ must be a function of a module in a file"):
+        identities([unkeyed_passes()[kind]])
 
 
 @pytest.mark.parametrize("functional", [False, True])

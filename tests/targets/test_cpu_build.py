@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from support.products import packed_rows
 
-from micromix_compile import templates
+from micromix_compile import ops, templates
 from micromix_compile.numerics import reference
 from micromix_compile.numerics.layout import PackedWeight
 from micromix_compile.targets import cpu, cpu_cache
@@ -106,6 +107,15 @@ def test_operands_that_the_kernels_do_not_serve_get_the_errors_of_the_reference(
     weight = PackedWeight(*packed_rows(3, (32, 0, 32), "e2m3"))
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         kernels.multiply(q._replace(scale=q.scale.to("meta")), weight, None, "e2m3", torch.float32)
+
+
+def test_a_tensor_of_torch_s_own_quantization_gets_the_error_of_the_reference() -> None:
+    """It lies in memory as others do, but torch calls other kernels for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13 calls it deprecated
+        x = torch.quantize_per_tensor(torch.randn(3, 32), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"x must be float32, bfloat16 or float16, got torch.qint8"):
+        ops.reorder_quantize(x, torch.arange(32), 32, 0, 0, "e2m3", "fit")
 
 
 def test_what_arrives_at_the_loaded_kernels_is_theirs() -> None:

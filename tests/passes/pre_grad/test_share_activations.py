@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.graphs import session_with, trace
 from support.models import Block
-from torch import Tensor
+from torch import Tensor, nn
 
 import micromix_compile as micromix
 from micromix_compile import ops
@@ -41,3 +41,23 @@ def test_quantizes_in_different_orders_stay_apart() -> None:
 
     gm, context, _ = trace(two, torch.randn(3, 64), session=session_with())
     assert share_activations(gm.graph, context) == 0
+
+
+class Cast(nn.Module):
+    """Two linears behind an operator that is called without one of its overloads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.aten.to(x, torch.float32)
+        return self.a(x) + self.b(x)
+
+
+def test_an_operator_without_an_overload_of_several_is_let_through() -> None:
+    model, x = Cast().eval(), torch.randn(3, 64)
+    recipe = micromix.calibrate(model, [x])
+    session = session_with(find_linears, rewrite_linears, share_activations, model=model, recipe=recipe)
+    _, _, targets = trace(model, x, session=session)
+    assert targets["micromix.reorder_quantize.default"] == 1
