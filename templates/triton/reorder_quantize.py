@@ -315,9 +315,9 @@ def _encode(y, byte, is4, is8, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr):
     magic = power.to(tl.float32, bitcast=True) * lift.to(tl.float32, bitcast=True)[:, None]
     total = (tl.abs(scaled) + magic).to(tl.int32, bitcast=True)
     code = total + (total >> drop[:, None]) - (first + (first >> drop))[:, None]
-    if FP6 == "e3m2":
+    if _field(FP6, "to_e4m3") > 0:
         is6 = (is4 | is8) == 0
-        code = code << tl.where(is6, 1, 0)[:, None]
+        code = code << tl.where(is6, _field(FP6, "to_e4m3"), 0)[:, None]
     return code
 
 
@@ -329,7 +329,7 @@ def by_format(is4, is8, FP6: tl.constexpr, NAME: tl.constexpr):
 
 @triton.constexpr_function
 def _field(fmt, name):
-    """A field of the format `fmt`, or one of four numbers that follow from its fields.
+    """A field of the format `fmt`, or one of five numbers that follow from its fields.
 
     The import stands here because Triton hashes, and Inductor copies, the globals that device functions name.
     """
@@ -340,6 +340,7 @@ def _field(fmt, name):
     derived = {
         "drop": width,  # float32 mantissa bits that the element does not have
         "lowest": (127 + form.min_exponent) << 23,  # bits of the smallest normal number
+        "to_e4m3": 3 - form.mantissa_bits,  # how far left of itself a code lies in an E4M3 byte
         "half_step": 1 << (width - 1),
         "max_mantissa": (form.max_code & ((1 << form.mantissa_bits) - 1)) << width,  # of max_value, as in float32
     }
