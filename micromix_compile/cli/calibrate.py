@@ -12,7 +12,7 @@ from micromix_compile.cli.options import (
     CalibrationWindows,
     Column,
     Data,
-    Device,
+    DeviceOption,
     DType,
     Model,
     NewRecipe,
@@ -36,7 +36,7 @@ def calibrate(
     windows: CalibrationWindows = CALIBRATION_WINDOWS,
     window_length: WindowLength = texts.WINDOW_LENGTH,
     dtype: DType = "bfloat16",
-    device: Device = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Measure activations on text; write a recipe."""
     check_output("--out", out, is_file=True)

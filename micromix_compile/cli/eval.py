@@ -23,11 +23,11 @@ from micromix_compile.cli.options import (
     CalibrationWindows,
     Column,
     Data,
-    Device,
+    DeviceOption,
     DType,
     JsonFile,
     Model,
-    RecipeFile,
+    RecipeOption,
     WindowLength,
     Windows,
     changed,
@@ -57,7 +57,7 @@ def eval_(
     context: typer.Context,
     changes: dict[str, Any],
     model: Model = zoo.DEFAULT_MODEL,
-    recipe_file: RecipeFile = None,
+    recipe_file: RecipeOption = None,
     data: Data = texts.DEFAULT_DATA,
     column: Column = "text",
     rows: Annotated[
@@ -67,7 +67,7 @@ def eval_(
     calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
     window_length: WindowLength = texts.WINDOW_LENGTH,
     dtype: DType = "float32",
-    device: Device = "cpu",
+    device: DeviceOption = "cpu",
     tasks: Annotated[
         list[str] | None, typer.Option(help=f"Zero-shot tasks: {choices(tuple(BUNDLED))}, or a local .jsonl file.")
     ] = None,

@@ -14,12 +14,12 @@ from micromix_compile.cli.options import (
     CalibrationWindows,
     Column,
     Data,
-    Device,
+    DeviceOption,
     DType,
     MaxNewTokens,
     Model,
     Prompt,
-    RecipeFile,
+    RecipeOption,
     WindowLength,
     changed,
     takes_config,
@@ -38,7 +38,7 @@ def generate(
     changes: dict[str, Any],
     prompt: Prompt = DEMO_PROMPT,
     model: Model = zoo.DEFAULT_MODEL,
-    recipe_file: RecipeFile = None,
+    recipe_file: RecipeOption = None,
     which: Annotated[str, typer.Option(help="full | micromix | both.")] = "both",
     max_new_tokens: MaxNewTokens = 48,
     compiled: Annotated[
@@ -49,7 +49,7 @@ def generate(
     windows: CalibrationWindows = CALIBRATION_WINDOWS,
     window_length: WindowLength = texts.WINDOW_LENGTH,
     dtype: DType = "bfloat16",
-    device: Device = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Write text greedily, unquantized and quantized."""
     if which not in ("full", "micromix", "both"):
