@@ -1,4 +1,4 @@
-"""Kernel text, one kernel a file: Triton in `triton`, C++ for the CPU in `cpu`."""
+"""Kernel text: Triton in `triton` and C++ for the CPU in `cpu`, one kernel a file; Gluon in `gluon`."""
 
 from __future__ import annotations
 

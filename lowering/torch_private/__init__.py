@@ -1,7 +1,7 @@
 """Every private part of torch that this package uses, by what it is for; a rule of the linter keeps it so.
 
     operators           operators' schemas, and operators and functions without a public name
-    tensors             fake tensors, wrapper subclasses, memory
+    tensors             fake tensors, wrapper subclasses, memory, streams
     tracing             symbolic sizes, tracing a function
     dynamo              graph inputs and their sources, guards, copies of Dynamo's graphs, its settings
     regions             which module is compiled or runs

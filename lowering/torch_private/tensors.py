@@ -1,4 +1,4 @@
-"""Tensors that are fake or wrap others, and the identity of memory."""
+"""Tensors that are fake or wrap others, the identity of memory, a GPU's current stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch.utils._pytree import tree_map_only
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["DisableTorchFunctionSubclass", "is_convolution", "is_fake", "make_wrapper", "memory_id", "tree_map_only"]
+__all__ = [
+    "DisableTorchFunctionSubclass", "is_convolution", "is_fake", "make_wrapper", "memory_id", "raw_stream",
+    "tree_map_only",
+]  # fmt: skip
 
 _Wrapper = TypeVar("_Wrapper", bound=Tensor)
 
@@ -34,6 +37,11 @@ def make_wrapper(cls: type[_Wrapper], shape: Sequence[int], dtype: torch.dtype, 
 def memory_id(tensor: Tensor) -> int:
     """A number that tensors share whose elements lie in one piece of memory."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def raw_stream(device: int) -> int:
+    """The driver's handle of a GPU's current stream, without the object around it that torch.cuda makes."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 def is_convolution(module: nn.Module | None) -> bool:

@@ -15,6 +15,7 @@ from micromix_compile.targets.kernels import columns_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from micromix_compile.targets.gluon_tiles import GluonTiles, Plan
     from micromix_compile.targets.kernels import FoldedWeight
 
 PROCESSORS: Final = 132
@@ -116,7 +117,7 @@ class FoldedTiles:
     small, shared, wide: tiles, the shared for programs that share all of them, the wide for more rows than the small
     have. processors: of the device. shared_memory: bytes a program may use. expand_from: rows from which on a weight is
     expanded in memory for the library's FP8 product. max_expanded: bytes up to which weights that read one activation
-    are expanded together, for one product of all.
+    are expanded together, for one product of all. gluon: which products the persistent kernel takes, before all others.
     """
 
     small: Sizes
@@ -126,6 +127,7 @@ class FoldedTiles:
     expand_from: int
     max_expanded: int
     processors: int = PROCESSORS
+    gluon: GluonTiles | None = None
 
     @property
     def tiles(self) -> tuple[FoldedTile, ...]:
@@ -191,9 +193,19 @@ class FoldedTiles:
             whole = tiles
         return Parts(whole, split) if whole < tiles and 1 < split <= channels // tile.BLOCK_K else Parts(tiles, 1)
 
+    def gluon_plan(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> Plan | None:
+        """How the persistent kernel computes a product of M = rows; None for what it does not take."""
+        return None if self.gluon is None else self.gluon.plan_for(rows, weights, out_dtype)
+
+    @property
+    def all_expand_from(self) -> int:
+        """Rows from which on every product that the library fits goes through expanded weights."""
+        return self.expand_from if self.gluon is None else max(self.expand_from, self.gluon.most_rows + 1)
+
     def uses_library(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> bool:
         """Whether a product of M = rows goes through expanded weights."""
-        return rows >= self.expand_from and self.fits_library(weights, out_dtype)
+        is_wanted = rows >= self.expand_from and self.gluon_plan(rows, weights, out_dtype) is None
+        return is_wanted and self.fits_library(weights, out_dtype)
 
     def fits_library(self, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> bool:
         """Whether the library takes such weights, expanded: it wants bfloat16 and whole groups of 16 columns."""

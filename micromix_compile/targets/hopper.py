@@ -9,6 +9,7 @@ import torch
 
 from micromix_compile.numerics import checks, producers
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, fold_width
+from micromix_compile.targets import gluon
 from micromix_compile.targets.expansion import ExpandedWeights, expand_weights, library_mm
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTiles, partial_size, tiles_of
 from micromix_compile.targets.groups import group_args, padded
@@ -62,13 +63,17 @@ class TritonFolded:
     ) -> list[Tensor]:  # fmt: skip
         """See `FoldedKernels`, for up to `MAX_GROUP` weights with one activation.
 
-        With many rows by way of `expand_weights` and the library, with few in one launch that reads the weights packed.
-        tile, parts: of that launch, which then takes any number of rows. Raises ValueError for more shared tiles than
-        locks.
+        With many rows by way of `expand_weights` and the library, with fewer in one launch that reads the weights
+        packed, of the persistent kernel on a GPU if it takes the product, else of `folded_mm_kernel`. tile, parts: of
+        that one's, which then takes any number of rows. Raises ValueError for more shared tiles than locks.
         """
         rows, columns, width = x.q.shape[0], columns_of(weights), x.q.shape[1]
         x = FoldedActivation(x.q.contiguous(), x.row_scale.contiguous(), x.locks)
         weights = [weight.contiguous() for weight in weights]
+        if tile is None and x.q.is_cuda and (plan := self.tiles.gluon_plan(rows, weights, out_dtype)):
+            products = gluon.multiply(x, weights, fp6, plan)
+            if products is not None:
+                return products
         if tile is None and self.tiles.uses_library(rows, weights, out_dtype):
             return self._expand_and_multiply(x, weights, fp6, out_dtype)
         outs = [x.q.new_empty((rows, n), dtype=out_dtype) for n in columns]

@@ -164,7 +164,7 @@ def compile_kernel(kernel: Kernel) -> Compiled | NotSupported:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: Triton cannot compile in this process")
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    with _ptxas_log() as log:
+    with ptxas_log() as log:
         try:
             binary = triton.compile(_source(kernel), target=GPUTarget("cuda", kernel.capability, 32), options=options)
         except PTXASError as error:
@@ -202,7 +202,7 @@ def _source(kernel: Kernel) -> Any:
 
 
 @contextlib.contextmanager
-def _ptxas_log() -> Iterator[io.StringIO]:
+def ptxas_log() -> Iterator[io.StringIO]:
     """Catch what ptxas reports about the kernels compiled inside, none of which come from Triton's cache."""
     import triton
 

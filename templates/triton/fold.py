@@ -62,6 +62,8 @@ _FACTOR = "prmt.b32 factor, ${}, 0, 0x0404;"  # float16, from its upper byte, tw
 _E2M3_PTX = tl.constexpr(_fp6_ptx("e2m3"))
 _E3M2_PTX = tl.constexpr(_fp6_ptx("e3m2"))
 _E4M3_PTX = tl.constexpr(one_line(f"{{ {_REGISTERS} {_FACTOR.format(2)}{_word_ptx('$1', '$0')} }}"))
+E2M3_PTX, E3M2_PTX, E4M3_PTX = _E2M3_PTX, _E3M2_PTX, _E4M3_PTX
+"""For kernels that fold words instead of bytes."""
 
 # A table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8 to all but the zero
 # in its lowest byte. Signs are bits 3 of the nibbles, which prmt spreads over bytes. Products and shifts to the left go
