@@ -1,8 +1,9 @@
 """Inductor's lowerings of the folded ops: launches of Triton kernels, calls of the library, or the op itself.
 
 A product of any number of rows that is compiled with many is the library's, and for many only. One that is compiled
-with few, and for few only, stays a call of the op, which chooses a tile when it runs; so does one for both, where rows
-depend on data or the caller declared their range. Such a call takes some 50 us of the host's time.
+with fewer stays a call of the op, which chooses a kernel when it runs; so does one for both, where rows depend on data
+or the caller declared their range. So does one of a known number of rows that the persistent Gluon kernel takes, which
+Inductor cannot carry: it knows `triton.jit` functions only.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _lower_folded_mm(
     ]
     if _asks_library(tiles, rows, weights, out_dtype):
         return _library_mm(tiles, q, row_scale, weights, fp6, out_dtype)
-    if not isinstance(rows, int):
+    if not isinstance(rows, int) or tiles.gluon_plan(rows, weights, out_dtype) is not None:
         return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
@@ -138,7 +139,7 @@ def _asks_library(tiles: FoldedTiles, rows: Any, weights: Any, out_dtype: torch.
     if isinstance(rows, int):
         return tiles.uses_library(rows, weights, out_dtype)
     fits = tiles.fits_library(weights, out_dtype)
-    return bool(fits and is_at_least(V.graph.sizevars, rows, tiles.expand_from))
+    return bool(fits and is_at_least(V.graph.sizevars, rows, tiles.all_expand_from))
 
 
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)

@@ -8,6 +8,7 @@ A new chip is a row, its tiles and its templates. Rows of others come by `regist
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from micromix_compile.numerics.rounding import PLAIN_STEPS, BlockSteps
-from micromix_compile.targets import cpu
+from micromix_compile.targets import cpu, gluon_kernels
 from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, PROCESSORS
+from micromix_compile.targets.gluon_tiles import gluon_sm_90
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import PLAIN_EXACT, PLAIN_FOLDED, ExactKernels, FoldedKernels
 from micromix_compile.targets.rounding import TRITON_STEPS
@@ -25,6 +27,8 @@ from micromix_compile.targets.tiles import BF16, SM_90, SM_100, SM_120, MixedTil
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 EVERYWHERE: Final = frozenset({"fuse_rms_norm"})
 WITH_TRITON: Final = EVERYWHERE | {"fuse_silu_mul"}
@@ -143,7 +147,11 @@ def _gpu(tiles: MixedTiles) -> Callable[[Device], Target]:
 
 def _hopper(device: Device) -> Target:
     """sm_90, exact."""
-    tiles = replace(FOLDED_SM_90, processors=device.processors)
+    reason = gluon_kernels.refusal()
+    if reason is not None:
+        logger.info("%s: products of 64 to 1,024 rows run as others do: %s", device.model, reason)
+    gluon = gluon_sm_90(device.processors) if reason is None else None
+    tiles = replace(FOLDED_SM_90, processors=device.processors, gluon=gluon)
     return replace(_gpu(SM_90)(device), folded=TritonFolded(tiles))
 
 
