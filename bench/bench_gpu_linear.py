@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
 SHARE_SPLITS = ("100/0/0", "80/20/0", "80/0/20", "0/100/0", "0/0/100")
 SHARE_ROWS = (1, 16, 64, 2048)
-ROWS = (1, 4, 16, 64, 256, 1024, 2048, 8192)
-QUICK_ROWS = (1, 16, 64, 256, 2048, 8192)
+ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192)
+QUICK_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 8192)
 INT4_ROWS = 16
 """The most rows at which int4 is measured: it is made for few."""
 
@@ -201,7 +201,7 @@ class Linears:
         words = [torch.randint(-9, 9, (packed // 4,), dtype=torch.int32, device=CUDA) for _ in groups]
         sums = read_sums(words[0])
         found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
-        if max(every_m) >= kernels().tiles.expand_from:
+        if max(every_m) >= kernels().tiles.all_expand_from:
             runs = kernels().tiles.expansion_runs(case.columns, folding.fold_width(split, w_fp4=False))
             rooms = [ExpandedWeights.empty(first[run], words[0]) for run in runs]
             times = measure([lambda g=g: expand(g, runs, rooms) for g in groups])
@@ -284,7 +284,7 @@ def check(scale_rounding: str) -> None:
     The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
     of K in FP8 MMA's 14 bits a few times that.
     """
-    split, most = split_of(1024, SPLITS[1]), kernels().tiles.expand_from
+    split, most = split_of(1024, SPLITS[0]), kernels().tiles.all_expand_from
     values = torch.randn(most, 1024, device=CUDA, dtype=BF16)
     perm = torch.randperm(1024, device=CUDA).to(torch.int16)
     weights = [folded_weight(n, split) for n in (256, 64)]
@@ -299,7 +299,7 @@ def check(scale_rounding: str) -> None:
         exact.append(channels[:, order] @ w.T + weight.bias.double())
     want = torch.cat(exact, 1)
     wide = [(256, tile) for _, tile in kernels().tiles.wide]
-    for rows, tile in ((1, None), (16, None), (64, None), (128, None), *wide, (most, None)):
+    for rows, tile in (*((m, None) for m in (1, 16, 64, 128, 256, most - 1, most)), *wide):
         x = kernels().quantize("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
         outs = (
             folded_product(x, weights)
@@ -339,7 +339,7 @@ def main() -> None:
     """Check, measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=MODELS, action="append", help="may be repeated; llama-8b by default")
-    parser.add_argument("--quick", action="store_true", help="one split and six M")
+    parser.add_argument("--quick", action="store_true", help="one split and nine M")
     parser.add_argument(
         "--split",
         action="append",
