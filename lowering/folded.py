@@ -62,7 +62,9 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
         tiles = _tiles(x)
         if tiles is None:
             return call_op(x, *rest)
-        producer, source, other, residual, eps, perm, split, fp6, scale_rounding, w_fp4 = arguments(x, *rest)
+        producer, source, other, residual, eps, perm, split, fp6, scale_rounding, activations, rotated, w_fp4 = (
+            arguments(x, *rest)
+        )
         rows, device = x.get_size()[0], x.get_device()
         outputs = (
             empty([rows, fold_width(split, w_fp4=w_fp4)], torch.uint8, device),

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def _launch(
-    producer: str, x: Any, other: Any, eps: float, channel_perm: Any, split: Split, fp6: str, scale_rounding: str
-) -> tuple[Any, ...]:
+    producer: str, x: Any, other: Any, eps: float, channel_perm: Any, split: Split, fp6: str, scale_rounding: str,
+    activations: str, rotated: int,
+) -> tuple[Any, ...]:  # fmt: skip
     """Outputs of one launch, in memory."""
     source, partner, order = (None if node is None else Operand(in_memory(node)) for node in (x, other, channel_perm))
     shapes = activation_shapes(x.get_size()[0], split)

@@ -55,6 +55,11 @@ _LINEARS: Final = Each(
                 and all(isinstance(k, int) and k >= 0 and k % BLOCK_SIZE == 0 for k in split)
             ),
         ),
+        "rotated": Rule(
+            "a multiple of 32",
+            lambda rotated: isinstance(rotated, int) and rotated >= 0 and rotated % BLOCK_SIZE == 0,
+            optional=True,
+        ),
         "group": NAME,
     }
 )
@@ -154,10 +159,14 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
     k4, k6, k8 = described["split"]
     if k4 + k6 + k8 != channels + -channels % BLOCK_SIZE:
         raise ValueError(f"split must sum to in_features in whole blocks, got {described['split']} for {channels}")
+    rotated = described.get("rotated", 0)
+    if rotated > k4 + k6 + k8:
+        raise ValueError(f"rotated must be at most its {k4 + k6 + k8} channels, got {rotated}")
     return MicroMixLinear(
         in_features=channels,
         out_features=n,
         split=(k4, k6, k8),
+        rotated=rotated,
         config=config,
         bias=None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
         device="meta",

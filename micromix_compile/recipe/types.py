@@ -32,13 +32,16 @@ class ChannelCosts:
     """What each channel costs in each of `COST_FORMATS`: predicted divergence of the model's output, nats a token.
 
     activations, weights: (4, C) float32, of rounding the one and the other; the divergence adds over both and over all
-    channels of a model. measured: from gradients of the output; otherwise from the error of each linear relative to its
+    channels of a model. rotated_activations, rotated_weights: (C,) float32, the same of E2M1 in rotated blocks; None in
+    recipes of before. measured: from gradients of the output; otherwise from the error of each linear relative to its
     own output, which is comparable inside a linear and only roughly between them.
     """
 
     activations: Tensor
     weights: Tensor
     measured: bool
+    rotated_activations: Tensor | None = None
+    rotated_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +75,14 @@ class GroupRecipe:
     """Order and split of one activation, shared by the linears that read it.
 
     channel_perm: (K,) int32, K = C rounded up to a multiple of 32, -1 for the padding channels.
-    split: (k4, k6, k8), sums to K.
+    split: (k4, k6, k8), sums to K. rotated: how many channels of the order are rotated, from the first on.
     """
 
     name: str
     channel_perm: Tensor
     split: Split
     statistics: ChannelStatistics
+    rotated: int = 0
 
     def order_on(self, device: torch.device) -> Tensor:
         """channel_perm on a device, as `order_dtype`."""

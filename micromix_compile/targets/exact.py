@@ -33,10 +33,12 @@ class TritonExact:
 
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-        scale_rounding: str,
+        scale_rounding: str, *, activations: str = "same", rotated: int = 0,
     ) -> QuantizedActivation:  # fmt: skip
         """See `ExactKernels`."""
-        return reorder_quantize(producer, x, other, eps, channel_perm, split, fp6, scale_rounding)
+        return reorder_quantize(
+            producer, x, other, eps, channel_perm, split, fp6, scale_rounding, activations=activations, rotated=rotated
+        )
 
     def multiply(
         self, x: QuantizedActivation, w: PackedWeight, bias: Tensor | None, fp6: str, out_dtype: torch.dtype, *,

@@ -35,10 +35,10 @@ class TritonFolded:
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
         scale_rounding: str, *, w_fp4: bool, residual: Residual | None = None,
-        products: Sequence[Sequence[int]] = (),
+        products: Sequence[Sequence[int]] = (), activations: str = "same", rotated: int = 0,
     ) -> FoldedActivation:  # fmt: skip
         """See `FoldedKernels`, in one launch. products: see `FoldedTiles.release_for`."""
-        checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
+        checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding, activations, rotated)
         producers.check_produce(producer, x, other)
         out = FoldedActivation(
             x.new_empty((x.shape[0], fold_width(split, w_fp4=w_fp4)), dtype=torch.uint8),

@@ -48,13 +48,16 @@ def reorder_quantize(
     split: Split,
     fp6: str,
     scale_rounding: str,
+    *,
+    activations: str = "same",
+    rotated: int = 0,
 ) -> QuantizedActivation:
     """`ExactKernels.quantize` in one launch: the same bytes, but for the last bits of an RMSNorm's mean.
 
     The exponential of SiLU is the device's own, good to a few units in the last place of float32. The same errors, too,
     but for an entry of channel_perm outside [-1, C), which reads as zero here.
     """
-    checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
+    checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding, activations, rotated)
     producers.check_produce(producer, x, other)
     shapes = activation_shapes(x.shape[0], split)
     outputs = QuantizedActivation(*(x.new_empty(shape, dtype=torch.uint8) for shape in shapes))

@@ -46,7 +46,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 C, HIDDEN = 256, 352
 SPLITS = ((96, 96, 64), (32, 128, 96), (128, 224, 0))
-LAYOUT = ("e2m3", "fit")
+LAYOUT = ("e2m3", "fit", "same", 0)
 
 
 def weight_specs(rows: int, split: Split, *, fp4: bool) -> list[Spec]:
