@@ -44,7 +44,7 @@ def test_the_weight_is_dequantized_in_the_models_order(channels: int, dtype: tor
     assert weight.shape == (48, channels) == (linear.out_features, linear.in_features)
     assert (weight.dtype, weight.device, weight.requires_grad) == (dtype, original.device, False)
     parts = (linear.weight_q4, linear.weight_q6, linear.weight_q8, linear.weight_scale)
-    values = reference.dequantize_weight(*parts, linear.fp6).to(dtype)
+    values = reference.dequantize_weight(*parts, linear.layout.fp6).to(dtype)
     assert torch.equal(reference.reorder(weight + 0, linear.order.channel_perm), values)
     assert (weight - original).norm() < 0.15 * original.norm()
 
