@@ -32,8 +32,8 @@ class ChannelCosts:
     """What each channel costs in each of `COST_FORMATS`: predicted divergence of the model's output, nats a token.
 
     activations, weights: (4, C) float32, of rounding the one and the other; the divergence adds over both and over all
-    channels of a model. rotated_activations, rotated_weights: (4, C) float32, the same in rotated blocks; None in recipes
-    of before. measured: from gradients of the output; otherwise from the error of each linear relative to its
+    channels of a model. rotated_activations, rotated_weights: (4, C) float32, the same in rotated blocks; None in
+    recipes of before. measured: from gradients of the output; otherwise from the error of each linear relative to its
     own output, which is comparable inside a linear and only roughly between them.
     """
 
@@ -179,9 +179,8 @@ class Recipe:
     def bits_text(self) -> str:
         """The averages for people, of the linears, and of the whole model if that is known; what activations are."""
         whole = "" if self.model_bits is None else f" ({self.model_bits:.2f} over all parameters of the model)"
-        return (
-            f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}, {self._activations_text}"
-        )
+        bits = f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}"
+        return f"{bits}, {self._activations_text}"
 
     @property
     def _activations_text(self) -> str:

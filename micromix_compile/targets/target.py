@@ -39,8 +39,8 @@ class Target:
     folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. steps: who rounds a
     block of weights. passes: which it has of the graph passes that not every device has, pre-grad and post-grad, by
     name. activations: what calibration there rounds activations to if nobody says (`layout.ACTIVATIONS`): 8 bits, but
-    "same" where MXFP4 is multiplied faster than FP8. Rows that differ by whether products must be exact differ by passes
-    only: operations ask by their device.
+    "same" where MXFP4 is multiplied faster than FP8. Rows that differ by whether products must be exact differ by
+    passes only: operations ask by their device.
     """
 
     name: str
