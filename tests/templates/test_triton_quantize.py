@@ -24,6 +24,7 @@ from micromix_compile import ops
 from micromix_compile.numerics import reference
 from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.numerics.formats import BLOCK_SIZE, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.layout import RowLayout
 from micromix_compile.targets import quantizers
 
 if TYPE_CHECKING:
@@ -247,7 +248,8 @@ def test_only_the_outputs_are_written(device: str) -> None:
     want = launch(x, perm, 32, 0, 32, "e2m3", "rceil")
     room = [torch.full((5, out.shape[1]), 0xA5, dtype=torch.uint8, device=device) for out in want]
     inner = reference.QuantizedActivation(*(buffer[1:4] for buffer in room))
-    quantizers.reorder_quantize_call("none", x, None, 0.0, perm, inner, fp6="e2m3", scale_rounding="rceil").launch()
+    layout = RowLayout(32, 0, 32, "e2m3", "rceil")
+    quantizers.reorder_quantize_call("none", x, None, 0.0, perm, inner, layout).launch()
     assert_same_bytes(inner, tuple(out.cpu() for out in want))
     assert all(bool((buffer[[0, 4]] == 0xA5).all()) for buffer in room)
 
