@@ -71,3 +71,10 @@ def test_swizzled_scales_keep_their_segments_apart() -> None:
     tiles = packing.swizzle_scale(scale, (32, 64, 32))
     assert tiles.shape == (1, 3, 512)
     assert tiles[0, :, :4].tolist() == [[0, 0, 0, 0], [1, 2, 0, 0], [3, 0, 0, 0]]
+
+
+def test_a_product_goes_through_the_segments_of_weights_where_activations_have_one() -> None:
+    mixed, wide, fp4 = (64, 0, 32), (0, 0, 96), (96, 0, 0)
+    assert layout.product_split(wide, mixed) == mixed
+    for x, w in ((mixed, mixed), (mixed, fp4), (wide, fp4), (wide, wide), (fp4, fp4)):
+        assert layout.product_split(x, w) == x
