@@ -267,9 +267,12 @@ class MicroMixConfig:
         """
         try:
             known = {name: value for name, value in options.items() if name not in DEBUGGING}
-            return cls.from_mapping({"activations": "same", "rotate": "none", **known})
+            config = cls.from_mapping({"activations": "same", "rotate": "none", **known})
         except TypeError as error:
             raise ValueError(str(error)) from error
+        if config.activations == "auto":
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)} in a file, got 'auto'")
+        return config
 
     def to_file(self) -> dict[str, Any]:
         """`to_dict` without the options for debugging; `from_file` reads it."""
