@@ -42,7 +42,7 @@ from micromix_compile.targets.target import (
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-LAYOUT = (torch.arange(64), 32, 0, 32, "e2m3", "rceil")
+LAYOUT = (torch.arange(64), 32, 0, 32, "e2m3", "rceil", "same", 0)
 
 
 def gpu(capability: tuple[int, int], **known: Any) -> Target:

@@ -226,7 +226,7 @@ def test_sum_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     x, residual = (torch.randint(-7, 8, (rows, channels + 8), device=device).to(dtype)[:, :channels] for _ in range(2))
     weight, perm = torch.randn(channels, device=device).to(dtype), torch.randperm(channels)
     split = (channels // 2, channels // 4, channels // 4)
-    layout = (perm.to(device), *split, "e2m3", "fit", False)
+    layout = (perm.to(device), *split, "e2m3", "fit", "same", 0, False)
     total, *folded = ops.add_rms_norm_reorder_fold(x, residual, weight, 1e-5, *layout)
     assert torch.equal(total, x + residual)
     want = ops.rms_norm(x + residual, weight, 1e-5).cpu()
@@ -254,7 +254,7 @@ def test_the_sum_rounds_as_eager_does(device: str, dtype: torch.dtype) -> None:
 
 def test_a_residual_of_another_shape_or_dtype_is_refused(device: str) -> None:
     x, weight, perm = torch.zeros(3, 64, device=device), torch.ones(64, device=device), torch.arange(64, device=device)
-    layout = (perm, 64, 0, 0, "e2m3", "fit", False)
+    layout = (perm, 64, 0, 0, "e2m3", "fit", "same", 0, False)
     with pytest.raises(ValueError, match=r"residual must have shape \(3, 64\), got \(1, 64\)"):
         ops.add_rms_norm_reorder_fold(x, x[:1], weight, 1e-5, *layout)
     with pytest.raises(TypeError, match=r"residual must have x's dtype torch.float32, got torch.bfloat16"):
