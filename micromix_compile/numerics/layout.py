@@ -148,3 +148,8 @@ def weights_are_fp4(split: Split, w_split: Split) -> bool:
 def activations_are_wide(split: Split, w_split: Split) -> bool:
     """Whether activations are all E4M3 bytes, and weights are in several formats. Raises as `weights_are_fp4` does."""
     return not weights_are_fp4(split, w_split) and split != w_split
+
+
+def product_split(split: Split, w_split: Split) -> Split:
+    """The segments that a product of activations and weights split so goes through, one after the other."""
+    return w_split if activations_are_wide(split, w_split) else split

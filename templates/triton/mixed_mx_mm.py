@@ -202,17 +202,18 @@ def _load_fp6(w6, n, N, step, blocks6, FP6: tl.constexpr, BLOCK_K: tl.constexpr)
 @triton.jit
 def mixed_mx_mm_tile(
     x4, x6, x8, x_scale, w4, w6, w8, w_scale, M, N, m0, n0, blocks4, blocks6, blocks8,
-    FP6: tl.constexpr, W_FP4: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr, WIDEN_FP4: tl.constexpr,
-    X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
+    FP6: tl.constexpr, W_FP4: tl.constexpr, X_WIDE: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
+    WIDEN_FP4: tl.constexpr, X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The tile of dequantized(x) @ dequantized(w).T at rows m0 and columns n0: (BLOCK_M, BLOCK_N) float32.
 
     M, N: extents. blocks4, blocks6, blocks8: K of each segment in blocks of 32 channels. W_FP4: all of w is MXFP4, in
-    w4. SWAP: compute the transpose, weights on the left. WIDEN_FP4: MXFP4 weights meet MXFP8 activations as MXFP8.
+    w4. X_WIDE: all of x is E4M3 bytes, in x8, its scales are not swizzled, and the segments are those of w. SWAP: compute the transpose, weights on the left. WIDEN_FP4: MXFP4 weights meet MXFP8 activations as MXFP8.
     Rows past M or N wrap around, so nothing outside the operands is read.
     """
     tl.static_assert(BLOCK_K % 64 == 0, "BLOCK_K covers whole words of FP6 planes")
+    tl.static_assert(not (X_WIDE and (W_FP4 or X_SWIZZLED)), "segments are those of x, or of w alone")
     step_blocks: tl.constexpr = BLOCK_K // BLOCK_SIZE
     m = ((m0 + tl.arange(0, BLOCK_M)) % M).to(tl.int64)[:, None]
     n = ((n0 + tl.arange(0, BLOCK_N)) % N).to(tl.int64)[:, None]
@@ -226,16 +227,25 @@ def mixed_mx_mm_tile(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
 
     for step in range(tl.cdiv(blocks4, step_blocks)):
-        x = _load(x4 + m * (blocks4 * 16), step * (BLOCK_K // 2), blocks4 * 16, BLOCK_K // 2)
+        if X_WIDE:
+            x = _load(x8 + m * (blocks * 32), step * BLOCK_K, blocks4 * 32, BLOCK_K)
+        else:
+            x = _load(x4 + m * (blocks4 * 16), step * (BLOCK_K // 2), blocks4 * 16, BLOCK_K // 2)
         w = _load(w4 + n * w4_row, step * (BLOCK_K // 2), blocks4 * 16, BLOCK_K // 2)
         xs = _load_scale(x_scale, m0, m, M, 0, step, blocks4, x_row_scales, BLOCK_M, step_blocks, X_SWIZZLED)
         ws = _load_scale(w_scale, n0, n, N, 0, step, blocks4, w_row_scales, BLOCK_N, step_blocks, W_SWIZZLED)
-        acc = mx_dot(x, xs, w, ws, acc, "e2m1", "e2m1", MODE, SWAP)
+        if X_WIDE:
+            acc = _mx_dot_fp4_weights(x, xs, w, ws, acc, MODE, SWAP, WIDEN_FP4)
+        else:
+            acc = mx_dot(x, xs, w, ws, acc, "e2m1", "e2m1", MODE, SWAP)
 
     x_first = tiles4 if X_SWIZZLED else blocks4
     w_first = tiles4 if W_SWIZZLED else blocks4
     for step in range(tl.cdiv(blocks6, step_blocks)):
-        x = _load(x6 + m * (blocks6 * 32), step * BLOCK_K, blocks6 * 32, BLOCK_K)
+        if X_WIDE:
+            x = _load(x8 + m * (blocks * 32) + blocks4 * 32, step * BLOCK_K, blocks6 * 32, BLOCK_K)
+        else:
+            x = _load(x6 + m * (blocks6 * 32), step * BLOCK_K, blocks6 * 32, BLOCK_K)
         xs = _load_scale(x_scale, m0, m, M, x_first, step, blocks6, x_row_scales, BLOCK_M, step_blocks, X_SWIZZLED)
         ws = _load_scale(w_scale, n0, n, N, w_first, step, blocks6, w_row_scales, BLOCK_N, step_blocks, W_SWIZZLED)
         if W_FP4:
@@ -248,7 +258,10 @@ def mixed_mx_mm_tile(
     x_first = tiles4 + tiles6 if X_SWIZZLED else blocks4 + blocks6
     w_first = tiles4 + tiles6 if W_SWIZZLED else blocks4 + blocks6
     for step in range(tl.cdiv(blocks8, step_blocks)):
-        x = _load(x8 + m * (blocks8 * 32), step * BLOCK_K, blocks8 * 32, BLOCK_K)
+        if X_WIDE:
+            x = _load(x8 + m * (blocks * 32) + (blocks4 + blocks6) * 32, step * BLOCK_K, blocks8 * 32, BLOCK_K)
+        else:
+            x = _load(x8 + m * (blocks8 * 32), step * BLOCK_K, blocks8 * 32, BLOCK_K)
         xs = _load_scale(x_scale, m0, m, M, x_first, step, blocks8, x_row_scales, BLOCK_M, step_blocks, X_SWIZZLED)
         ws = _load_scale(w_scale, n0, n, N, w_first, step, blocks8, w_row_scales, BLOCK_N, step_blocks, W_SWIZZLED)
         if W_FP4:
@@ -284,15 +297,15 @@ def tile_origin(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 @triton.jit(do_not_specialize=["M", "blocks4", "blocks6", "blocks8"])
 def mixed_mx_mm_kernel(
     x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, out, M, N, blocks4, blocks6, blocks8,
-    FP6: tl.constexpr, W_FP4: tl.constexpr, HAS_BIAS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
-    WIDEN_FP4: tl.constexpr, X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
+    FP6: tl.constexpr, W_FP4: tl.constexpr, X_WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, MODE: tl.constexpr,
+    SWAP: tl.constexpr, WIDEN_FP4: tl.constexpr, X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = dequantized(x) @ dequantized(w).T + bias, rounded once. Grid: one program a tile."""
     m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = mixed_mx_mm_tile(
         x4, x6, x8, x_scale, w4, w6, w8, w_scale, M, N, m0, n0, blocks4, blocks6, blocks8,
-        FP6, W_FP4, MODE, SWAP, WIDEN_FP4, X_SWIZZLED, W_SWIZZLED, BLOCK_M, BLOCK_N, BLOCK_K,
+        FP6, W_FP4, X_WIDE, MODE, SWAP, WIDEN_FP4, X_SWIZZLED, W_SWIZZLED, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     m = m0 + tl.arange(0, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)
