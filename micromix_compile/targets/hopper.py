@@ -160,7 +160,7 @@ def _folds_by_blocks(x: Tensor, other: Tensor | None, channel_perm: Tensor, tile
     on an H200 with 128 and 64 channels a thread 131 and 144, without rotation 147 and 124.
     """
     are_pairs = all(part.dtype == torch.bfloat16 for part in (x, other) if part is not None)
-    are_whole = tile.BLOCK_K >= BLOCK_SIZE * 32 * tile.num_warps
+    are_whole = BLOCK_SIZE * 32 * tile.num_warps <= tile.BLOCK_K
     return are_pairs and are_whole and channel_perm.dtype == torch.int16
 
 

@@ -175,9 +175,7 @@ def _row_amax(y, BLOCKS: tl.constexpr):
         first, second = _halve(_as_pairs(y, BLOCKS))
         a, b = _halve(first)
         c, d = _halve(second)
-        most = tl.inline_asm_elementwise(
-            _LARGER_PTX, "=r,r,r,r,r", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1
-        )
+        most = tl.inline_asm_elementwise(_LARGER_PTX, "=r,r,r,r,r", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1)
         return tl.max(tl.maximum(most & 0xFFFF0000, most << 16).to(tl.int32, bitcast=True))
 
 
