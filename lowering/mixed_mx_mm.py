@@ -92,9 +92,7 @@ def _lower_mixed_mx_mm(
     tiles = target.exact.tiles.tiles_for(size_hint(V.graph.sizevars, size[0]))
     choices: list[Any] = []
     for tile in tiles if config.max_autotune or config.max_autotune_gemm else tiles[:1]:
-        constants = target.exact.tiles.constants(
-            tile, fp6=fp6, split=split, w_split=w_split, has_bias=bias is not None
-        )
+        constants = target.exact.tiles.constants(tile, fp6=fp6, split=split, w_split=w_split, has_bias=bias is not None)
         options = {name: repr(value) if isinstance(value, str) else value for name, value in constants.items()}
         options |= {"OUT_DTYPE": "tl." + str(out_dtype).removeprefix("torch.")}
         error = _template().maybe_append_choice(
