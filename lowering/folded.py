@@ -78,7 +78,8 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
             added = Residual(Operand(in_memory(residual)), Operand(empty(x.get_size(), x.get_dtype(), device)))  # type: ignore[arg-type]
         call = reorder_fold_call(
             producer, tensors[0], tensors[1], eps, tensors[2], split, filled, fp6=fp6, scale_rounding=scale_rounding,
-            w_fp4=w_fp4, residual=added, products=_products(V.graph.current_node), tiles=tiles,
+            w_fp4=w_fp4, residual=added, products=_products(V.graph.current_node), activations=activations,
+            rotated=rotated, tiles=tiles,
         )  # fmt: skip
         launch(call)
         return outputs if added is None else (added.total.node, *outputs)

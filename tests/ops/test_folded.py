@@ -30,7 +30,7 @@ def folded_operands(columns: int = 40) -> list[Any]:
 
 def test_the_ops_pass_the_checks_of_torch_library() -> None:
     x, perm = torch.randn(3, 96), torch.randperm(96)
-    torch.library.opcheck(ops.reorder_fold, (x, perm, 32, 32, 32, "e2m3", "rceil", False))
+    torch.library.opcheck(ops.reorder_fold, (x, perm, 32, 32, 32, "e2m3", "rceil", "same", 0, False))
     torch.library.opcheck(ops.folded_mm, tuple(folded_operands()))
 
 

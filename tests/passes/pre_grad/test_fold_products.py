@@ -105,7 +105,7 @@ def test_nothing_folds_in(why: str) -> None:
 def test_a_quantize_with_another_reader_stays() -> None:
     graph = fx.Graph()
     x, perm = graph.placeholder("x"), graph.placeholder("perm")
-    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0))
     graph.output(graph.call_function(operator.getitem, (quantize, 3)))
     gm = fx.GraphModule({}, graph)
     context = context_with(target_of=lambda _: FOLDING)
@@ -162,7 +162,7 @@ def product(graph: fx.Graph, device: str) -> fx.Node:
     weights = [graph.placeholder(f"{name}_{device}") for name in shapes]
     for node, shape in zip(weights, shapes.values(), strict=True):
         node.meta["example_value"] = torch.empty(shape, dtype=torch.uint8, device=device)
-    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0))
     parts = [graph.call_function(operator.getitem, (quantize, j)) for j in range(4)]
     return graph.call_function(ops.mixed_mx_mm, (*parts, *weights, None, "e2m3", torch.bfloat16))
 
@@ -190,7 +190,7 @@ def test_what_products_do_not_share_keeps_them_apart(change: str) -> None:
     graph = fx.Graph()
     x, perm = graph.placeholder("x"), graph.placeholder("perm")
     perm.meta["example_value"] = torch.empty(64, dtype=torch.int16)
-    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0))
     examples = {
         "w4": torch.empty(8, 16),
         "w6": torch.empty(3, 8, 0),
