@@ -32,7 +32,7 @@ WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
 WEIGHT_MODES: Final = ("same", "mxfp4")
 UNIFORM_ORDERS: Final = ("model", "sheltered")
 ACTIVATION_MODES: Final = ("auto", *ACTIVATIONS)
-ROTATIONS: Final = ("auto", "none", "mxfp4", "all")
+ROTATIONS: Final = ("auto", "none", "all")
 MIN_TARGET_BITS: Final = 4
 MAX_TARGET_BITS: Final = 16
 """Above 8 only padding and small layers' scales are left to pay for; nothing takes more than twice that."""
@@ -174,8 +174,8 @@ class MicroMixConfig:
         calibrated: "same" on GPUs that multiply MXFP4 faster than FP8, and for the policies of the paper and its
         released code; else "fp8".
     rotate: blocks of channels are multiplied by a Hadamard matrix before they are rounded (see `rotation`): "none",
-        those in "mxfp4", or "all". "auto" rotates MXFP4 where the predicted divergence falls by it; it is "none" for
-        policies that split by thresholds, and "mxfp4" for the one that is all MXFP4.
+        or "all". "auto" rotates those of an activation if the predicted divergence falls by it, which the policy
+        "budget" measures; it is "all" for the policy "mxfp4", and "none" for others.
     scale_rounding: "fit", "rceil" (the authors'), "floor" (OCP's) or "even"; see `ScaleRounding`.
     weight_rounding: "nearest", or "gptq": weights make up for each other's rounding errors on the calibrated inputs.
     scale_search: weights choose between two block exponents by error. Activations always follow `scale_rounding`.
@@ -267,9 +267,12 @@ class MicroMixConfig:
         """
         try:
             known = {name: value for name, value in options.items() if name not in DEBUGGING}
-            return cls.from_mapping({"activations": "same", "rotate": "none", **known})
+            config = cls.from_mapping({"activations": "same", "rotate": "none", **known})
         except TypeError as error:
             raise ValueError(str(error)) from error
+        if config.activations == "auto":
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)} in a file, got 'auto'")
+        return config
 
     def to_file(self) -> dict[str, Any]:
         """`to_dict` without the options for debugging; `from_file` reads it."""

@@ -32,7 +32,7 @@ class ChannelCosts:
     """What each channel costs in each of `COST_FORMATS`: predicted divergence of the model's output, nats a token.
 
     activations, weights: (4, C) float32, of rounding the one and the other; the divergence adds over both and over all
-    channels of a model. rotated_activations, rotated_weights: (C,) float32, the same of E2M1 in rotated blocks; None in
+    channels of a model. rotated_activations, rotated_weights: (4, C) float32, the same in rotated blocks; None in
     recipes of before. measured: from gradients of the output; otherwise from the error of each linear relative to its
     own output, which is comparable inside a linear and only roughly between them.
     """
@@ -177,9 +177,17 @@ class Recipe:
 
     @property
     def bits_text(self) -> str:
-        """The averages for people: of the linears, and of the whole model if that is known."""
+        """The averages for people, of the linears, and of the whole model if that is known; what activations are."""
         whole = "" if self.model_bits is None else f" ({self.model_bits:.2f} over all parameters of the model)"
-        return f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}"
+        bits = f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}"
+        return f"{bits}, {self._activations_text}"
+
+    @property
+    def _activations_text(self) -> str:
+        groups = self.groups.values()
+        rotated = sum(group.rotated > 0 for group in groups)
+        turned = f", blocks rotated in {rotated} of {len(groups)} groups" if rotated else ""
+        return f"activations {self.config.activations}{turned}"
 
     def stored_bytes_of(self, linear: LinearRecipe) -> int:
         """Bytes of one linear's packed weight with scales and padding."""
