@@ -11,6 +11,7 @@
 
 #include "block.h"
 #include "float_rows.h"
+#include "rotation.h"
 
 namespace micromix {
 namespace {
@@ -161,16 +162,6 @@ void quantize_row(const float* y, const float* x, int64_t channels, int64_t row,
     quantize_segment<Fp4Block>(y, k4, rounding, out.q4 + row * (k4 / 2), scale);
     quantize_fp6(y + k4, k6, rounding, out.q6 + row * k6, scale + k4 / kBlock);
     quantize_segment<Fp8Block>(y + narrow, k8, rounding, out.q8 + row * k8, scale + narrow / kBlock);
-  }
-}
-
-// rotation.rotate_activation of one block. Every sum is of the pair that Python adds, whatever the order of the loops.
-void rotate_block(float* y) {
-  for (int i = 0; i < kBlock; ++i) y[i] *= 1.0f / kBlock;
-  for (int apart = kBlock / 2; apart > 0; apart /= 2) {
-    float next[kBlock];
-    for (int i = 0; i < kBlock; ++i) next[i] = i & apart ? y[i - apart] - y[i] : y[i] + y[i + apart];
-    std::copy_n(next, kBlock, y);
   }
 }
 
