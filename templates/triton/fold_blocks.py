@@ -160,7 +160,7 @@ def _pick(zeros, ones, bits):
 
 
 @triton.jit
-def _as_pairs(y, BLOCKS: tl.constexpr):
+def _neighbours(y, BLOCKS: tl.constexpr):
     """bfloat16 (BLOCKS * 32,) -> (BLOCKS, 16) uint32 of two neighbours, the first in the lower half."""
     low, high = tl.split(tl.reshape(y.to(tl.uint16, bitcast=True).to(tl.uint32), (BLOCKS, 16, 2)))
     return low | (high << 16)
@@ -172,7 +172,7 @@ def _row_amax(y, BLOCKS: tl.constexpr):
     if _INTERPRETED:
         return tl.max(magnitude_bits(to_float32(y)), 0)
     else:
-        first, second = _halve(_as_pairs(y, BLOCKS))
+        first, second = _halve(_neighbours(y, BLOCKS))
         a, b = _halve(first)
         c, d = _halve(second)
         most = tl.inline_asm_elementwise(_LARGER_PTX, "=r,r,r,r,r", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1)
@@ -215,7 +215,7 @@ def _words(y, scale, is_special, rotated, BLOCKS: tl.constexpr):
         b, d, f, h = _quarter(odd)
         return a, b, c, d, e, f, g, h
     else:
-        even, odd = _halve(_as_pairs(y, BLOCKS))
+        even, odd = _halve(_neighbours(y, BLOCKS))
         even0, even1 = _halve(even)
         odd0, odd1 = _halve(odd)
         p0, p4, p8, p12 = _quarter(even0)
