@@ -107,6 +107,13 @@ def test_a_block_is_rotated_scaled_and_rounded(kernel: str, block: np.ndarray, e
     assert got == want.numpy().view(np.uint32)[0].tolist()
 
 
+def test_pairs_are_added_from_those_16_apart_to_neighbours() -> None:
+    """In the order of `rotation`: another would round otherwise now and then."""
+    source = fold_blocks._ROTATED_WORDS_PTX.value
+    assert re.findall(r"fma\.rn\.f32 g(\d+), f0, 0f3D000000, minus", source) == ["0", "16"]
+    assert re.findall(r"add\.rn\.f32 \w0, \w0, \w(\d+);", source) == ["8", "4", "2", "1"]
+
+
 def test_a_row_without_a_scale_is_zeros() -> None:
     x = torch.tensor([torch.nan, torch.inf, 1.0, -1.0] * 8).bfloat16()
     assert words(x[2:4].repeat(16), 0, fold_blocks._WORDS_PTX.value, is_rotated=False, keep=0) == [0] * 8
