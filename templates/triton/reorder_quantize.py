@@ -76,18 +76,9 @@ def reorder_quantize_kernel(
         y = rotate_blocks(y, block < (odd_rotated >> 1) - 1)
     if ACTIVATIONS == "same":
         _quantize_blocks(
-            y,
-            block,
-            q4_ptr + row * (b4 * 16),
-            q6_ptr + row * (b6 * 32),
-            q8_ptr + row * (b8 * 32),
-            scale_ptr + row * blocks,
-            b4,
-            b6,
-            b8,
-            FP6,
-            SCALE_ROUNDING,
-        )
+            y, block, q4_ptr + row * (b4 * 16), q6_ptr + row * (b6 * 32), q8_ptr + row * (b8 * 32),
+            scale_ptr + row * blocks, b4, b6, b8, FP6, SCALE_ROUNDING,
+        )  # fmt: skip
     else:
         _quantize_to_bytes(
             y, block, amax, q8_ptr + row * (blocks * 32), scale_ptr + row * blocks, b4 + b6, blocks, FP6,

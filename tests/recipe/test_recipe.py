@@ -1,7 +1,6 @@
 """The recipe file: what is saved comes back, what was changed is named."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import stat
@@ -14,45 +13,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.recipe_files import Fields, Tensors, forge, make_recipe
 
 import micromix_compile as micromix
 from micromix_compile.calibration.assignment import assign
-from micromix_compile.calibration.thresholds import thresholds_to_count
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.files import write_atomically
 from micromix_compile.numerics.layout import PackedWeight, order_dtype
 from micromix_compile.recipe import types
-from micromix_compile.recipe.fingerprint import Checksums, weight_sample
-from micromix_compile.recipe.types import ChannelCosts, ChannelStatistics, GroupRecipe, LinearRecipe, Recipe
-
-
-def make_recipe() -> Recipe:
-    config = MicroMixConfig(
-        policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False, activations="fp8", rotate="all"
-    )
-    statistics = ChannelStatistics(
-        abs_mean=torch.rand(90),
-        abs_max=torch.rand(90),
-        elements=900,
-        tokens=10,
-        batches=1,
-        below={t: 300 * (i + 1) for i, t in enumerate(thresholds_to_count(config))},
-    )
-    perm = torch.cat((torch.full((6,), -1), torch.randperm(90))).int()
-    group = GroupRecipe(name="layers.0.q", channel_perm=perm, split=(32, 32, 32), rotated=96, statistics=statistics)
-    weights = {"q": torch.randn(64, 90), "k": torch.randn(32, 90)}
-    linears = {
-        f"layers.0.{name}": LinearRecipe(
-            fqn=f"layers.0.{name}",
-            in_features=90,
-            out_features=len(weight),
-            group=group,
-            weight_sample=weight_sample(weight),
-            weight_checksums=Checksums.of(weight),
-        )
-        for name, weight in weights.items()
-    }
-    return Recipe(config=config, model_id="Net", linears=linears, refused={"lm_head": "skipped"})
+from micromix_compile.recipe.types import ChannelCosts, Recipe
 
 
 def assert_same(a: Recipe, b: Recipe) -> None:
@@ -234,24 +203,6 @@ def test_public_names_are_there() -> None:
         micromix.nothing  # noqa: B018
 
 
-Fields = dict[str, Any]
-Tensors = dict[str, torch.Tensor]
-
-
-def forge(path: Path, edit: Callable[[Fields, Tensors], object]) -> None:
-    """Edit a recipe's fields and tensors, and make the digests anew, as someone would who wants it to be accepted."""
-    with safe_open(path, framework="pt") as file:
-        fields = {name: json.loads(text) for name, text in file.metadata().items() if name != "digests"}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    edit(fields, tensors)
-    payloads = {name: json.dumps(value, sort_keys=True).encode() for name, value in fields.items()}
-    payloads |= {
-        name: value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, value in tensors.items()
-    }
-    fields["digests"] = {name: hashlib.sha256(payload).hexdigest() for name, payload in payloads.items()}
-    save_file(tensors, path, metadata={name: json.dumps(value) for name, value in fields.items()})
-
-
 def put(*place: str | int, value: Any) -> Callable[[Fields, Tensors], object]:
     """An edit that sets one value inside the fields."""
 
@@ -370,66 +321,3 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     reader.join()
     assert received == [b"content"]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
-
-
-@pytest.mark.parametrize("costs", [False, True])
-def test_a_file_of_before_activations_had_formats_is_as_its_weights(tmp_path: Path, costs: bool) -> None:
-    path, recipe = tmp_path / "r.safetensors", make_recipe()
-    if costs:
-        recipe = with_costs(recipe)
-    plain = dataclasses.replace(recipe, config=dataclasses.replace(recipe.config, activations="same", rotate="none"))
-    plain.save(path)
-
-    def make_older(fields: Fields, tensors: Tensors) -> None:
-        del fields["config"]["activations"], fields["config"]["rotate"], fields["groups"][0]["rotated"]
-        for name in [name for name in tensors if ".rotated_" in name]:
-            del tensors[name]
-
-    forge(path, make_older)
-    loaded = Recipe.load(path)
-    assert loaded.config == plain.config
-    group = loaded.linears["layers.0.q"].group
-    assert group.rotated == 0
-    assert not costs or (group.statistics.costs is not None and group.statistics.costs.rotated_weights is None)
-
-
-def with_costs(recipe: Recipe) -> Recipe:
-    group = recipe.linears["layers.0.q"].group
-    tables = [torch.rand(4, 90) for _ in range(4)]
-    costs = ChannelCosts(
-        activations=tables[0],
-        weights=tables[1],
-        measured=True,
-        rotated_activations=tables[2],
-        rotated_weights=tables[3],
-    )
-    group = dataclasses.replace(group, statistics=dataclasses.replace(group.statistics, costs=costs))
-    linears = {fqn: dataclasses.replace(linear, group=group) for fqn, linear in recipe.linears.items()}
-    return dataclasses.replace(recipe, linears=linears)
-
-
-def test_costs_of_rotated_blocks_survive_the_file(tmp_path: Path) -> None:
-    recipe = with_costs(make_recipe())
-    recipe.save(tmp_path / "r.safetensors")
-    before, after = (r.linears["layers.0.q"].group.statistics.costs for r in
-                     (recipe, Recipe.load(tmp_path / "r.safetensors")))  # fmt: skip
-    for name in ("activations", "weights", "rotated_activations", "rotated_weights"):
-        assert torch.equal(getattr(before, name), getattr(after, name))
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda f: f["groups"][0].update(rotated=33), "rotated must be a multiple of 32 up to 96, got 33"),
-        (lambda f: f["groups"][0].update(rotated=128), "rotated must be a multiple of 32 up to 96, got 128"),
-        (lambda f: f["config"].update(activations="auto"), "must be one of same, fp8, mxfp6 in a file, got 'auto'"),
-        (lambda f: f["config"].update(activations="int8"), "activations must be one of auto, same, fp8, mxfp6, got"),
-    ],
-)
-def test_rotations_and_activations_that_no_recipe_has_are_refused(
-    tmp_path: Path, edit: Callable[[Fields], None], message: str
-) -> None:
-    make_recipe().save(tmp_path / "r.safetensors")
-    forge(tmp_path / "r.safetensors", lambda fields, _: edit(fields))
-    with pytest.raises(ValueError, match=message):
-        Recipe.load(tmp_path / "r.safetensors")

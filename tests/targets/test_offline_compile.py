@@ -322,7 +322,8 @@ def test_the_code_is_for_the_target_and_neither_traps_nor_flushes_subnormals(cas
 def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: QuantizeCase, result: Compiled) -> None:
     """Only the norm's reciprocal square root may flush: its argument is at least eps."""
     assert result.target == offline.target_name(case.capability)
-    assert result.spilled_bytes <= QUANTIZER_SPILLS.get(str(case), SPILL_LIMIT)
+    usual = replace(case, activations="same", rotated=0)
+    assert result.spilled_bytes <= QUANTIZER_SPILLS.get(str(usual), SPILL_LIMIT)
     assert not result.trap
     assert not result.mma_blocks
     assert result.shared_bytes <= min(family.shared_memory for family in MIXED_TILES.values())
