@@ -47,7 +47,7 @@ def e4m3(value: float) -> int:
 
 
 def run(ptx: str, inputs: list[int], outputs: int) -> list[int]:
-    """The words that a piece of straight PTX, with branches ahead, leaves in $0 and the following; bits of registers."""
+    """The words that a piece of PTX whose branches lead ahead leaves in $0 and the following registers."""
     registers = {f"${outputs + i}": word for i, word in enumerate(inputs)}
 
     def value(name: str) -> int:
