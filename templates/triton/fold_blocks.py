@@ -1,14 +1,16 @@
 """Reorder and fold many rows of bfloat16 to E4M3 with one scale a row, rotated or not: a thread has whole blocks.
 
-Rotation is then additions of a thread's own registers, and what is stored are vectors of its own words. Of one row of
-4096 or 14336 channels most of the time goes to the memory that is shared by a processor's threads: 32 of them read 32
-channels from anywhere in the row, and the order that says from where. That is why the order is read in the way of
-`load_order` and nothing is exchanged between threads behind the gather.
+Rotation is then additions of a thread's own registers, and what is stored are vectors of its own words. Most of the
+time goes to the memory that the threads of a processor share: 32 of them read 32 channels from anywhere in the row, and
+the order that says from where. Hence the order is read as `load_order` does, behind the row, and nothing is exchanged
+behind the gather but the row's largest value.
 
-8192 rows on an H200, us with three quarters of the blocks rotated (without rotation): 4096 channels 34.3 (33), 14336
-131 (122); where neighbouring threads share blocks and exchange through shared memory 51.6 (31.0) and 295 (138). With
-the loads of the order in front of the row's 36.6 (35.0) at 4096 channels. Two rows a program, whose channels lie side
-by side in shared memory, 36.0 (29.3), at 14336 channels 201 (152).
+8192 rows on an H200, us, versions of this kernel with three quarters of the blocks rotated (with none): 4096 channels
+34.3; with the loads of the order in front of the row's 36.6 (35.0); with an exchange before the stores 36.9 (36.0);
+where four neighbouring threads share a block 51.6 (31.0), two rows a program, side by side in shared memory, 36.0
+(29.3), two rows one after the other 43.1 (37.3). 14336 channels 131 (124, loads in front); sharing 295 (138), two rows
+side by side 201 (152). Orders in which no two threads of 32 read from one bank would take another 3 us off at 4096
+channels. `reorder_fold` with scales of blocks takes 43.5 and 184 there.
 """
 
 import triton
@@ -160,7 +162,7 @@ def _pick(zeros, ones, bits):
 
 
 @triton.jit
-def _as_pairs(y, BLOCKS: tl.constexpr):
+def _neighbours(y, BLOCKS: tl.constexpr):
     """bfloat16 (BLOCKS * 32,) -> (BLOCKS, 16) uint32 of two neighbours, the first in the lower half."""
     low, high = tl.split(tl.reshape(y.to(tl.uint16, bitcast=True).to(tl.uint32), (BLOCKS, 16, 2)))
     return low | (high << 16)
@@ -172,7 +174,7 @@ def _row_amax(y, BLOCKS: tl.constexpr):
     if _INTERPRETED:
         return tl.max(magnitude_bits(to_float32(y)), 0)
     else:
-        first, second = _halve(_as_pairs(y, BLOCKS))
+        first, second = _halve(_neighbours(y, BLOCKS))
         a, b = _halve(first)
         c, d = _halve(second)
         most = tl.inline_asm_elementwise(_LARGER_PTX, "=r,r,r,r,r", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1)
@@ -215,7 +217,7 @@ def _words(y, scale, is_special, rotated, BLOCKS: tl.constexpr):
         b, d, f, h = _quarter(odd)
         return a, b, c, d, e, f, g, h
     else:
-        even, odd = _halve(_as_pairs(y, BLOCKS))
+        even, odd = _halve(_neighbours(y, BLOCKS))
         even0, even1 = _halve(even)
         odd0, odd1 = _halve(odd)
         p0, p4, p8, p12 = _quarter(even0)

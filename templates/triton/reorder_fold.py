@@ -116,27 +116,43 @@ def reorder_fold_kernel(
             ROW_CHUNKS, HAS_ROOM, PERMUTES, BLOCKS, WHOLE_ROW, RELEASES=LAUNCH_PDL and RELEASE == "stores",
         )  # fmt: skip
     else:
-        block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-        # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
-        if BY_BLOCKS:
-            index = load_order(channel_perm_ptr, blocks, BLOCKS).to(tl.int32)
-        else:
-            k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-            index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
-        y, amax = gather_row(
-            x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, index, C, PRODUCER, ADDS, EPS, BLOCK_C,
-            ROW_CHUNKS, HAS_ROOM, PTX=True,
+        _fold_channels(
+            x_ptr, other_ptr, stride_other, residual_ptr, total_ptr, channel_perm_ptr, q_ptr, row_scale_ptr, row,
+            C, b4, b4 + b6, blocks, halves, data, width, rotated, PRODUCER, ADDS, EPS, FP6, SCALE_ROUNDING, ACTIVATIONS,
+            BY_BLOCKS, BLOCK_C, ROW_CHUNKS, HAS_ROOM, BLOCKS, WHOLE_ROW, RELEASES=LAUNCH_PDL and RELEASE == "stores",
         )  # fmt: skip
-        if ACTIVATIONS == "fp8":
-            first, second = _fold_row(y, amax, block, row_scale_ptr + row, rotated, SCALE_ROUNDING, BLOCKS)
-        else:
-            narrowest = b4 if ACTIVATIONS == "same" else 0
-            first, second = _fold(
-                y, amax, block, narrowest, b4 + b6, row_scale_ptr, row, rotated, FP6, SCALE_ROUNDING, BLOCKS, WHOLE_ROW
-            )  # fmt: skip
-        if LAUNCH_PDL and RELEASE == "stores":
-            let_next_start()
-        _store_words(first, second, q_ptr, row, b4, b4 + b6, blocks, halves, data, width, BLOCKS)
+
+
+@triton.jit
+def _fold_channels(
+    x_ptr, other_ptr, stride_other, residual_ptr, total_ptr, channel_perm_ptr, q_ptr, row_scale_ptr, row, C, b4, b46,
+    blocks, halves, data, width, rotated, PRODUCER: tl.constexpr, ADDS: tl.constexpr, EPS: tl.constexpr,
+    FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr, ACTIVATIONS: tl.constexpr, BY_BLOCKS: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROW_CHUNKS: tl.constexpr, HAS_ROOM: tl.constexpr, BLOCKS: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, RELEASES: tl.constexpr,
+):  # fmt: skip
+    """A program's part of one row, whatever activations are; as `fold_by_blocks`."""
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
+    if BY_BLOCKS:
+        index = load_order(channel_perm_ptr, blocks, BLOCKS).to(tl.int32)
+    else:
+        k = tl.program_id(1) * (BLOCKS * 32) + tl.arange(0, BLOCKS * 32)
+        index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
+    y, amax = gather_row(
+        x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, index, C, PRODUCER, ADDS, EPS, BLOCK_C, ROW_CHUNKS,
+        HAS_ROOM, PTX=True,
+    )  # fmt: skip
+    if ACTIVATIONS == "fp8":
+        first, second = _fold_row(y, amax, block, row_scale_ptr + row, rotated, SCALE_ROUNDING, BLOCKS)
+    else:
+        narrowest = b4 if ACTIVATIONS == "same" else 0
+        first, second = _fold(
+            y, amax, block, narrowest, b46, row_scale_ptr, row, rotated, FP6, SCALE_ROUNDING, BLOCKS, WHOLE_ROW
+        )
+    if RELEASES:
+        let_next_start()
+    _store_words(first, second, q_ptr, row, b4, b46, blocks, halves, data, width, BLOCKS)
 
 
 @triton.jit

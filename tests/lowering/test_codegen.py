@@ -196,6 +196,24 @@ def test_wide_weights_of_one_activation_are_expanded_one_after_the_other() -> No
     assert all(code["pdl"][name] for name in code["kernels"] if name.startswith("expand_weights"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "activations", "by_blocks"), [(16, "fp8", False), (300, "fp8", True), (300, "mxfp6", True)]
+)
+def test_a_folded_mlp_has_activations_of_their_own_format_and_rotates_them(
+    rows: int, activations: str, by_blocks: bool
+) -> None:
+    """Wide enough for threads that have whole blocks of a row; `odd_rotated` is an argument of the launch."""
+    code = generated("folded", (9, 0), rows=rows, widen=20, compile=True, activations=activations, rotates=True)
+    quantizers = [name for name in code["launches"] if name.startswith("reorder_fold")]
+    assert len(quantizers) == 4
+    for name in quantizers:
+        source = code["kernels"][name]
+        assert f"'ACTIVATIONS': '{activations}'" in source
+        assert f"'BY_BLOCKS': {by_blocks}" in source
+        assert "'odd_rotated': 'i32'" in source
+        assert code["pdl"][name]
+
+
 @pytest.mark.parametrize(("case", "products"), [("fork in use", 2), ("fork", 3)])
 def test_some_of_the_weights_of_one_activation_are_expanded_together(case: str, products: int) -> None:
     launches = generated(case, (9, 0), rows=300, max_expanded=(352 + 64) * C)["launches"]

@@ -85,11 +85,11 @@ def folded_mlp(x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, *weig
     """`mlp` on the folded path: gate and up are one product."""
     for split in SPLITS[:2]:
         gate, up, down = weights[:5], weights[5:10], weights[10:15]
-        q = ops.reorder_fold(ops.rms_norm(x, norm, 1e-6), perm, *split, *LAYOUT, False)
+        q = ops.reorder_fold(ops.rms_norm(x, norm, 1e-6), perm, *row_layout(split), False)
         lists = [list(pair) for pair in zip(gate, up, strict=True)]
         g, u = ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
         act = torch.nn.functional.silu(g) * u
-        q = ops.reorder_fold(act, hidden_perm, *SPLITS[2], *LAYOUT, False)
+        q = ops.reorder_fold(act, hidden_perm, *row_layout(SPLITS[2]), False)
         x = x + ops.folded_mm(*q, *([part] for part in down), [], LAYOUT[0], x.dtype)[0]
         weights = weights[15:]
     return (x,)

@@ -111,6 +111,13 @@ def test_padded_and_wide_rows(device: str, channels: int, rotated: int) -> None:
     check_fold(device, x, perm, split, "e2m3", "fit", activations="fp8", rotated=rotated)
 
 
+def test_an_order_may_be_longer_than_a_row_that_fills_a_tile(device: str) -> None:
+    """There is no zero behind the row, to which -1 could point."""
+    perm = torch.cat((torch.full((BLOCK_SIZE,), -1), torch.randperm(2 * CHANNELS))).to(torch.int16)
+    x = torch.randn(2, 2 * CHANNELS).bfloat16()
+    check_fold(device, x, perm, (len(perm), 0, 0), "e2m3", "fit", activations="fp8", rotated=64)
+
+
 def test_a_special_value_takes_its_rows_scale_alone(device: str) -> None:
     x = -torch.rand(5, CHANNELS).bfloat16()
     x[0, 5], x[2, CHANNELS - 1], x[3, 7] = torch.nan, torch.inf, -torch.inf

@@ -26,6 +26,7 @@ from micromix_compile.numerics import folding
 from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.numerics.folding import FoldedActivation
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.layout import ACTIVATIONS
 from micromix_compile.targets import quantizers
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90
 from micromix_compile.targets.hopper import TritonFolded, reorder_fold_call
@@ -59,6 +60,18 @@ def test_activations_equal_the_two_steps(
         device, case.x.to(dtype), perm, case.split, case.fp6, case.scale_rounding, w_fp4=w_fp4,
         activations=activations, rotated=rotated,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_every_format_of_activations_rotated_or_not(device: str, activations: str, dtype: torch.dtype) -> None:
+    """In all segments, of which that of MXFP6 has an odd number of blocks; rotation ends within any of them, too."""
+    x, perm = torch.randn(3, 352).to(dtype), torch.randperm(352)
+    for index, rotated in enumerate((0, 96, 256, 352)):
+        check_fold(
+            device, x, perm, (160, 96, 96), FP6_FORMATS[index % 2], "fit", w_fp4=index % 3 == 1,
+            activations=activations, rotated=rotated,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
