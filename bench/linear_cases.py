@@ -94,7 +94,8 @@ class Mode(NamedTuple):
 
     def behind(self, text: str) -> str:
         """The text with what is unusual."""
-        return " ".join([text, self.activations * (self.activations != "same"), "rotated" * self.rotates]).strip()
+        parts = (text, self.activations * (self.activations != "same"), "rotated" * self.rotates)
+        return " ".join(part for part in parts if part)
 
     def rotated(self, split: Split) -> int:
         """Channels."""

@@ -140,8 +140,8 @@ def _fold_channels(
         k = tl.program_id(1) * (BLOCKS * 32) + tl.arange(0, BLOCKS * 32)
         index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     y, amax = gather_row(
-        x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, index, C, PRODUCER, ADDS, EPS, BLOCK_C, ROW_CHUNKS,
-        HAS_ROOM, PTX=True,
+        x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, index, C, PRODUCER, ADDS, EPS, BLOCK_C,
+        ROW_CHUNKS, HAS_ROOM, PTX=True,
     )  # fmt: skip
     if ACTIVATIONS == "fp8":
         first, second = _fold_row(y, amax, block, row_scale_ptr + row, rotated, SCALE_ROUNDING, BLOCKS)
