@@ -80,3 +80,18 @@ def test_a_conversion_that_fails_leaves_the_old_checkpoint_whole(
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "micromix convert: disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
     assert (packed / "model.safetensors").read_bytes() == before
+
+
+def test_what_somebody_else_put_in_the_place_meanwhile_stays(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+
+    def be_slow(*_: object) -> None:
+        packed.mkdir()
+        (packed / "picture").write_text("whole", "utf-8")
+
+    monkeypatch.setattr("micromix_compile.integrations.convert._copy_others", be_slow)
+    result = run("convert", theirs, packed, "--activations", "fp8")
+    assert (result.exit_code, "holds no packed checkpoint" in result.stderr) == (2, True)
+    assert [path.name for path in packed.iterdir()] == ["picture"]
