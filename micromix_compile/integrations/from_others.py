@@ -146,10 +146,12 @@ def _skeleton(source: Path, config: Mapping[str, Any], tensors: int) -> nn.Modul
         if hasattr(described, "quantization_config"):
             del described.quantization_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(described)
+            model = AutoModelForCausalLM.from_config(described)
+        model.tie_weights()  # transformers 5.0 waits for the weights
     except Exception as error:  # whatever its fields may lead to
         raise ValueError(f"{path}: transformers makes no causal language model of it: {error!r}") from error
-    return model
+    skeleton: nn.Module = model
+    return skeleton
 
 
 def _plans(model: nn.Module, quantization: Quantization, activations: str | None) -> dict[str, LinearPlan]:
