@@ -12,6 +12,7 @@ safetensors. `transformers_hook` imports this module where transformers is used.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -30,7 +31,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.integrations import checkpoint
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.linear.packed import MicroMixLinear
-from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.recipe.file import check_order
 from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
 from micromix_compile.verbs.quantize import share_orders
@@ -61,6 +62,9 @@ _LINEARS: Final = Each(
             optional=True,
         ),
         "group": NAME,
+        "scale_rounding": Rule(
+            f"one of {', '.join(ScaleRounding)}", lambda value: value in tuple(ScaleRounding), optional=True
+        ),
     }
 )
 
@@ -162,6 +166,8 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
     rotated = described.get("rotated", 0)
     if rotated > k4 + k6 + k8:
         raise ValueError(f"rotated must be at most its {k4 + k6 + k8} channels, got {rotated}")
+    if "scale_rounding" in described:
+        config = dataclasses.replace(config, scale_rounding=described["scale_rounding"])
     return MicroMixLinear(
         in_features=channels,
         out_features=n,
