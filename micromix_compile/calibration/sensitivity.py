@@ -97,7 +97,7 @@ class CostProbe:
             y.register_hook(lambda gradient: self._add_information(name, gradient, squares))
 
     def _add_information(self, name: str, gradient: Tensor, squares: Tensor) -> None:
-        slopes = gradient.reshape(squares.shape[0], -1).to(torch.float32).square()
+        slopes = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
         if name not in self._information:
             self._information[name] = slopes.new_zeros(slopes.shape[1], squares.shape[1])
         self._information[name].addmm_(slopes.T, squares)
