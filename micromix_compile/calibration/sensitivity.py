@@ -159,12 +159,15 @@ def rounding_errors(
     """
     fmt = elem_format(name)
     padding = -rows.shape[1] % BLOCK_SIZE
-    sorted_rows = torch.nn.functional.pad(rows[:, order], (padding, 0))
-    channels = sorted_rows.shape[1] if rotate else 0
-    blocks = rotation.rotate_activation(sorted_rows, channels).unflatten(1, (-1, BLOCK_SIZE))
+    blocks = torch.nn.functional.pad(rows[:, order], (padding, 0)).unflatten(1, (-1, BLOCK_SIZE))
+    hadamard = rotation.hadamard(rows.device)  # as a matrix: here sums may round in any order
+    if rotate:
+        blocks = blocks @ hadamard
     scale = scale_value(scale_byte(blocks.abs().amax(-1, keepdim=True), fmt, scale_rounding))
-    errors = (round_elements(blocks / scale, fmt) * scale - blocks).flatten(1)
-    return torch.empty_like(rows).index_copy_(1, order, rotation.rotate_weight(errors, channels)[:, padding:])
+    errors = round_elements(blocks / scale, fmt).mul_(scale).sub_(blocks)
+    if rotate:
+        errors = errors @ hadamard * rotation.NORMALIZATION
+    return torch.empty_like(rows).index_copy_(1, order, errors.flatten(1)[:, padding:])
 
 
 def pull_back(output: object, token_mask: Tensor | None, generator: torch.Generator) -> bool:

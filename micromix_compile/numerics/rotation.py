@@ -38,6 +38,11 @@ def unrotate_weight(weight: Tensor, rotated: int) -> Tensor:
     return rotate_activation(weight, rotated)
 
 
+def hadamard(device: torch.device) -> Tensor:
+    """H32: (32, 32) float32, symmetric."""
+    return rotate_weight(torch.eye(BLOCK_SIZE, dtype=torch.float32, device=device), BLOCK_SIZE)
+
+
 def rotate_moment(moment: Tensor, rotated: int) -> Tensor:
     """The second moment (K, K) of rotated activations, from that of the activations in the same order."""
     return rotate_activation(rotate_activation(moment, rotated).mT.contiguous(), rotated)
