@@ -157,7 +157,7 @@ QUICK = [case for case in PRODUCTS if case in cover(PRODUCTS, properties) + EARL
 def other_properties(name: str) -> tuple[object, ...]:
     """The same where activations have a format of their own, or are rotated."""
     producer, channels, rows, *kind = name.split("-")
-    return (tuple(kind), rows, producer), (tuple(kind), rows, channels)
+    return (tuple(kind), producer), (tuple(kind), channels), (tuple(kind), rows)
 
 
 QUICK_FOLDS = cover(list(FOLDS), fold_properties)
