@@ -67,7 +67,7 @@ def kinds_of_operands(split: Split) -> list[tuple[Split, Split]]:
     return [(split, split), (split, (channels, 0, 0)), ((0, 0, channels), split)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.data(),
     st.tuples(*[st.integers(0, 6).map(lambda n: n * BLOCK_SIZE)] * 3),
