@@ -36,11 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Config = micromix.MicroMixConfig
-BEST = Config()
-PLAIN = Config(
-    weight_rounding="nearest", scale_search=False, scale_rounding="rceil", uniform_order="model", activations="same",
-    rotate="none",
-)  # fmt: skip
+BEST = Config(activations="same", rotate="none")  # weights alone; the study "activations" has the others
+PLAIN = replace(BEST, weight_rounding="nearest", scale_search=False, scale_rounding="rceil", uniform_order="model")
 ANCHOR = replace(PLAIN, policy="mxfp8-anchor")
 AUTHORS = replace(ANCHOR, fp6="e3m2", granularity=128)
 

@@ -160,12 +160,12 @@ def rounding_errors(
     fmt = elem_format(name)
     padding = -rows.shape[1] % BLOCK_SIZE
     blocks = torch.nn.functional.pad(rows[:, order], (padding, 0)).unflatten(1, (-1, BLOCK_SIZE))
-    hadamard = rotation.hadamard(rows.device)  # as a matrix: here sums may round in any order
-    if rotate:
+    hadamard = rotation.hadamard(rows.device) if rotate else None  # as a matrix: here sums may round in any order
+    if hadamard is not None:
         blocks = blocks @ hadamard
     scale = scale_value(scale_byte(blocks.abs().amax(-1, keepdim=True), fmt, scale_rounding))
     errors = round_elements(blocks / scale, fmt).mul_(scale).sub_(blocks)
-    if rotate:
+    if hadamard is not None:
         errors = errors @ hadamard * rotation.NORMALIZATION
     return torch.empty_like(rows).index_copy_(1, order, errors.flatten(1)[:, padding:])
 

@@ -29,7 +29,10 @@ def rotate_activation(y: Tensor, rotated: int) -> Tensor:
 
 
 def rotate_weight(weight: Tensor, rotated: int) -> Tensor:
-    """The weight that meets such activations: w H32 in the first `rotated` channels. weight: (N, K) float32."""
+    """The weight that meets such activations: w H32 in the first `rotated` channels. weight: (N, K) float32.
+
+    What exceeds float32 in a sum, of weights above 2**123, is infinite, and poisons its block.
+    """
     return torch.cat((_butterflies(weight[:, :rotated]), weight[:, rotated:]), 1)
 
 

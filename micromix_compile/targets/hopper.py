@@ -157,7 +157,7 @@ def _folds_by_blocks(x: Tensor, other: Tensor | None, channel_perm: Tensor, tile
     """Whether rows with one scale take the way of `templates.triton.fold_blocks`: a thread has whole blocks.
 
     Rotation takes registers for a whole block, but long rows need few threads then: us of 8192 rows of 14336 channels
-    on an H200 with 128 and 64 channels a thread 132 and 144, without rotation 147 and 124.
+    of prototypes on an H200 with 128 and 64 channels a thread 132 and 144, without rotation 147 and 124.
     """
     are_pairs = all(part.dtype == torch.bfloat16 for part in (x, other) if part is not None)
     are_whole = BLOCK_SIZE * 32 * tile.num_warps <= tile.BLOCK_K
