@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Config = micromix.MicroMixConfig
-BEST = Config()
-PLAIN = Config(weight_rounding="nearest", scale_search=False, scale_rounding="rceil", uniform_order="model")
+BEST = Config(activations="same", rotate="none")  # weights alone; the study "activations" has the others
+PLAIN = replace(BEST, weight_rounding="nearest", scale_search=False, scale_rounding="rceil", uniform_order="model")
 ANCHOR = replace(PLAIN, policy="mxfp8-anchor")
 AUTHORS = replace(ANCHOR, fp6="e3m2", granularity=128)
 
@@ -85,6 +85,16 @@ ABLATION = {
     "mxfp8-anchor+all": replace(BEST, policy="mxfp8-anchor", fp6="e3m2", granularity=128),
     "mxfp8-anchor e2m3/32+all": replace(BEST, policy="mxfp8-anchor"),
 }
+WEIGHTS = {
+    **{f"budget {bits}": replace(BEST, target_bits=bits) for bits in (5.48, 5.0, 4.5)},
+    "mxfp4": replace(BEST, policy="mxfp4"),
+}
+ACTIVATIONS = {
+    f"{name}, activations {activations}, rotate {rotate}": replace(config, activations=activations, rotate=rotate)
+    for name, config in WEIGHTS.items()
+    for activations in ("fp8", "same", "mxfp6")
+    for rotate in ("none", "auto", "all")
+}
 KEY = {name: TABLE[name] for name in ("budget 5.48", "budget 4.5")}
 
 
@@ -105,6 +115,9 @@ STUDIES: dict[str, list[Calibration]] = {
     "table": [Calibration(study="table", rows=TABLE)],
     "curve": [Calibration(study="curve", rows=CURVE)],
     "ablation": [Calibration(study="ablation", rows=ABLATION)],
+    "activations": [
+        Calibration(study="activations", rows=ACTIVATIONS, seed=seed, offset=32 * seed) for seed in (0, 1, 2)
+    ],
     "texts": [Calibration(study="texts", rows=KEY, data=data, samples=10) for data in ("wiki", "c4", "technical")],
     "samples": [Calibration(study="samples", rows=KEY, samples=samples) for samples in (8, 128)],
     "seeds": [Calibration(study="seeds", rows=KEY, seed=seed, offset=32 * seed) for seed in (1, 2, 3)],

@@ -3,10 +3,11 @@
     python bench/bench_blackwell_static.py [--csv FOLDER]
 
 Two tables for an RTX 5090 (sm_120) and a B200 (sm_100). The first holds what Triton and ptxas made of each tile of
-the mixed matmul, with swizzled scales on sm_100; an mma.sync is one warp's, a tcgen05.mma the whole program's. The
-second holds, for the linears of Llama-3.1-8B with 75 % MXFP4, 20 % MXFP6 and 5 % MXFP8 channels, the least time that
-the vendor's peak rates allow: the longer of moving each byte once and issuing each matrix instruction of the default
-tile, padding included. A kernel that the compiler emulates ends the run.
+the mixed matmul; an mma.sync is one warp's, a tcgen05.mma the whole program's. The second holds, for the linears of
+Llama-3.1-8B with 75 % MXFP4, 20 % MXFP6 and 5 % MXFP8 channels, the least time that the vendor's peak rates allow: the
+longer of moving each byte once and issuing each matrix instruction of the default tile, padding included. Both have
+rows for each format of activations; "fp8" and "mxfp6" have one product. A kernel that the compiler emulates ends the
+run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import csv
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,8 +44,12 @@ SHAPES: Final = {
     "down": (4096, 14336),
 }
 
-# Bits of one element: activations keep FP6 codes in whole bytes, weights pack them.
-X_BITS: Final = {"MXFP4": 4, "MXFP6": 8, "MXFP8": 8}
+# Bits of one element, by the format of its weight: activations keep FP6 codes in whole bytes, weights pack them.
+X_BITS: Final = {
+    "same": {"MXFP4": 4, "MXFP6": 8, "MXFP8": 8},
+    "fp8": {"MXFP4": 8, "MXFP6": 8, "MXFP8": 8},
+}
+LABELS: Final = {"same": "same", "fp8": "fp8, mxfp6"}
 W_BITS: Final = {"MXFP4": 4, "MXFP6": 6, "MXFP8": 8}
 
 
@@ -88,46 +94,50 @@ def describe(tile: Tile) -> str:
 
 
 def tile_rows(name: str, gpu: Gpu) -> list[dict[str, Any]]:
-    """One row a tile: what the compiler made of it, and bytes and operations of one step along K, by format."""
+    """A row for each tile and format of activations: the compiler's part, bytes and operations of a step along K."""
     kind = MIXED_TILES[gpu.kind]
     tiles = list(dict.fromkeys(tile for _, tiles in kind.tiles for tile in tiles))
-    kernels = [offline.mixed_mx_mm(gpu.capability, tile, kind) for tile in tiles]
+    cases = [(activations, tile) for activations in X_BITS for tile in tiles]
+    kernels = [offline.mixed_mx_mm(gpu.capability, tile, kind, activations=activations) for activations, tile in cases]
     rows = []
-    for tile, result in zip(tiles, offline.compile_all(kernels), strict=True):
+    for (activations, tile), result in zip(cases, offline.compile_all(kernels), strict=True):
         if isinstance(result, offline.NotSupported):
             raise SystemExit(f"cannot compile for {name}: {result.reason}")
         if result.emulated or result.trap:
             raise SystemExit(f"{describe(tile)} is not what it should be on {name}: {result}")
-        rows.append(tile_row(name, tile, result))
+        rows.append(tile_row(name, activations, tile, result))
     return rows
 
 
-def tile_row(name: str, tile: Tile, result: Compiled) -> dict[str, Any]:
+def tile_row(name: str, activations: str, tile: Tile, result: Compiled) -> dict[str, Any]:
     """A row of the first table."""
-    row: dict[str, Any] = {"gpu": name, "target": result.target, "tile": describe(tile)}
+    row: dict[str, Any] = {"gpu": name, "target": result.target, "activations": LABELS[activations]}
+    row["tile"] = describe(tile)
     row["mma_per_step"] = ", ".join(f"{count} {kind}" for kind, count in sorted(dict(result.mma_blocks).items()))
     row |= {"registers": result.registers, "spilled_bytes": result.spilled_bytes}
     row |= {"shared_bytes": result.shared_bytes, "tensor_columns": result.tensor_columns}
-    for index, name_of_format in enumerate(X_BITS):
+    for index, name_of_format in enumerate(W_BITS):
         split = [tile.BLOCK_K if i == index else 0 for i in range(3)]
-        row[f"step_bytes_{name_of_format}"] = stored_bytes(tile.BLOCK_M, split, X_BITS) + stored_bytes(
+        row[f"step_bytes_{name_of_format}"] = stored_bytes(tile.BLOCK_M, split, X_BITS[activations]) + stored_bytes(
             tile.BLOCK_N, split, W_BITS
         )
     row["step_flops"] = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K
     return row
 
 
-def floor_row(name: str, gpu: Gpu, layer: str, rows: int) -> dict[str, Any]:
+def floor_row(name: str, gpu: Gpu, activations: str, layer: str, rows: int) -> dict[str, Any]:
     """A row of the second table, times in microseconds: the floor of the matmul with the default tile."""
     n, k = SHAPES[layer]
     tile = MIXED_TILES[gpu.kind].tiles_for(rows)[0]
     split = split_of(k)
-    moved = stored_bytes(rows, split, X_BITS) + stored_bytes(n, split, W_BITS) + 2 * rows * n
+    moved = stored_bytes(rows, split, X_BITS[activations]) + stored_bytes(n, split, W_BITS) + 2 * rows * n
     padded = -(-rows // tile.BLOCK_M) * tile.BLOCK_M * (-(-n // tile.BLOCK_N) * tile.BLOCK_N)
     memory = 1e6 * moved / gpu.bandwidth
-    tensor = 1e6 * 2 * padded * (split[0] / gpu.fp4 + (split[1] + split[2]) / gpu.fp8)
+    fp4 = split[0] if activations == "same" else 0  # channels that both sides have in MXFP4
+    tensor = 1e6 * 2 * padded * (fp4 / gpu.fp4 + (k - fp4) / gpu.fp8)
     return {
         "gpu": name,
+        "activations": LABELS[activations],
         "layer": layer,
         "N": n,
         "K": k,
@@ -168,7 +178,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tiles = [row for name, gpu in GPUS.items() for row in tile_rows(name, gpu)]
-    floors = [floor_row(name, gpu, layer, m) for name, gpu in GPUS.items() for layer in SHAPES for m in ROWS]
+    cases = product(GPUS.items(), X_BITS, SHAPES, ROWS)
+    floors = [floor_row(name, gpu, activations, layer, m) for (name, gpu), activations, layer, m in cases]
     show("Tiles of the mixed matmul, whole kernel and one step along K", tiles)
     show("Least time of Llama-3.1-8B's linears by the vendor's peak rates", floors)
     if arguments.csv:

@@ -15,7 +15,7 @@ import re
 import sys
 
 import torch
-from bench_gpu_linear import folded_weight
+from folded_linears import folded_weight
 from gpu_timing import copies, measure, size
 from linear_cases import BF16, CUDA, FP6, MODELS, SPLITS, split_of
 from rich.console import Console

@@ -2,6 +2,7 @@
 
     python bench/bench_gpu_linear.py [--quick] [--model llama-8b ...] [--split 75/20/5 ...] [--csv FILE] [--plot FILE]
     python bench/bench_gpu_linear.py --shares    what more MXFP6 and MXFP8 cost
+    python bench/bench_gpu_linear.py --activations same --activations fp8 --rotate    ways to quantize, side by side
 
 A linear is quantize, product and bias, with q, k and v as one, gate and up as one. A time is that of a CUDA graph of
 launches over copies of the weights, over 200 MB together, so that L2 does not serve them: median and 20/80 % of replays
@@ -16,11 +17,11 @@ import argparse
 import gc
 import sys
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from folded_linears import expand, fold_rows, folded_product, folded_weight, kernels
 from fp8_linears import (
     compiled_add_rms_norm,
     compiled_fp8_quantize,
@@ -30,7 +31,20 @@ from fp8_linears import (
     fp8_quantize,
 )
 from gpu_timing import Times, copies, measure, read_all, read_sums, size
-from linear_cases import BF16, CUDA, E4M3, FP6, MODELS, SPLITS, Case, cases_of, split_argument, split_of
+from linear_cases import (
+    BF16,
+    CUDA,
+    E4M3,
+    FP6,
+    MODELS,
+    SPLITS,
+    Case,
+    Mode,
+    cases_of,
+    modes_of,
+    split_argument,
+    split_of,
+)
 from linear_rows import Row, plot, print_summary, print_table, write_csv
 from rich.console import Console
 from rich.progress import track
@@ -39,13 +53,12 @@ from torchao_linears import torchao_configs, torchao_linear
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.lowering.torch_private.dynamo import dynamo_settings
-from micromix_compile.numerics import folding, packing, reference
+from micromix_compile.numerics import folding, reference
 from micromix_compile.numerics.formats import ScaleRounding
-from micromix_compile.targets.expansion import ExpandedWeights, expand_weights, library_mm
-from micromix_compile.targets.hopper import TritonFolded
-from micromix_compile.targets.kernels import FoldedWeight, Residual, columns_of
+from micromix_compile.numerics.layout import ACTIVATIONS
+from micromix_compile.targets.expansion import ExpandedWeights
+from micromix_compile.targets.kernels import FoldedWeight, Residual
 from micromix_compile.targets.quantizers import reorder_quantize
-from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -63,47 +76,10 @@ INT4_ROWS = 16
 """The most rows at which int4 is measured: it is made for few."""
 
 INT4_GROUP = 128
-QUANTIZED_SHAPE = (8192, 4096)
+QUANTIZED_ROWS, QUANTIZED_CHANNELS = 8192, (4096, 14336)
 
 
 # ---- what is timed
-
-
-@cache
-def kernels() -> TritonFolded:
-    """The folded ones of this GPU."""
-    found = target_of(CUDA).folded
-    if not isinstance(found, TritonFolded):
-        raise SystemExit("this benchmark needs a GPU of sm_90")
-    return found
-
-
-def folded_product(x: folding.FoldedActivation, weights: Sequence[FoldedWeight]) -> list[Tensor]:
-    """Ours as compiled for this number of rows: the library multiplies what is expanded together, then side by side."""
-    if not kernels().tiles.uses_library(x.q.shape[0], weights, BF16):
-        return kernels().multiply(x, weights, fp6=FP6, out_dtype=BF16)
-    products = []
-    for run in kernels().tiles.expansion_runs(columns_of(weights), x.q.shape[1]):
-        expanded = ExpandedWeights.empty(weights[run], x.q)
-        expand_weights(weights[run], expanded, fp6=FP6)
-        products.append(library_mm(x, expanded, BF16))
-    return products
-
-
-def expand(weights: Sequence[FoldedWeight], runs: Sequence[slice], rooms: Sequence[ExpandedWeights]) -> None:
-    """As many launches as a call makes."""
-    for run, room in zip(runs, rooms, strict=True):
-        expand_weights(weights[run], room, fp6=FP6)
-
-
-def folded_weight(columns: int, split: Split) -> FoldedWeight:
-    """A random weight, packed, with its factors."""
-    w = torch.randn(columns, sum(split), device=CUDA, dtype=BF16)
-    quantized = reference.reorder_quantize(w, torch.arange(sum(split), device=CUDA), split, fp6=FP6)
-    packed = (quantized.q4, packing.pack_fp6(quantized.q6, FP6), quantized.q8)
-    row_scale = folding.weight_row_scale(*packed, quantized.scale, FP6)
-    factor = folding.weight_factor(*packed, quantized.scale, row_scale)
-    return FoldedWeight(*packed, factor, row_scale, torch.randn(columns, device=CUDA, dtype=BF16))
 
 
 class Linears:
@@ -189,7 +165,7 @@ class Linears:
             print(f"no int4 for {case.name}: {str(error)[:80]}", file=sys.stderr)
         return found
 
-    def folded(self, every_m: Sequence[int], split_name: str) -> list[Row]:
+    def folded(self, every_m: Sequence[int], split_name: str, modes: Sequence[Mode]) -> list[Row]:
         """Ours, by kernels and whole, and the reading of the packed bytes."""
         case, found = self._case, []
         split = split_of(case.K, split_name)
@@ -200,7 +176,8 @@ class Linears:
 
         words = [torch.randint(-9, 9, (packed // 4,), dtype=torch.int32, device=CUDA) for _ in groups]
         sums = read_sums(words[0])
-        found.append(case.row("read", 0, measure([lambda w=w: read_all(w, sums) for w in words]), packed, split_name))
+        read = measure([lambda w=w: read_all(w, sums) for w in words])
+        found += [case.row("read", 0, read, packed, mode.behind(split_name)) for mode in modes]
         if max(every_m) >= kernels().tiles.all_expand_from:
             runs = kernels().tiles.expansion_runs(case.columns, folding.fold_width(split, w_fp4=False))
             rooms = [ExpandedWeights.empty(first[run], words[0]) for run in runs]
@@ -209,19 +186,18 @@ class Linears:
         del words
         for rows in every_m:
             x = self._activation(rows)
+            for mode in modes:
 
-            def fold(x: Tensor = x) -> folding.FoldedActivation:
-                return kernels().quantize(
-                    "none", x, None, 0.0, perm, split, FP6, self._scale_rounding, w_fp4=False, products=[case.columns]
-                )
+                def fold(x: Tensor = x, mode: Mode = mode) -> folding.FoldedActivation:
+                    return fold_rows(x, perm, split, self._scale_rounding, mode, products=[case.columns])
 
-            ready = fold()
-            quantize = measure([fold] * 8)
-            product = measure([lambda g=g, a=ready: folded_product(a, g) for g in groups])
-            whole = measure([lambda g=g: folded_product(fold(), g) for g in groups])
-            found.append(case.row("quantize", rows, quantize, 3 * rows * case.K, split_name))
-            found.append(case.row("product", rows, product, packed + size(ready.q) + 2 * rows * case.N, split_name))
-            found.append(case.row("linear", rows, whole, self._floor(rows, packed), split_name))
+                ready, name = fold(), mode.behind(split_name)
+                quantize = measure([fold] * 8)
+                product = measure([lambda g=g, a=ready: folded_product(a, g) for g in groups])
+                whole = measure([lambda g=g, fold=fold: folded_product(fold(), g) for g in groups])
+                found.append(case.row("quantize", rows, quantize, 3 * rows * case.K, name))
+                found.append(case.row("product", rows, product, packed + size(ready.q) + 2 * rows * case.N, name))
+                found.append(case.row("linear", rows, whole, self._floor(rows, packed), name))
         return found
 
     def with_ratios(self, rows: Sequence[Row]) -> list[Row]:
@@ -234,11 +210,9 @@ class Linears:
         ]
 
 
-def quantizers(scale_rounding: str) -> list[Row]:
+def quantizers(channels: int, scale_rounding: str, modes: Sequence[Mode]) -> list[Row]:
     """Quantizers alone, behind nothing and an RMSNorm, beside a compiled RMSNorm, FP8's and a copy."""
-    rows, channels = QUANTIZED_SHAPE
-    case = Case("quantizers", (0,), channels)
-    split = split_of(channels, SPLITS[0])
+    case, split, rows = Case("quantizers", (0,), channels), split_of(channels, SPLITS[0]), QUANTIZED_ROWS
     xs = [torch.randn(rows, channels, device=CUDA, dtype=BF16) for _ in range(copies(2 * rows * channels))]
     weight = torch.randn(channels, device=CUDA, dtype=BF16)
     perm = torch.randperm(channels, device=CUDA).to(torch.int16)
@@ -246,22 +220,26 @@ def quantizers(scale_rounding: str) -> list[Row]:
     out = torch.empty_like(xs[0])
     up = {x.data_ptr(): other for x, other in zip(xs, xs[1:] + xs[:1], strict=True)}
 
-    def fold(producer: str, x: Tensor, other: Tensor | None, order: Tensor = perm) -> object:
-        return kernels().quantize(producer, x, other, 1e-5, order, split, FP6, scale_rounding, w_fp4=False)
+    def fold(x: Tensor, mode: Mode, order: Tensor = perm, **producer: Any) -> object:
+        return fold_rows(x, order, split, scale_rounding, mode, **producer)
 
-    def add_and_fold(x: Tensor, weight: Tensor) -> object:
-        residual = Residual(up[x.data_ptr()], torch.empty_like(x))
-        return kernels().quantize(
-            "rms_norm", x, weight, 1e-5, perm, split, FP6, scale_rounding, w_fp4=False, residual=residual
-        )
-
-    runs: dict[str, tuple[Callable[[Tensor], object], float]] = {
-        "fold": (lambda x: fold("none", x, None), 3.0),
-        "fold, channels in order": (lambda x: fold("none", x, None, ordered), 3.0),
-        "rms_norm + fold": (lambda x: fold("rms_norm", x, weight), 3.0),
-        "sum + rms_norm + fold": (lambda x: add_and_fold(x, weight), 7.0),
-        "silu_mul + fold": (lambda x: fold("silu_mul", x, up[x.data_ptr()]), 5.0),
-        "silu_mul + fold, channels in order": (lambda x: fold("silu_mul", x, up[x.data_ptr()], ordered), 5.0),
+    runs: dict[str, tuple[Callable[[Tensor], object], float]] = {}
+    for mode in modes:
+        runs |= {
+            mode.behind("fold"): (lambda x, m=mode: fold(x, m), 3.0),
+            mode.behind("fold, channels in order"): (lambda x, m=mode: fold(x, m, ordered), 3.0),
+            mode.behind("rms_norm + fold"): (lambda x, m=mode: fold(x, m, producer="rms_norm", other=weight), 3.0),
+            mode.behind("sum + rms_norm + fold"): (
+                lambda x, m=mode: fold(
+                    x, m, producer="rms_norm", other=weight, residual=Residual(up[x.data_ptr()], torch.empty_like(x))
+                ),
+                7.0,
+            ),
+            mode.behind("silu_mul + fold"): (
+                lambda x, m=mode: fold(x, m, producer="silu_mul", other=up[x.data_ptr()]), 5.0,
+            ),
+        }  # fmt: skip
+    runs |= {
         "reorder_quantize": (lambda x: reorder_quantize("none", x, None, 0.0, perm, split, FP6, scale_rounding), 2.7),
         "compiled rms_norm": (lambda x: compiled_rms_norm(x, weight), 4.0),
         "compiled sum + rms_norm": (lambda x: compiled_add_rms_norm(x, up[x.data_ptr()], weight), 8.0),
@@ -278,7 +256,7 @@ def quantizers(scale_rounding: str) -> list[Row]:
 # ---- the gate
 
 
-def check(scale_rounding: str) -> None:
+def check(scale_rounding: str, modes: Sequence[Mode]) -> None:
     """End the run unless small products are right: ours within 2 % of the MX product (norms), FP8 within 6 %.
 
     The error of a wrong order or scale is of the size of the product. 2 %: BF16's rounding is 0.2 %, and a sum over all
@@ -288,30 +266,40 @@ def check(scale_rounding: str) -> None:
     values = torch.randn(most, 1024, device=CUDA, dtype=BF16)
     perm = torch.randperm(1024, device=CUDA).to(torch.int16)
     weights = [folded_weight(n, split) for n in (256, 64)]
-    exact = []
-    for weight in weights:
-        folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, FP6)
-        w = folded.view(E4M3).double() * weight.row_scale.double()[:, None]
-        order = folding.fold_order(split, w_fp4=False).to(CUDA)
-        x = reference.reorder_quantize(values, perm, split, fp6=FP6, scale_rounding=ScaleRounding(scale_rounding))
-        assert weight.bias is not None, "made with one"
-        channels = torch.nn.functional.pad(reference.dequantize_activation(*x).double(), (0, 1))  # for -1 a zero
-        exact.append(channels[:, order] @ w.T + weight.bias.double())
-    want = torch.cat(exact, 1)
     wide = [(256, tile) for _, tile in kernels().tiles.wide]
-    for rows, tile in (*((m, None) for m in (1, 16, 64, 128, 256, most - 1, most)), *wide):
-        x = kernels().quantize("none", values[:rows], None, 0.0, perm, split, FP6, scale_rounding, w_fp4=False)
-        outs = (
-            folded_product(x, weights)
-            if tile is None
-            else kernels().multiply(x, weights, fp6=FP6, out_dtype=BF16, tile=tile)
-        )
-        got = torch.cat(outs, 1)
-        _refuse_unless_near(f"our product of {rows} rows", got, want[:rows], 0.02)
+    for mode in modes:
+        want = _exact_products(values, perm, split, weights, scale_rounding, mode)
+        for rows, tile in (*((m, None) for m in (1, 16, 64, 128, 256, most - 1, most)), *wide):
+            x = fold_rows(values[:rows], perm, split, scale_rounding, mode)
+            outs = (
+                folded_product(x, weights)
+                if tile is None
+                else kernels().multiply(x, weights, fp6=FP6, out_dtype=BF16, tile=tile)
+            )
+            got = torch.cat(outs, 1)
+            _refuse_unless_near(mode.behind(f"our product of {rows} rows"), got, want[:rows], 0.02)
     w = torch.randn(256, 1024, device=CUDA, dtype=BF16)
     (xq, x_scale), (wq, w_scale) = compiled_fp8_quantize(values), fp8_quantize(w)
     got = fp8_mm(xq, x_scale, wq, w_scale.T.contiguous(), torch.zeros(256, device=CUDA, dtype=BF16))
     _refuse_unless_near("the FP8 product", got, values.double() @ w.double().T, 0.06)
+
+
+def _exact_products(
+    values: Tensor, perm: Tensor, split: Split, weights: Sequence[FoldedWeight], scale_rounding: str, mode: Mode
+) -> Tensor:
+    """Of quantized values with folded weights, which are taken as they are, rotated or not: (M, sum of N) float64."""
+    x = reference.reorder_quantize(
+        values, perm, split, fp6=FP6, scale_rounding=ScaleRounding(scale_rounding), activations=mode.activations,
+        rotated=mode.rotated(split),
+    )  # fmt: skip
+    channels = torch.nn.functional.pad(reference.dequantize_activation(*x).double(), (0, 1))  # for -1 a zero
+    order, exact = folding.fold_order(split, w_fp4=False).to(CUDA), []
+    for weight in weights:
+        folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, FP6)
+        w = folded.view(E4M3).double() * weight.row_scale.double()[:, None]
+        assert weight.bias is not None, "made with one"
+        exact.append(channels[:, order] @ w.T + weight.bias.double())
+    return torch.cat(exact, 1)
 
 
 def _refuse_unless_near(what: str, got: Tensor, want: Tensor, limit: float) -> None:
@@ -321,15 +309,18 @@ def _refuse_unless_near(what: str, got: Tensor, want: Tensor, limit: float) -> N
 
 
 def run(
-    cases: Sequence[Case], every_m: Sequence[int], splits: Sequence[str], scale_rounding: str, *, only_ours: bool
-) -> list[Row]:
+    cases: Sequence[Case], every_m: Sequence[int], splits: Sequence[str], scale_rounding: str, modes: Sequence[Mode],
+    *, only_ours: bool,
+) -> list[Row]:  # fmt: skip
     """Everything, a case after the other."""
-    rows, torchao = ([], {}) if only_ours else (quantizers(scale_rounding), torchao_configs())
+    rows, torchao = [], {} if only_ours else torchao_configs()
+    for channels in () if only_ours else QUANTIZED_CHANNELS:
+        rows += quantizers(channels, scale_rounding, modes)
     for case in track(cases, "linears", transient=True, console=Console(stderr=True)):
         linears = Linears(case, torchao, scale_rounding)
         found = [] if only_ours else linears.competitors(every_m)
         for split in splits:
-            found += linears.folded(every_m, split)
+            found += linears.folded(every_m, split, modes)
         rows += linears.with_ratios(found)
         torch.cuda.empty_cache()
     return rows
@@ -349,6 +340,8 @@ def main() -> None:
     )
     parser.add_argument("--shares", action="store_true", help="splits that differ in one share, without competitors")
     parser.add_argument("--rows", type=int, action="append", metavar="M", help="may be repeated")
+    parser.add_argument("--activations", choices=ACTIVATIONS, action="append", help="may be repeated; same by default")
+    parser.add_argument("--rotate", action="store_true", help="each of them with rotated MXFP4 blocks, too")
     default = str(MicroMixConfig().scale_rounding)
     parser.add_argument("--scale-rounding", choices=[str(rule) for rule in ScaleRounding], default=default)
     parser.add_argument("--csv", type=Path)
@@ -366,12 +359,13 @@ def main() -> None:
     if arguments.shares:
         every_m, splits = SHARE_ROWS, SHARE_SPLITS
     every_m, splits = tuple(arguments.rows or every_m), tuple(arguments.split or splits)
+    modes = modes_of(arguments.activations or ["same"], rotates=arguments.rotate)
     # A compiled competitor has code for each M: with M left open FP8's quantizer takes up to twice as long.
     with torch.inference_mode(), dynamo_settings(recompile_limit=256, automatic_dynamic_shapes=False):
-        check(arguments.scale_rounding)
+        check(arguments.scale_rounding, modes)
         gc.freeze()  # every capture of a graph collects garbage
         cases = cases_of(arguments.model or ["llama-8b"])
-        rows = run(cases, every_m, splits, arguments.scale_rounding, only_ours=arguments.shares)
+        rows = run(cases, every_m, splits, arguments.scale_rounding, modes, only_ours=arguments.shares)
     print_table(rows, console)
     print_summary(rows, console)
     if arguments.csv:

@@ -27,7 +27,7 @@ from fp8_linears import with_fp8_linears
 from launch_counts import launches
 from rich.console import Console
 from rich.table import Table
-from shares import with_shares
+from shares import with_activations, with_shares
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
@@ -49,7 +49,7 @@ SHORTEST_CACHE = PROMPT + 4 + STEPS + 5 * 8 + 1
 AS_EAGER = {"fallback_by_default": True, "exact": True}
 """All operations but ours are called as eager does, and ours are those of the eager packed model."""
 
-CONTENDERS = ("micromix", "fp8", "bf16-max-autotune", "bf16")
+CONTENDERS = ("micromix", "micromix-fp8", "micromix-fp8-rotated", "fp8", "bf16-max-autotune", "bf16")
 
 
 class Arguments(argparse.Namespace):
@@ -266,10 +266,13 @@ def llama_8b_decode(arguments: Arguments) -> dict[str, Any]:
     """The 8B shape: decoding. The first contender of a process pays for the start of Inductor's workers, too."""
     model, recipe, _ = random_llama_8b_and_recipe()
     contenders: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-        "micromix": (
-            lambda: micromix.quantize_(copy.deepcopy(model), recipe),
-            {"backend": "micromix", "mode": "reduce-overhead"},
-        ),
+        **{
+            name: (
+                lambda variant=variant: micromix.quantize_(copy.deepcopy(model), variant),
+                {"backend": "micromix", "mode": "reduce-overhead"},
+            )
+            for name, variant in variants_of(recipe).items()
+        },
         "fp8": (lambda: with_fp8_linears(copy.deepcopy(model)), {"mode": "reduce-overhead"}),
         "bf16-max-autotune": (lambda: model, {"mode": "max-autotune"}),
         "bf16": (lambda: model, {"mode": "reduce-overhead"}),
@@ -305,6 +308,16 @@ def random_llama_8b_and_recipe() -> tuple[nn.Module, micromix.Recipe, Tensor]:
     plain = micromix.MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
     recipe = micromix.calibrate(model, [{"input_ids": ids[:, :256], "use_cache": False}], plain, progress=False)
     return model, with_shares(recipe, (0.75, 0.2, 0.05)), ids
+
+
+def variants_of(recipe: micromix.Recipe) -> dict[str, micromix.Recipe]:
+    """The recipe, whose activations are as its weights, and others of the same weights' formats."""
+    fp8 = with_activations(recipe, "fp8", rotate=False)
+    return {
+        "micromix": recipe,
+        "micromix-fp8": fp8,
+        "micromix-fp8-rotated": with_activations(fp8, "fp8", rotate=True),
+    }
 
 
 def forward_ms(model: nn.Module, ids: Tensor, mode: str) -> float:

@@ -1,10 +1,11 @@
-"""Damage recipes and packed checkpoints at random, load them, and count what happens.
+"""Damage recipes, packed checkpoints and those of others at random, load them, and count what happens.
 
 python bench/fuzz_files.py [--mutations 3000] [--seed 7]
 
 Wanted: whatever is not the file that was written is refused, with an error that names it. An adversary who makes the
-digests anew may write a recipe or a checkpoint of their own, if it is a valid one; these are counted apart. The exit
-code is 1 if anything crashed, hung, raised an unclear error or was accepted with another result.
+digests anew may write a recipe or a checkpoint of their own, if it is a valid one; these are counted apart. Checkpoints
+of others have no digests: what is taken of a damaged one must be what it holds, as read without our code. The exit code
+is 1 if anything crashed, hung, raised an unclear error or was accepted with another result.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread pool a load is slow
 
 import torch
+from foreign import holds, make_foreign, values_of
 from mutations import mutated_bytes, mutated_json, mutated_safetensors, mutated_tensors
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -53,27 +55,35 @@ IDS = torch.arange(16).reshape(2, 8)
 
 @dataclass(frozen=True)
 class Originals:
-    """What is damaged: a model, its recipe and its packed checkpoint, and what they give undamaged."""
+    """What is damaged: a model's recipe, its packed checkpoint and one of others, and what they give undamaged."""
 
     model: torch.nn.Module
     recipe: Path
     packed: Path
-    recipe_result: str
-    packed_result: str
+    foreign: Path
+    results: dict[str, str]
+
+
+def make_model(intermediate_size: int) -> torch.nn.Module:
+    """A Llama of one layer with random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"intermediate_size": intermediate_size, "attention_bias": True}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **more, num_hidden_layers=1, vocab_size=64)).eval()
 
 
 def make_originals(folder: Path) -> Originals:
-    """A Llama of one layer with random weights."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=64, attention_bias=True)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    """Of a model with channels that are not whole blocks; others' has only such."""
+    model = make_model(80)
     recipe = micromix.calibrate(model, [IDS])
     recipe.save(folder / "recipe.safetensors")
     packed = micromix.quantize_(copy.deepcopy(model), recipe)
     packed.save_pretrained(folder / "packed")
-    path = folder / "recipe.safetensors"
-    return Originals(model, path, folder / "packed", recipe_result(path), packed_result(folder / "packed"))
+    foreign = make_foreign(make_model(96), [IDS], folder)
+    files = (folder / "recipe.safetensors", folder / "packed", foreign)
+    results = {"recipe": recipe_result(files[0]), "packed checkpoint": packed_result(files[1])}
+    results |= {"forged recipe": results["recipe"], "checkpoint of others": foreign_result(foreign)}
+    return Originals(model, *files, results)
 
 
 def digest(values: Any) -> str:
@@ -106,6 +116,14 @@ def packed_result(directory: Path) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     with torch.no_grad():
         return digest([model(IDS).logits, *(part for pair in sorted(model.state_dict().items()) for part in pair)])
+
+
+def foreign_result(directory: Path) -> str:
+    """What a converted checkpoint of others is. Raises AssertionError if that is not what it holds."""
+    model = micromix.load_converted(directory, dtype=torch.float32)
+    assert holds(model, directory), "what was loaded is not what the files hold"
+    tensors, *more = values_of(model)
+    return digest([*(part for pair in tensors for part in pair), *more])
 
 
 def damage_recipe(originals: Originals, path: Path, rng: random.Random) -> bool:
@@ -144,7 +162,23 @@ def forge_recipe(originals: Originals, path: Path, rng: random.Random) -> bool:
 
 def damage_packed(originals: Originals, path: Path, rng: random.Random) -> bool:
     """Copy the packed checkpoint with damage. Returns whether it was sealed anew, as in every fifth."""
-    shutil.copytree(originals.packed, path)
+    damage_directory(originals.packed, path, rng)
+    if rng.random() < 0.2:
+        with contextlib.suppress(ValueError, OSError, RecursionError):
+            checkpoint.seal(path)
+            return True
+    return False
+
+
+def damage_foreign(originals: Originals, path: Path, rng: random.Random) -> bool:
+    """Copy the checkpoint of others with damage. Nothing seals it: whatever is valid is another one."""
+    damage_directory(originals.foreign, path, rng)
+    return True
+
+
+def damage_directory(original: Path, path: Path, rng: random.Random) -> None:
+    """Copy a checkpoint with one piece of damage."""
+    shutil.copytree(original, path)
     weights, config = path / "model.safetensors", path / "config.json"
     kind = rng.randrange(5)
     if kind == 0:
@@ -159,17 +193,13 @@ def damage_packed(originals: Originals, path: Path, rng: random.Random) -> bool:
         rng.choice(
             (config.unlink, weights.unlink, lambda: config.write_bytes(mutated_bytes(config.read_bytes(), rng)))
         )()
-    if rng.random() < 0.2:
-        with contextlib.suppress(ValueError, OSError, RecursionError):
-            checkpoint.seal(path)
-            return True
-    return False
 
 
 KINDS = {
     "recipe": (damage_recipe, recipe_result),
     "forged recipe": (forge_recipe, recipe_result),
     "packed checkpoint": (damage_packed, packed_result),
+    "checkpoint of others": (damage_foreign, foreign_result),
 }
 
 
@@ -180,11 +210,13 @@ def outcome(originals: Originals, kind: str, number: str, folder: Path) -> tuple
     try:
         sealed = damage(originals, path, random.Random(number))
         found = result(path)
-        if found == (originals.packed_result if kind == "packed checkpoint" else originals.recipe_result):
+        if found == originals.results[kind]:
             return "same", ""
         if sealed and kind == "forged recipe":
             run_forged(originals.model, path)
         return "own valid" if sealed else "another result", ""
+    except AssertionError as error:
+        return "another result", str(error)
     except Exception as error:
         clear = isinstance(error, ValueError | OSError) and str(path) in str(error)
         # Of files of any origin transformers refuses what has not the shapes of the model, in a report that it logs.
@@ -261,9 +293,9 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     counts = fuzz(arguments.mutations, arguments.seed, show=True)
-    print("".join(f"{name:>18}" for name in ("", *OUTCOMES)))
+    print("".join(f"{name:>22}" for name in ("", *OUTCOMES)))
     for kind in KINDS:
-        print(f"{kind:>18}" + "".join(f"{counts[kind, found]:>18}" for found in OUTCOMES))
+        print(f"{kind:>22}" + "".join(f"{counts[kind, found]:>22}" for found in OUTCOMES))
     sys.exit(any(counts[kind, found] for kind in KINDS for found in BAD))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from linear_rows import Row
@@ -83,6 +84,27 @@ def split_argument(text: str) -> str:
     if len(shares) != 3 or not all(share.isdecimal() for share in shares) or sum(map(int, shares)) != 100:
         raise argparse.ArgumentTypeError(f"three shares like 75/20/5 that add up to 100, got {text!r}")
     return text
+
+
+class Mode(NamedTuple):
+    """How activations are quantized: a row of `layout.ACTIVATIONS`, and whether MXFP4's blocks are rotated before."""
+
+    activations: str = "same"
+    rotates: bool = False
+
+    def behind(self, text: str) -> str:
+        """The text with what is unusual."""
+        parts = (text, self.activations * (self.activations != "same"), "rotated" * self.rotates)
+        return " ".join(part for part in parts if part)
+
+    def rotated(self, split: Split) -> int:
+        """Channels."""
+        return split[0] if self.rotates else 0
+
+
+def modes_of(activations: Sequence[str], *, rotates: bool) -> list[Mode]:
+    """Each kind as it is, and rotated too if that is asked for."""
+    return [Mode(*one) for one in product(activations, (False, True)[: 1 + rotates])]
 
 
 def cases_of(models: Sequence[str]) -> list[Case]:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from micromix_compile.numerics.formats import BLOCK_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from micromix_compile import Recipe
+    from micromix_compile.recipe.types import GroupRecipe
 
 Shares = tuple[float, float, float]
 """In MXFP4, MXFP6 and MXFP8, in sum 1."""
@@ -22,5 +25,16 @@ def with_shares(recipe: Recipe, shares: Shares) -> Recipe:
         k8 = round(shares[2] * channels / BLOCK_SIZE) * BLOCK_SIZE
         k6 = min(round(shares[1] * channels / BLOCK_SIZE) * BLOCK_SIZE, channels - k8)
         groups[name] = replace(group, split=(channels - k6 - k8, k6, k8))
+    return _with_groups(recipe, groups)
+
+
+def with_activations(recipe: Recipe, activations: str, *, rotate: bool) -> Recipe:
+    """The recipe with activations of another format, and all blocks rotated or none."""
+    groups = {name: replace(group, rotated=sum(group.split) * rotate) for name, group in recipe.groups.items()}
+    config = replace(recipe.config, activations=activations, rotate="all" if rotate else "none")
+    return _with_groups(replace(recipe, config=config), groups)
+
+
+def _with_groups(recipe: Recipe, groups: Mapping[str, GroupRecipe]) -> Recipe:
     linears = {name: replace(linear, group=groups[linear.group.name]) for name, linear in recipe.linears.items()}
     return replace(recipe, linears=linears)

@@ -63,7 +63,9 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
         tiles = _tiles(x)
         if tiles is None:
             return call_op(x, *rest)
-        producer, source, other, residual, eps, perm, split, fp6, scale_rounding, w_fp4 = arguments(x, *rest)
+        producer, source, other, residual, eps, perm, split, fp6, scale_rounding, activations, rotated, w_fp4 = (
+            arguments(x, *rest)
+        )
         rows, device = x.get_size()[0], x.get_device()
         outputs = (
             empty([rows, fold_width(split, w_fp4=w_fp4)], torch.uint8, device),
@@ -77,7 +79,8 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
             added = Residual(Operand(in_memory(residual)), Operand(empty(x.get_size(), x.get_dtype(), device)))  # type: ignore[arg-type]
         call = reorder_fold_call(
             producer, tensors[0], tensors[1], eps, tensors[2], split, filled, fp6=fp6, scale_rounding=scale_rounding,
-            w_fp4=w_fp4, residual=added, products=_products(V.graph.current_node), tiles=tiles,
+            w_fp4=w_fp4, residual=added, products=_products(V.graph.current_node), activations=activations,
+            rotated=rotated, tiles=tiles,
         )  # fmt: skip
         launch(call)
         return outputs if added is None else (added.total.node, *outputs)

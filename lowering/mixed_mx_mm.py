@@ -25,7 +25,7 @@ from micromix_compile.lowering.torch_private.templates import (
     TritonTemplateKernel,
     select_algorithm,
 )
-from micromix_compile.numerics.layout import block_counts, split_of_activation, split_of_weight, weights_are_fp4
+from micromix_compile.numerics.layout import block_counts, product_split, split_of_activation, split_of_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,9 +48,10 @@ class _MixedKernel(TritonTemplateKernel):
         As literals they would make one kernel a layer, for each layer has its own split. Kernels are specialized on
         arguments that are 1, equal, or multiples of 16, too; odd numbers that ascend from 3 are none of these.
         """
-        parts = (Operand(self.named_input_nodes[name]) for name in ("X4", "X6", "X8"))
+        parts = [Operand(self.named_input_nodes[name]) for name in ("X4", "X6", "X8", "W4", "W6", "W8")]
+        split = product_split(split_of_activation(*parts[:3]), split_of_weight(*parts[3:]))
         arguments, value = [], 1
-        for blocks in block_counts(split_of_activation(*parts)):
+        for blocks in block_counts(split):
             value += 2 * (blocks + 1)
             arguments.append(self.args._lookup("ks", self.args.sizevars, sympy.Integer(value)))
         first, second, third = arguments
@@ -87,12 +88,11 @@ def _lower_mixed_mx_mm(
     operands = [_in_memory(tensor) for tensor in tensors]
     size = [x_scale.get_size()[0], w_scale.get_size()[0]]
     layout = ir.FixedLayout(x_scale.get_device(), out_dtype, size)
-    x_split, w_split = split_of_activation(*map(Operand, (x4, x6, x8))), split_of_weight(*map(Operand, (w4, w6, w8)))
-    w_fp4 = weights_are_fp4(x_split, w_split)
+    split, w_split = split_of_activation(*map(Operand, (x4, x6, x8))), split_of_weight(*map(Operand, (w4, w6, w8)))
     tiles = target.exact.tiles.tiles_for(size_hint(V.graph.sizevars, size[0]))
     choices: list[Any] = []
     for tile in tiles if config.max_autotune or config.max_autotune_gemm else tiles[:1]:
-        constants = target.exact.tiles.constants(tile, fp6=fp6, w_fp4=w_fp4, has_bias=bias is not None)
+        constants = target.exact.tiles.constants(tile, fp6=fp6, split=split, w_split=w_split, has_bias=bias is not None)
         options = {name: repr(value) if isinstance(value, str) else value for name, value in constants.items()}
         options |= {"OUT_DTYPE": "tl." + str(out_dtype).removeprefix("torch.")}
         error = _template().maybe_append_choice(

@@ -10,26 +10,22 @@ from micromix_compile import ops
 from micromix_compile.lowering import inductor
 from micromix_compile.lowering.launches import Operand, empty, in_memory, launch
 from micromix_compile.lowering.torch_private.lowerings import fallback_handler, register_lowering
-from micromix_compile.numerics.layout import activation_shapes
+from micromix_compile.numerics.layout import RowLayout, activation_shapes, activation_split
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets.quantizers import reorder_quantize_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from micromix_compile.numerics.layout import Split
 
-
-def _launch(
-    producer: str, x: Any, other: Any, eps: float, channel_perm: Any, split: Split, fp6: str, scale_rounding: str
-) -> tuple[Any, ...]:
+def _launch(producer: str, x: Any, other: Any, eps: float, channel_perm: Any, layout: RowLayout) -> tuple[Any, ...]:
     """Outputs of one launch, in memory."""
     source, partner, order = (None if node is None else Operand(in_memory(node)) for node in (x, other, channel_perm))
-    shapes = activation_shapes(x.get_size()[0], split)
+    shapes = activation_shapes(x.get_size()[0], activation_split(layout.split, layout.activations))
     outputs = tuple(empty(shape, torch.uint8, x.get_device()) for shape in shapes)
     filled: Any = QuantizedActivation(*map(Operand, outputs))  # type: ignore[arg-type]
     describe: Any = reorder_quantize_call  # of tensors, or of what looks like them
-    launch(describe(producer, source, partner, eps, order, filled, fp6=fp6, scale_rounding=scale_rounding))
+    launch(describe(producer, source, partner, eps, order, filled, layout))
     return outputs
 
 
@@ -45,12 +41,12 @@ def _register(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
         return _launch(*arguments(x, *rest))
 
 
-_register(ops.reorder_quantize, lambda x, perm, k4, k6, k8, *names: ("none", x, None, 0.0, perm, (k4, k6, k8), *names))
+_register(ops.reorder_quantize, lambda x, perm, *layout: ("none", x, None, 0.0, perm, RowLayout(*layout)))
 _register(
     ops.rms_norm_reorder_quantize,
-    lambda x, weight, eps, perm, k4, k6, k8, *names: ("rms_norm", x, weight, eps, perm, (k4, k6, k8), *names),
+    lambda x, weight, eps, perm, *layout: ("rms_norm", x, weight, eps, perm, RowLayout(*layout)),
 )
 _register(
     ops.silu_mul_reorder_quantize,
-    lambda gate, up, perm, k4, k6, k8, *names: ("silu_mul", gate, up, 0.0, perm, (k4, k6, k8), *names),
+    lambda gate, up, perm, *layout: ("silu_mul", gate, up, 0.0, perm, RowLayout(*layout)),
 )

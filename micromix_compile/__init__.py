@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from micromix_compile.changes.versions import refresh
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.integrations.checkpoint import seal
+    from micromix_compile.integrations.convert import convert, load_converted
     from micromix_compile.linear.packed import MicroMixLinear
     from micromix_compile.recipe.types import Recipe
     from micromix_compile.session.registry import recipe_of
@@ -35,6 +36,8 @@ __all__ = [
     "assign",
     "calibrate",
     "calibrate_each",
+    "convert",
+    "load_converted",
     "quantize_",
     "recipe_of",
     "refresh",
@@ -48,6 +51,8 @@ _HOMES = {
     "assign": "calibration.assignment",
     "calibrate": "verbs.calibrate",
     "calibrate_each": "verbs.calibrate",
+    "convert": "integrations.convert",
+    "load_converted": "integrations.convert",
     "quantize_": "verbs.quantize",
     "recipe_of": "session.registry",
     "refresh": "changes.versions",

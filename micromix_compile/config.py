@@ -9,10 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.layout import ACTIVATIONS, RowLayout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import UnionType
+
+    from micromix_compile.numerics.layout import Split
 
 PolicyName = Literal["budget", "mxfp8-anchor", "paper", "released", "mxfp4", "mxfp6", "mxfp8"]
 POLICY_NAMES: Final[tuple[str, ...]] = get_args(PolicyName)
@@ -28,6 +31,8 @@ TARGET_KINDS: Final = ("element", "stored", "time")
 WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
 WEIGHT_MODES: Final = ("same", "mxfp4")
 UNIFORM_ORDERS: Final = ("model", "sheltered")
+ACTIVATION_MODES: Final = ("auto", *ACTIVATIONS)
+ROTATIONS: Final = ("auto", "none", "all")
 MIN_TARGET_BITS: Final = 4
 MAX_TARGET_BITS: Final = 16
 """Above 8 only padding and small layers' scales are left to pay for; nothing takes more than twice that."""
@@ -164,6 +169,13 @@ class MicroMixConfig:
     lam: factor on the thresholds; larger means more MXFP4.
     fp6: the MXFP6 element format, "e2m3" or "e3m2" (the paper's).
     weights: "same" gives a weight its channel's format, "mxfp4" makes every weight MXFP4.
+    activations: "same" (the paper's) rounds each channel of activations to the format of its weight, "fp8" all to E4M3
+        with one scale a row, "mxfp6" to MXFP6 where weights are MXFP4. "auto" is decided when a model is
+        calibrated: "same" on GPUs that multiply MXFP4 faster than FP8, and for the policies of the paper and its
+        released code; else "fp8".
+    rotate: blocks of channels are multiplied by a Hadamard matrix before they are rounded (see `rotation`): "none",
+        or "all". "auto" rotates those of an activation if the predicted divergence falls by it, which the policy
+        "budget" measures; it is "all" for the policy "mxfp4", and "none" for others.
     scale_rounding: "fit", "rceil" (the authors'), "floor" (OCP's) or "even"; see `ScaleRounding`.
     weight_rounding: "nearest", or "gptq": weights make up for each other's rounding errors on the calibrated inputs.
     scale_search: weights choose between two block exponents by error. Activations always follow `scale_rounding`.
@@ -190,6 +202,12 @@ class MicroMixConfig:
     lam: float = field(default=1.0, metadata=_takes(_is_positive, "Factor on the thresholds; larger means more MXFP4"))
     fp6: str = field(default="e2m3", metadata=_takes(FP6_FORMATS, "The MXFP6 element format"))
     weights: str = field(default="same", metadata=_takes(WEIGHT_MODES, "Formats of the weights"))
+    activations: str = field(
+        default="auto", metadata=_takes(ACTIVATION_MODES, "Formats of the activations; auto depends on the device")
+    )
+    rotate: str = field(
+        default="auto", metadata=_takes(ROTATIONS, "Which blocks a Hadamard matrix rotates before they are rounded")
+    )
     scale_rounding: ScaleRounding = field(
         default=ScaleRounding.FIT, metadata=_takes(SCALE_ROUNDINGS, "How block scales are rounded")
     )
@@ -222,6 +240,11 @@ class MicroMixConfig:
         """Whether weights are rounded while calibrating, and not when they are packed."""
         return self.scale_search or self.weight_rounding != "nearest"
 
+    def row_layout(self, split: Split, rotated: int) -> RowLayout:
+        """How activations are quantized whose weights are split so. Not for "auto", which calibration decides."""
+        assert self.activations != "auto", "a recipe's config says what activations are"
+        return RowLayout(*split, self.fp6, str(self.scale_rounding), self.activations, rotated)
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> MicroMixConfig:
         """A config from plain keys and values. Raises ValueError for an unknown key, listing the valid ones."""
@@ -239,12 +262,17 @@ class MicroMixConfig:
     def from_file(cls, options: Mapping[str, Any]) -> MicroMixConfig:
         """A config from what a file says. Options for debugging, which older files have, are left at their defaults.
 
-        Raises ValueError that names the option.
+        Files of before there was a choice have activations as their weights, and rotate nothing. Raises ValueError that
+        names the option.
         """
         try:
-            return cls.from_mapping({name: value for name, value in options.items() if name not in DEBUGGING})
+            known = {name: value for name, value in options.items() if name not in DEBUGGING}
+            config = cls.from_mapping({"activations": "same", "rotate": "none", **known})
         except TypeError as error:
             raise ValueError(str(error)) from error
+        if config.activations == "auto":
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)} in a file, got 'auto'")
+        return config
 
     def to_file(self) -> dict[str, Any]:
         """`to_dict` without the options for debugging; `from_file` reads it."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx, nn
 
-    from micromix_compile.numerics.layout import Split
+    from micromix_compile.numerics.layout import RowLayout
     from micromix_compile.targets.target import Target
 
 
@@ -48,13 +48,12 @@ class LinearPlan:
     """How one linear is to be rewritten.
 
     group: what its activation's order is looked up by; linears with equal groups share one channel_perm.
+    layout: how its activation is quantized.
     tensors: examples of (channel_perm, w4, w6, w8, w_scale), for their shapes.
     """
 
     group: int
-    split: Split
-    fp6: str
-    scale_rounding: str
+    layout: RowLayout
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

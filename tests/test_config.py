@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from micromix_compile.config import (
+    ACTIVATION_MODES,
     DUMPED,
     GRANULARITIES,
     POLICY_NAMES,
+    ROTATIONS,
     TARGET_KINDS,
     WEIGHT_MODES,
     WEIGHT_ROUNDINGS,
@@ -48,6 +50,8 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("seed", 0.5, TypeError, "seed must be an integer from 0 to 2**63 - 1, got {}"),
     ("fp6", "e4m3", ValueError, "fp6 must be one of e2m3, e3m2, got {}"),
     ("weights", "mxfp8", ValueError, "weights must be one of same, mxfp4, got {}"),
+    ("activations", "int8", ValueError, "activations must be one of auto, same, fp8, mxfp6, got {}"),
+    ("rotate", True, ValueError, "rotate must be one of auto, none, all, got {}"),
     ("scale_rounding", "nearest", ValueError, "scale_rounding must be one of floor, rceil, even, fit, got {}"),
     ("granularity", 16, ValueError, "granularity must be one of 32, 64, 128, got {}"),
     ("granularity", 64.0, TypeError, "granularity must be one of 32, 64, 128, got {}"),
@@ -82,6 +86,8 @@ configs = st.builds(
     seed=st.integers(0, 2**63 - 1),
     fp6=st.sampled_from(FP6_FORMATS),
     weights=st.sampled_from(WEIGHT_MODES),
+    activations=st.sampled_from(ACTIVATION_MODES),
+    rotate=st.sampled_from(ROTATIONS),
     scale_rounding=st.sampled_from(tuple(ScaleRounding)),
     granularity=st.sampled_from(GRANULARITIES),
     skip=pattern_lists,

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "fuzz_files.py"
-KINDS = ("recipe", "forged recipe", "packed checkpoint")
+KINDS = ("recipe", "forged recipe", "packed checkpoint", "checkpoint of others")
 
 
 def test_damaged_files_are_refused_clearly_or_give_what_they_gave() -> None:
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--mutations", "240", "--seed", "1"], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, "--mutations", "320", "--seed", "1"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {

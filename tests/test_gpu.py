@@ -27,11 +27,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fp6", ["e2m3", "e3m2"])
 @pytest.mark.parametrize("scale_rounding", ["rceil", "floor", "even", "fit"])
-def test_quantized_bytes_equal_those_of_the_cpu(dtype: torch.dtype, fp6: str, scale_rounding: str) -> None:
+@pytest.mark.parametrize(
+    ("activations", "rotated"), [("same", 0), ("same", 96), ("fp8", 0), ("fp8", 256), ("mxfp6", 64)]
+)
+def test_quantized_bytes_equal_those_of_the_cpu(
+    dtype: torch.dtype, fp6: str, scale_rounding: str, activations: str, rotated: int
+) -> None:
     x = (torch.randn(33, 250) * torch.exp(6 * torch.randn(250))).to(dtype)
     x[3, 7], x[5, 11], x[6] = float("nan"), float("inf"), 0.0
     perm = torch.cat((torch.full((6,), -1), torch.randperm(250))).int()
-    layout = (96, 96, 64, fp6, scale_rounding)
+    layout = (96, 96, 64, fp6, scale_rounding, activations, rotated)
     on_cpu = ops.reorder_quantize(x, perm, *layout)
     on_gpu = ops.reorder_quantize(x.cuda(), perm.cuda(), *layout)
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):

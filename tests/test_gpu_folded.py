@@ -29,7 +29,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_compiler")]
 @needs_folding
 @pytest.mark.parametrize("rows", [1, 16, 40, 64, 100, 300, 1100])
 @pytest.mark.parametrize("weights", ["same", "mxfp4"])
-def test_a_folded_linear_is_near_the_exact_one(rows: int, weights: str) -> None:
+@pytest.mark.parametrize(
+    ("activations", "rotate"), [("same", "none"), ("fp8", "none"), ("fp8", "all"), ("mxfp6", "all")]
+)
+def test_a_folded_linear_is_near_the_exact_one(rows: int, weights: str, activations: str, rotate: str) -> None:
     # Operands differ by what folding rounds, at most 2**-9 of a row's largest value, which these hardly reach. FP8 MMA
     # keeps 13 bits below the largest of the summands of an instruction: with 32 of them an error of at most 2**-8 of
     # the sum of magnitudes. Where one sum runs over all of K (from 33 rows on) each of 33 instructions errs, but by
@@ -38,7 +41,10 @@ def test_a_folded_linear_is_near_the_exact_one(rows: int, weights: str) -> None:
     net = nn.Linear(1056, 208, dtype=torch.bfloat16, device="cuda").eval()
     x = torch.randn(rows, 1056, dtype=torch.bfloat16, device="cuda") * torch.exp(torch.randn(1056, device="cuda"))
     x = x.bfloat16()
-    config = micromix.MicroMixConfig(weights=weights, policy="mxfp8-anchor", weight_rounding="nearest", skip=())
+    config = micromix.MicroMixConfig(
+        weights=weights, policy="mxfp8-anchor", weight_rounding="nearest", skip=(), activations=activations,
+        rotate=rotate,
+    )  # fmt: skip
     recipe = micromix.calibrate(net, [x], config)
     sequence = nn.Sequential(net).eval()
     packed = micromix.quantize_(copy.deepcopy(sequence), micromix.calibrate(sequence, [x], config))
@@ -46,10 +52,10 @@ def test_a_folded_linear_is_near_the_exact_one(rows: int, weights: str) -> None:
         fast = compiled(net, recipe, exact=False)
         got, want = fast(x).double(), packed(x).double()
         layer = packed[0]
-        q = ops.reorder_quantize(x, layer.order.channel_perm, *layer.split, layer.fp6, layer.scale_rounding)
+        q = ops.reorder_quantize(x, layer.order.channel_perm, *layer.layout)
         left = reference.dequantize_activation(*q).abs()
         parts = (layer.weight_q4, layer.weight_q6, layer.weight_q8, layer.weight_scale)
-        right = reference.dequantize_weight(*parts, layer.fp6).abs()
+        right = reference.dequantize_weight(*parts, layer.layout.fp6).abs()
     bound = 2.0**-8 * (left @ right.T).double() + 2.0**-7 * want.abs()
     assert bool(((got - want).abs() <= bound).all())
     assert not torch.equal(fast(x), torch.zeros_like(fast(x)))

@@ -96,6 +96,25 @@ def test_products_stay_within_the_derived_bound(timed: TimedTile) -> None:
 
 
 @each_tile
+@pytest.mark.parametrize(
+    ("activations", "rotated"), [("same", 0), ("same", 288), ("mxfp6", 288), ("fp8", 0), ("fp8", 288)]
+)
+def test_every_kind_of_activation_is_multiplied_as_it_was_quantized(
+    timed: TimedTile, activations: str, rotated: int
+) -> None:
+    split: Split = (288, 64, 96)
+    x = torch.randn(131, sum(split), dtype=torch.bfloat16, device="cuda")
+    perm = torch.randperm(sum(split), device="cuda").to(torch.int16)
+    folded = kernels().quantize(
+        "none", x, None, 0.0, perm, split, "e2m3", "rceil", w_fp4=False, activations=activations, rotated=rotated
+    )
+    weights = [random_weight(n, split, "e2m3", device="cuda") for n in (136, 64)]
+    for plan in plans(timed, 131, [136, 64], split):
+        got = multiply(folded, weights, "e2m3", plan)
+        assert_folded_product_is_exact(got, folded, weights, "e2m3", mma_channels=folded.q.shape[1])
+
+
+@each_tile
 def test_a_row_without_a_scale_is_nan_in_the_product_and_no_other(timed: TimedTile) -> None:
     x, weight = folded_rows(69, (64, 64, 32), "e2m3", device="cuda"), random_weight(72, (64, 64, 32), "e2m3")
     weight = type(weight)(*(None if part is None else part.cuda() for part in weight))

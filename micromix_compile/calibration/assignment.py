@@ -6,8 +6,10 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
+from micromix_compile.calibration.costs import rotated_channels
 from micromix_compile.calibration.orders import padded
 from micromix_compile.calibration.policies import policy_of
+from micromix_compile.config import THRESHOLD_POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +28,8 @@ NUMERIC_OPTIONS = (
     "lam",
     "fp6",
     "weights",
+    "activations",
+    "rotate",
     "scale_rounding",
     "weight_rounding",
     "scale_search",
@@ -42,13 +46,21 @@ def channel_order(statistics: ChannelStatistics, config: MicroMixConfig) -> Tens
     return padded(policy_of(config).order(statistics, config))
 
 
+def decided(config: MicroMixConfig, activations: str) -> MicroMixConfig:
+    """The config with "auto" replaced: by "same" for the policies of the paper, else by `activations`."""
+    if config.activations != "auto":
+        return config
+    return dataclasses.replace(config, activations="same" if config.policy in THRESHOLD_POLICIES else activations)
+
+
 def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
-    """The recipe solved again under `config` from its own statistics.
+    """The recipe solved again under `config` from its own statistics. Activations that are "auto" stay as they were.
 
     Weights that calibration rounded are dropped if an option they depend on changes; the new recipe's are rounded to
     nearest, which its config and the log say. Raises ValueError if `config` needs statistics that calibration did not
     take.
     """
+    config = decided(config, recipe.config.activations)
     if all(getattr(config, name) == getattr(recipe.config, name) for name in NUMERIC_OPTIONS):
         return dataclasses.replace(recipe, config=config)
     if (
@@ -66,9 +78,14 @@ def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
 
 
 def with_splits(recipe: Recipe) -> Recipe:
-    """The recipe with the splits that its config asks for; orders stay. Raises ValueError as `assign` does."""
+    """The recipe with the splits and rotations that its config asks for; orders stay. Raises as `assign` does."""
     splits = policy_of(recipe.config).split(recipe)
-    groups = {name: dataclasses.replace(group, split=splits[name]) for name, group in recipe.groups.items()}
+    groups = {
+        name: dataclasses.replace(
+            group, split=splits[name], rotated=rotated_channels(group, splits[name], recipe.config)
+        )
+        for name, group in recipe.groups.items()
+    }
     return _with_groups(recipe, groups)
 
 

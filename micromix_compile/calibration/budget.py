@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micromix_compile.numerics.formats import BLOCK_SIZE, segment_formats
+from micromix_compile.calibration.costs import costs_in_order, rotated_costs
+from micromix_compile.numerics.formats import BLOCK_SIZE
 from micromix_compile.numerics.layout import segment_bits
-from micromix_compile.recipe.types import COST_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.numerics.layout import Split
     from micromix_compile.recipe.types import GroupRecipe, Recipe
-
-COMPENSATED = 0.7
-"""What error compensation leaves of the weights' predicted cost. Chosen on the default model at 4.5 bits, on 12 windows
-of calibration articles that were not calibrated on: divergence .224 with 1, .209 with 0.7, .219 with 0.5."""
 
 
 def split_by_budget(recipe: Recipe) -> dict[str, Split]:
@@ -56,11 +52,13 @@ def split_by_budget(recipe: Recipe) -> dict[str, Split]:
 class Candidates:
     """What one group can be given. costs: (3, K) float64, of each channel of the sorted order in MXFP4, 6 and 8.
 
+    rotated: the same in rotated blocks, None if there are to be none; a split takes what is less.
     prices: of one channel in each format, in any unit that is the same for all groups. fixed: what the group's prices
     leave out (such as scales), in that unit.
     """
 
     costs: Tensor
+    rotated: Tensor | None = None
     prices: tuple[float, float, float]
     fixed: float = 0.0
 
@@ -86,35 +84,17 @@ class _Step:
 
 def _candidates(group: GroupRecipe, outputs: int, config: MicroMixConfig) -> Candidates:
     """What one group offers to the budget; `outputs` is the sum of N over its linears."""
-    costs = _costs_in_order(group, config)
+    costs = costs_in_order(group, config)
+    rotated = rotated_costs(group, config)
     channels, in_features = group.channel_perm.numel(), group.statistics.abs_mean.numel()
     bits = segment_bits(config.fp6)
     if config.target_kind != "stored":
         spent = bits if config.target_kind == "element" else (bits[0], bits[2], bits[2])
         four, six, eight = (each * outputs * in_features / channels for each in spent)
-        return Candidates(costs=costs, prices=(four, six, eight))
+        return Candidates(costs=costs, rotated=rotated, prices=(four, six, eight))
     four, six, eight = (float(each * outputs) for each in (bits if config.weights == "same" else (bits[0],) * 3))
     fixed = channels * (outputs * 8 / BLOCK_SIZE + 8 * 4)  # scales, and the order's int32
-    return Candidates(costs=costs, prices=(four, six, eight), fixed=fixed)
-
-
-def _costs_in_order(group: GroupRecipe, config: MicroMixConfig) -> Tensor:
-    """(3, K) float64: what each channel of the sorted order costs in MXFP4, 6 and 8; padding costs nothing."""
-    costs = group.statistics.costs
-    if costs is None:
-        raise ValueError(
-            f"policy 'budget' needs the costs of formats, which calibration did not take for {group.name}; "
-            f"calibrate with this policy"
-        )
-    rows = [COST_FORMATS.index(name) for name in segment_formats(config.fp6)]
-    weights = costs.weights[rows] if config.weights == "same" else costs.weights[[rows[0]] * 3]
-    if config.weight_rounding == "gptq":
-        weights = COMPENSATED * weights
-    per_channel = (costs.activations[rows] + weights).to(torch.float64)
-    in_order = torch.zeros(3, group.channel_perm.numel(), dtype=torch.float64, device="cpu")
-    real = group.channel_perm >= 0
-    in_order[:, real] = per_channel[:, group.channel_perm[real].long()]
-    return in_order
+    return Candidates(costs=costs, rotated=rotated, prices=(four, six, eight), fixed=fixed)
 
 
 def solve_budget(groups: Sequence[Candidates], budget: float, granularity: int) -> list[Split]:
@@ -161,15 +141,25 @@ def _counts(most: int, granularity: int) -> list[int]:
 def _points(group: Candidates, granularity: int) -> list[_Point]:
     channels = group.costs.shape[1]
     assert channels % BLOCK_SIZE == 0, "the order is padded to whole blocks"
-    costs = group.costs.to("cpu", torch.float64)
-    upto = torch.cat((costs.new_zeros(3, 1), costs.cumsum(1)), dim=1)
-    four, six, eight = upto.tolist()
+    tables = [_upto(costs) for costs in (group.costs, group.rotated) if costs is not None]
     points = []
     for split in allowed_splits(channels, granularity):
-        k4, k6, _ = split
-        cost = four[k4] + (six[k4 + k6] - six[k4]) + (eight[channels] - eight[k4 + k6])
+        cost = min(_cost(upto, split) for upto in tables)
         points.append(_Point(sum(k * p for k, p in zip(split, group.prices, strict=True)), cost, split))
     return points
+
+
+def _upto(costs: Tensor) -> list[list[float]]:
+    """For each format, what all channels before one cost together."""
+    costs = costs.to("cpu", torch.float64)
+    upto: list[list[float]] = torch.cat((costs.new_zeros(3, 1), costs.cumsum(1)), dim=1).tolist()
+    return upto
+
+
+def _cost(upto: Sequence[Sequence[float]], split: Split) -> float:
+    four, six, eight = upto
+    k4, k6, k8 = split
+    return four[k4] + (six[k4 + k6] - six[k4]) + (eight[k4 + k6 + k8] - eight[k4 + k6])
 
 
 def _lower_hull(points: Sequence[_Point]) -> list[_Point]:

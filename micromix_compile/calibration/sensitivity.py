@@ -5,7 +5,7 @@ divergence of d^T F d / 2, with F the Fisher information: E[g g^T] for the gradi
 model itself. Rounding errors of different channels and tokens are nearly independent, so the diagonal is enough:
 
     activations   sum over tokens of g_c**2 e_c**2 / 2, g the gradient at the input, e the rounding error
-    weights       sum over outputs n of E[g_n**2] E[x_c**2] (error of w_nc)**2 / 2, g the gradient at the output
+    weights       sum over outputs n of E[g_n**2 x_c**2] (error of w_nc)**2 / 2, g the gradient at the output
 
 Where gradients cannot be had, both errors are measured at the output of each linear, relative to its energy.
 """
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from micromix_compile.calibration.memory import is_out_of_memory
+from micromix_compile.numerics import rotation
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding, elem_format
 from micromix_compile.numerics.reference import scale_byte, scale_value
 from micromix_compile.numerics.rounding import round_elements
@@ -27,6 +28,10 @@ from micromix_compile.recipe.types import COST_FORMATS, ChannelCosts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+_ROUNDED = tuple((name, rotate) for rotate in (False, True) for name in COST_FORMATS)
+"""What costs are measured of: element formats, and whether blocks are rotated."""
 
 
 class CostProbe:
@@ -39,9 +44,11 @@ class CostProbe:
         self.gradients = gradients
         self._scale_rounding = scale_rounding
         self._tokens = 0
-        self._error = torch.zeros(len(COST_FORMATS), in_features, dtype=torch.float64, device="cpu")
+        self._error = torch.zeros(len(_ROUNDED), in_features, dtype=torch.float64, device="cpu")
         self._energy = torch.zeros(in_features, dtype=torch.float64, device="cpu")
-        self._output_energy: dict[str, Tensor] = {}  # per linear (N,): of gradients, or of the outputs themselves
+        self._output_energy: dict[str, Tensor] = {}  # per linear (N,), without gradients
+        self._information: dict[str, Tensor] = {}  # per linear (N, C), with them: sums of g_n**2 x_c**2
+        self._squares: Tensor | None = None  # of the last input
         self._leaves: list[Tensor] = []
 
     def watch_input(self, x: Tensor, order: Tensor, token_mask: Tensor | None) -> None:
@@ -56,6 +63,7 @@ class CostProbe:
         self._tokens += rows.shape[0] if keep is None else int(keep.sum())
         counted = rows if keep is None else rows[keep]
         self._energy += _energy(counted)
+        self._squares = rows.square() if self.gradients else None
         if not self.gradients:
             self._error += torch.stack([_energy(error) for error in self._errors(counted, order)])
             return
@@ -71,6 +79,7 @@ class CostProbe:
 
     def release(self) -> None:
         """Let go of the last batch: inputs that were made to require gradients no longer do."""
+        self._squares = None
         for leaf in self._leaves:
             leaf.grad = None
             leaf.requires_grad_(False)
@@ -79,47 +88,59 @@ class CostProbe:
     def watch_output(self, name: str, y: Tensor, token_mask: Tensor | None) -> None:
         """Take note of the output (..., N) of the linear called `name`, a member of the group."""
         if not self.gradients:
-            self._add_output(
-                name, y if token_mask is None else y[token_mask.to(y.device, torch.bool).view(y.shape[:-1])]
-            )
+            kept = y if token_mask is None else y[token_mask.to(y.device, torch.bool).view(y.shape[:-1])]
+            energy = _energy(kept.detach().reshape(-1, kept.shape[-1]).to(torch.float32))
+            self._output_energy[name] = self._output_energy.get(name, torch.zeros_like(energy)) + energy
         elif y.requires_grad:
-            y.register_hook(lambda gradient: self._add_output(name, gradient))
+            squares = self._squares
+            assert squares is not None, "a linear has an input"
+            y.register_hook(lambda gradient: self._add_information(name, gradient, squares))
 
-    def _add_output(self, name: str, values: Tensor) -> None:
-        energy = _energy(values.detach().reshape(-1, values.shape[-1]).to(torch.float32))
-        self._output_energy[name] = self._output_energy.get(name, torch.zeros_like(energy)) + energy
+    def _add_information(self, name: str, gradient: Tensor, squares: Tensor) -> None:
+        slopes = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
+        if name not in self._information:
+            self._information[name] = slopes.new_zeros(slopes.shape[1], squares.shape[1])
+        self._information[name].addmm_(slopes.T, squares)
 
     def _errors(self, rows: Tensor, order: Tensor) -> list[Tensor]:
-        """Rounding errors (M, C) of `rows` in each of COST_FORMATS, blocked by `order`, in the model's order."""
+        """Rounding errors (M, C) of `rows` in each of _ROUNDED, blocked by `order`, in the model's order."""
         order = order.to(rows.device)
-        return [rounding_errors(rows, order, name, self._scale_rounding) for name in COST_FORMATS]
+        return [rounding_errors(rows, order, name, self._scale_rounding, rotate=rotate) for name, rotate in _ROUNDED]
 
     def costs(self, weights: Mapping[str, Tensor], order: Tensor) -> ChannelCosts:
         """The costs so far. weights: (N, C) by the names of the group's linears."""
         tokens = max(self._tokens, 1)
-        activations = torch.zeros_like(self._error)
+        activations = self._error / (2 * tokens) if self.gradients else torch.zeros_like(self._error)
         of_weights = torch.zeros_like(self._error)
         for name, weight in weights.items():
-            if name not in self._output_energy:
-                continue
             matrix = weight.detach().to(torch.float32)
-            output = self._output_energy[name] / tokens
-            total = output.sum().clamp(min=torch.finfo(torch.float32).tiny)
-            per_output = output / 2 if self.gradients else torch.full_like(output, 1.0) / total
-            if not self.gradients:
+            if name in self._information:
+                of_weights += self._weighted(self._information[name] / (2 * tokens), matrix, order)
+            elif name in self._output_energy:
+                total = (self._output_energy[name] / tokens).sum().clamp(min=torch.finfo(torch.float32).tiny)
                 activations += self._error / tokens * _energy(matrix) / total
-            for row, errors in enumerate(self._errors(matrix, order)):
-                squared = (per_output.to(errors.device, torch.float32) @ errors.square()).to("cpu", torch.float64)
-                of_weights[row] += squared * self._energy / tokens
-        if self.gradients:
-            activations = self._error / (2 * tokens)
+                of_weights += self._weighted(torch.ones_like(matrix), matrix, order) * self._energy / tokens / total
         if not bool(activations.isfinite().all() and of_weights.isfinite().all()):
             raise ValueError(
                 f"the sensitivity of {next(iter(weights), 'a linear')} is not finite: a gradient or an output holds a "
                 f"NaN or an infinity, or float32 cannot hold its square; policies but 'budget' need no sensitivities"
             )
+        (plain, rotated), (plain_weights, rotated_weights) = (
+            [part.clone() for part in costs.to(torch.float32).chunk(2)] for costs in (activations, of_weights)
+        )
         return ChannelCosts(
-            activations=activations.to(torch.float32), weights=of_weights.to(torch.float32), measured=self.gradients
+            activations=plain,
+            weights=plain_weights,
+            measured=self.gradients,
+            rotated_activations=rotated,
+            rotated_weights=rotated_weights,
+        )
+
+    def _weighted(self, importance: Tensor, matrix: Tensor, order: Tensor) -> Tensor:
+        """(R, C) float64: squared rounding errors of a weight, times importance (N, C), summed over outputs."""
+        errors = self._errors(matrix, order)
+        return torch.stack(
+            [(importance.to(one.device) * one.square()).sum(0).to("cpu", torch.float64) for one in errors]
         )
 
 
@@ -128,18 +149,25 @@ def _energy(rows: Tensor) -> Tensor:
     return rows.square().sum(0).to("cpu", torch.float64)
 
 
-def rounding_errors(rows: Tensor, order: Tensor, name: str, scale_rounding: ScaleRounding) -> Tensor:
+def rounding_errors(
+    rows: Tensor, order: Tensor, name: str, scale_rounding: ScaleRounding, *, rotate: bool = False
+) -> Tensor:
     """What rounding to MX changes: float32 (M, C).
 
-    rows: (M, C) float32, finite. order: (C,) int64, the channels in the order in which they share blocks; a last block
-    that is not full is padded with zeros.
+    rows: (M, C) float32, finite. order: (C,) int64, the channels in the order in which they share blocks; the first
+    block is padded with zeros if it is not full. rotate: blocks are rotated before, and errors back afterwards.
     """
     fmt = elem_format(name)
     padding = -rows.shape[1] % BLOCK_SIZE
     blocks = torch.nn.functional.pad(rows[:, order], (padding, 0)).unflatten(1, (-1, BLOCK_SIZE))
+    hadamard = rotation.hadamard(rows.device) if rotate else None  # as a matrix: here sums may round in any order
+    if hadamard is not None:
+        blocks = blocks @ hadamard
     scale = scale_value(scale_byte(blocks.abs().amax(-1, keepdim=True), fmt, scale_rounding))
-    errors = (round_elements(blocks / scale, fmt) * scale - blocks).flatten(1)[:, padding:]
-    return torch.empty_like(rows).index_copy_(1, order, errors)
+    errors = round_elements(blocks / scale, fmt).mul_(scale).sub_(blocks)
+    if hadamard is not None:
+        errors = errors @ hadamard * rotation.NORMALIZATION
+    return torch.empty_like(rows).index_copy_(1, order, errors.flatten(1)[:, padding:])
 
 
 def pull_back(output: object, token_mask: Tensor | None, generator: torch.Generator) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from micromix_compile.cli.calibrate import calibrate
+from micromix_compile.cli.convert import convert
 from micromix_compile.cli.demo import demo
 from micromix_compile.cli.doctor import doctor
 from micromix_compile.cli.errors import Command
@@ -24,6 +25,7 @@ logger = logging.getLogger("micromix_compile")
 COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "calibrate": calibrate,
     "quantize": quantize,
+    "convert": convert,
     "eval": eval_,
     "generate": generate,
     "doctor": doctor,

@@ -22,6 +22,7 @@ DTYPES: Final = ("float32", "bfloat16", "float16")
 EVALUATION_WINDOWS: Final = 12
 CALIBRATION_WINDOWS: Final = 32
 TASK_ITEMS: Final = 200
+CONVERTED_ACTIVATIONS: Final = ("same", "fp8", "mxfp6", "mxfp8")
 DEMO_PROMPT: Final = "Explain in two sentences why the sky is blue."
 
 CONFIG_OPTIONS: Final = {
@@ -51,7 +52,16 @@ Windows = Annotated[int, typer.Option(min=1, help="Windows of evaluation text.")
 CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="A recipe to use instead of calibrating.")]
 NewRecipe = Annotated[Path, typer.Option(help="File to write the recipe to (safetensors).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")]
 NewCheckpoint = Annotated[Path, typer.Option(help="Directory to write the packed checkpoint to.")]
+Source = Annotated[
+    Path, typer.Argument(help="Directory quantized by compressed-tensors or ModelOpt, or a packed checkpoint.")
+]
+Destination = Annotated[Path, typer.Argument(help="Directory to write its twin to.")]
+ConvertedActivations = Annotated[
+    str | None,
+    typer.Option(help=f"Round activations to these, not as the checkpoint says: {choices(CONVERTED_ACTIVATIONS)}."),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="File to write the results to.")]
 Prompt = Annotated[str, typer.Option(help="What to continue or, with a chat template, to answer.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from micromix_compile.cli.options import (
     DType,
     Model,
     NewCheckpoint,
+    Overwrite,
     RecipeOption,
     WindowLength,
     changed,
@@ -47,7 +48,7 @@ def quantize(
     window_length: WindowLength = texts.WINDOW_LENGTH,
     dtype: DType = "bfloat16",
     device: DeviceOption = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint with packed linear layers.
 

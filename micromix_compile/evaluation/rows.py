@@ -44,7 +44,8 @@ def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
     if row not in row_names(torch.float32)[1:]:
         raise ValueError(f"row must be one of {', '.join(row_names(torch.float32)[1:])}, got {row!r}")
     plain: dict[str, Any] = {"weight_rounding": "nearest", "scale_search": False, "uniform_order": "model"}
-    return replace(config, policy=policy, fp6=fp6 or config.fp6, weights="same", **plain)
+    one_format: dict[str, Any] = {"weights": "same", "activations": "same", "rotate": "none"}
+    return replace(config, policy=policy, fp6=fp6 or config.fp6, **one_format, **plain)
 
 
 def evaluate_rows(

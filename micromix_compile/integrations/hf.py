@@ -12,6 +12,7 @@ safetensors. `transformers_hook` imports this module where transformers is used.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -30,7 +31,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.integrations import checkpoint
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.linear.packed import MicroMixLinear
-from micromix_compile.numerics.formats import BLOCK_SIZE
+from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.recipe.file import check_order
 from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
 from micromix_compile.verbs.quantize import share_orders
@@ -55,7 +56,15 @@ _LINEARS: Final = Each(
                 and all(isinstance(k, int) and k >= 0 and k % BLOCK_SIZE == 0 for k in split)
             ),
         ),
+        "rotated": Rule(
+            "a multiple of 32",
+            lambda rotated: isinstance(rotated, int) and rotated >= 0 and rotated % BLOCK_SIZE == 0,
+            optional=True,
+        ),
         "group": NAME,
+        "scale_rounding": Rule(
+            f"one of {', '.join(ScaleRounding)}", lambda value: value in tuple(ScaleRounding), optional=True
+        ),
     }
 )
 
@@ -154,10 +163,16 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
     k4, k6, k8 = described["split"]
     if k4 + k6 + k8 != channels + -channels % BLOCK_SIZE:
         raise ValueError(f"split must sum to in_features in whole blocks, got {described['split']} for {channels}")
+    rotated = described.get("rotated", 0)
+    if rotated > k4 + k6 + k8:
+        raise ValueError(f"rotated must be at most its {k4 + k6 + k8} channels, got {rotated}")
+    if "scale_rounding" in described:
+        config = dataclasses.replace(config, scale_rounding=described["scale_rounding"])
     return MicroMixLinear(
         in_features=channels,
         out_features=n,
         split=(k4, k6, k8),
+        rotated=rotated,
         config=config,
         bias=None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
         device="meta",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from micromix_compile.numerics.layout import RowLayout
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from micromix_compile.numerics.layout import Split
 
 
 class PackedProduct(torch.autograd.Function):
@@ -29,19 +29,17 @@ class PackedProduct(torch.autograd.Function):
         w6: Tensor,
         w8: Tensor,
         w_scale: Tensor,
-        split: Split,
-        fp6: str,
-        scale_rounding: str,
+        *layout: Any,
     ) -> Tensor:
         """As in an inference."""
-        return _product(x, bias, channel_perm, (w4, w6, w8, w_scale), split, fp6, scale_rounding)
+        return _product(x, bias, channel_perm, (w4, w6, w8, w_scale), RowLayout(*layout))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps the packed weight, neither x nor anything of its size."""
         x, bias, channel_perm, *weight = inputs[:7]
         ctx.save_for_backward(*weight, channel_perm)
-        ctx.channels, ctx.fp6 = x.shape[1], inputs[8]
+        ctx.channels, ctx.layout = x.shape[1], RowLayout(*inputs[7:])
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -49,11 +47,12 @@ class PackedProduct(torch.autograd.Function):
         """(grad_x (M, C), grad_bias (N,), None, ...)."""
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = torch.ops.micromix.dequantize_weight(*ctx.saved_tensors, ctx.channels, ctx.fp6, grad.dtype)
+            layout = (ctx.layout.fp6, ctx.layout.rotated)
+            weight = torch.ops.micromix.dequantize_weight(*ctx.saved_tensors, ctx.channels, *layout, grad.dtype)
             grad_x = grad @ weight
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_bias, *[None] * 8
+        return grad_x, grad_bias, *[None] * (5 + len(ctx.layout))
 
 
 def wants_gradients(values: Iterable[Any]) -> bool:
@@ -62,20 +61,18 @@ def wants_gradients(values: Iterable[Any]) -> bool:
 
 
 def packed_product(
-    x: Tensor, bias: Tensor | None, channel_perm: Tensor, weight: tuple[Tensor, ...], split: Split, fp6: str,
-    scale_rounding: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor, bias: Tensor | None, channel_perm: Tensor, weight: tuple[Tensor, ...], layout: RowLayout
+) -> Tensor:
     """(M, C) -> (M, N) of x's dtype: one packed linear, with a gradient where one is asked for."""
     if not wants_gradients((x, bias)):
-        return _product(x, bias, channel_perm, weight, split, fp6, scale_rounding)
-    out: Tensor = PackedProduct.apply(x, bias, channel_perm, *weight, split, fp6, scale_rounding)  # type: ignore[no-untyped-call]
+        return _product(x, bias, channel_perm, weight, layout)
+    out: Tensor = PackedProduct.apply(x, bias, channel_perm, *weight, *layout)  # type: ignore[no-untyped-call]
     return out
 
 
 def _product(
-    x: Tensor, bias: Tensor | None, channel_perm: Tensor, weight: tuple[Tensor, ...], split: Split, fp6: str,
-    scale_rounding: str,
-) -> Tensor:  # fmt: skip
-    quantized = torch.ops.micromix.reorder_quantize(x, channel_perm, *split, fp6, scale_rounding)
-    out: Tensor = torch.ops.micromix.mixed_mx_mm(*quantized, *weight, bias, fp6, x.dtype)
+    x: Tensor, bias: Tensor | None, channel_perm: Tensor, weight: tuple[Tensor, ...], layout: RowLayout
+) -> Tensor:
+    quantized = torch.ops.micromix.reorder_quantize(x, channel_perm, *layout)
+    out: Tensor = torch.ops.micromix.mixed_mx_mm(*quantized, *weight, bias, layout.fp6, x.dtype)
     return out

@@ -71,6 +71,7 @@ class MicroMixLinear(nn.Linear):
         in_features: int,
         out_features: int,
         split: Split,
+        rotated: int = 0,
         config: MicroMixConfig,
         bias: nn.Parameter | None,
         device: torch.device | str | None = None,
@@ -79,9 +80,7 @@ class MicroMixLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features = in_features
         self.out_features = out_features
-        self.split = split
-        self.fp6 = config.fp6
-        self.scale_rounding = str(config.scale_rounding)
+        self.layout = config.row_layout(split, rotated)
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.order = ChannelOrder(torch.empty(sum(split), dtype=torch.int32, device=device))
         shapes = packed_shapes(out_features, weight_split(split, config.weights))
@@ -92,6 +91,11 @@ class MicroMixLinear(nn.Linear):
     if not TYPE_CHECKING:
         weight = _WeightReader()
 
+    @property
+    def split(self) -> Split:
+        """(k4, k6, k8)."""
+        return self.layout.split
+
     def dequantized(self) -> Tensor:
         """The weight (N, C) in the model's order of channels, as `weight_dtype`; its values are made when read."""
         shape = (self.out_features, self.in_features)
@@ -101,7 +105,9 @@ class MicroMixLinear(nn.Linear):
 
     def _dequantize(self) -> Tensor:
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale, self.order.channel_perm)
-        out: Tensor = torch.ops.micromix.dequantize_weight(*weight, self.in_features, self.fp6, self.weight_dtype)
+        out: Tensor = torch.ops.micromix.dequantize_weight(
+            *weight, self.in_features, self.layout.fp6, self.layout.rotated, self.weight_dtype
+        )
         return out
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -158,11 +164,12 @@ class MicroMixLinear(nn.Linear):
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
-        layout = (self.split, self.fp6, self.scale_rounding)
-        out = packed_product(x.reshape(-1, self.in_features), self.bias, self.order.channel_perm, weight, *layout)
+        rows = x.reshape(-1, self.in_features)
+        out = packed_product(rows, self.bias, self.order.channel_perm, weight, self.layout)
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        k4, k6, k8 = self.split
-        return f"{self.in_features}, {self.out_features}, mxfp4={k4}, mxfp6={k6} ({self.fp6}), mxfp8={k8}"
+        k4, k6, k8, fp6, _, activations, rotated = self.layout
+        formats = f"mxfp4={k4}, mxfp6={k6} ({fp6}), mxfp8={k8}"
+        return f"{self.in_features}, {self.out_features}, {formats}, activations={activations}, rotated={rotated}"

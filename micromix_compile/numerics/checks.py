@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding, fp6_format
-from micromix_compile.numerics.layout import activation_shapes, packed_shapes, split_of_activation, split_of_weight
+from micromix_compile.numerics.layout import (
+    ACTIVATIONS,
+    activation_shapes,
+    packed_shapes,
+    split_of_activation,
+    split_of_weight,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +39,9 @@ def check_split(split: Split, channels: int) -> None:
         raise ValueError(f"split {split} sums to {sum(split)}, but channel_perm has {channels} entries")
 
 
-def check_reorder_quantize(x: Tensor, channel_perm: Tensor, split: Split, fp6: str, scale_rounding: str) -> None:
+def check_reorder_quantize(
+    x: Tensor, channel_perm: Tensor, split: Split, fp6: str, scale_rounding: str, activations: str, rotated: int
+) -> None:
     """Raise TypeError or ValueError for arguments that `reorder_quantize` does not take."""
     check_float(x)
     if channel_perm.dtype not in INDEX_DTYPES:
@@ -43,6 +51,15 @@ def check_reorder_quantize(x: Tensor, channel_perm: Tensor, split: Split, fp6: s
     check_split(split, channel_perm.shape[0])
     fp6_format(fp6)
     ScaleRounding(scale_rounding)
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+    check_rotated(rotated, channel_perm.shape[0])
+
+
+def check_rotated(rotated: int, channels: int) -> None:
+    """Raise ValueError unless so many of the channels are whole blocks."""
+    if rotated % BLOCK_SIZE or not 0 <= rotated <= channels:
+        raise ValueError(f"rotated must be a multiple of {BLOCK_SIZE} from 0 to {channels}, got {rotated}")
 
 
 def check_norm_weight(x: Tensor, weight: Tensor) -> None:

@@ -112,15 +112,18 @@ def _ordered(values: Tensor, split: Split, *, w_fp4: bool) -> Tensor:
     return torch.nn.functional.pad(values, (0, 1))[:, fold_order(split, w_fp4=w_fp4).to(values.device)]
 
 
-def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> FoldedActivation:
+def fold_activation(
+    x: QuantizedActivation, amax: Tensor, *, w_fp4: bool, w_split: Split | None = None
+) -> FoldedActivation:
     """Fold what `reference.reorder_quantize` returned. amax: (M,) float32, largest magnitude of each unquantized row.
 
-    w_fp4: as in `fold_order`. The scale of a row with a NaN or an infinity is NaN.
+    w_fp4: as in `fold_order`. w_split: of the weights, where activations are not split like them. The scale of a row
+    with a NaN or an infinity is NaN.
     """
     bits = amax.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
     exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x400000).int()).clamp(min=1)
     row_scale = torch.where(bits >= 0x7F800000, torch.nan, (exponent << 23).view(torch.float32))
-    split = split_of_activation(x.q4, x.q6, x.q8)
+    split = w_split or split_of_activation(x.q4, x.q6, x.q8)
     # Relative to the row: a value near the top of float32's range may round to one above it.
     relative = reference.scale_value((x.scale.to(torch.int32) - exponent[:, None] + E8M0_BIAS).clamp(0, E8M0_NAN - 1))
     elements = reference.dequantize_activation(x.q4, x.q6, x.q8, torch.full_like(x.scale, E8M0_BIAS))
@@ -128,6 +131,16 @@ def fold_activation(x: QuantizedActivation, amax: Tensor, *, w_fp4: bool) -> Fol
     folded = _ordered(values, split, w_fp4=w_fp4)
     locks = torch.zeros(LOCKS, dtype=torch.int32, device=amax.device)
     return FoldedActivation(_to_e4m3(folded, row_scale), row_scale, locks)
+
+
+def fold_rows(q8: Tensor, byte: Tensor, w_split: Split, *, w_fp4: bool) -> FoldedActivation:
+    """What has one scale a row already, in the order in which it meets the weights; exact.
+
+    q8: (M, K) E4M3 bytes of `reference.reorder_quantize` with activations "fp8". byte: (M,) int32 of
+    `reference.row_scale_byte`; w_split, w_fp4: as in `fold_activation`.
+    """
+    locks = torch.zeros(LOCKS, dtype=torch.int32, device=q8.device)
+    return FoldedActivation(_ordered(q8, w_split, w_fp4=w_fp4), reference.scale_value(byte), locks)
 
 
 def weight_row_scale(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> Tensor:

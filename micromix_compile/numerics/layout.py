@@ -6,7 +6,7 @@ Rows, and what has only shapes, such as the nodes of a compiler, are taken as th
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from micromix_compile.numerics.formats import BLOCK_SIZE, elem_format, segment_f
 Split = tuple[int, int, int]
 """(k4, k6, k8): channels per format, multiples of 32."""
 
+ACTIVATIONS: Final = ("same", "fp8", "mxfp6")
+"""What activations are rounded to: each channel to the format of its weight; all to E4M3 with one scale a row; or each
+to MXFP6, but to MXFP8 where its weight is that. But for the first, all of them are E4M3 bytes in memory."""
+
 
 class Shaped(Protocol):
     """A tensor, or what stands for one."""
@@ -23,6 +27,27 @@ class Shaped(Protocol):
     @property
     def shape(self) -> Any:
         """Extents."""
+
+
+class RowLayout(NamedTuple):
+    """How rows become quantized activations: the quantizers' arguments behind the order, in their order.
+
+    k4, k6, k8: the split of the weights, unless these are all MXFP4. activations: of `ACTIVATIONS`. rotated: how many
+    channels of the order are rotated, from the first on (see `rotation`).
+    """
+
+    k4: int
+    k6: int
+    k8: int
+    fp6: str
+    scale_rounding: str
+    activations: str = "same"
+    rotated: int = 0
+
+    @property
+    def split(self) -> Split:
+        """(k4, k6, k8)."""
+        return self.k4, self.k6, self.k8
 
 
 class PackedWeight(NamedTuple):
@@ -47,6 +72,11 @@ def order_dtype(channels: int) -> torch.dtype:
 def weight_split(split: Split, weights: str) -> Split:
     """The split of the weights that meet activations split so: the same, or all MXFP4."""
     return split if weights == "same" else (sum(split), 0, 0)
+
+
+def activation_split(split: Split, activations: str) -> Split:
+    """The split of the activations that meet weights split so: the same, or all in E4M3 bytes."""
+    return split if activations == "same" else (0, 0, sum(split))
 
 
 def segment_bits(fp6: str) -> tuple[int, int, int]:
@@ -102,9 +132,24 @@ def row_bytes(split: Split, fp6: str) -> int:
 
 
 def weights_are_fp4(split: Split, w_split: Split) -> bool:
-    """Whether the weights are all MXFP4, as against split like the activations. Raises ValueError for any other."""
-    if w_split == split:
-        return False
+    """Whether weights are all MXFP4, and activations are not. Raises ValueError for splits that fit no mode.
+
+    Those that fit are equal, or all weights are MXFP4, or all activations are E4M3 bytes.
+    """
     if w_split == weight_split(split, "mxfp4"):
-        return True
-    raise ValueError(f"weights must be split like the activations, {split}, or all MXFP4, got {w_split}")
+        return split != w_split
+    if split in (w_split, activation_split(w_split, "fp8")):
+        return False
+    raise ValueError(
+        f"weights must be split like the activations, {split}, or all MXFP4, or meet MXFP8 alone, got {w_split}"
+    )
+
+
+def activations_are_wide(split: Split, w_split: Split) -> bool:
+    """Whether activations are all E4M3 bytes, and weights are in several formats. Raises as `weights_are_fp4` does."""
+    return not weights_are_fp4(split, w_split) and split != w_split
+
+
+def product_split(split: Split, w_split: Split) -> Split:
+    """The segments that a product of activations and weights split so goes through, one after the other."""
+    return w_split if activations_are_wide(split, w_split) else split

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics import packing
+from micromix_compile.numerics import packing, rotation
 from micromix_compile.numerics.checks import check_float, check_reorder_quantize
 from micromix_compile.numerics.formats import (
     BLOCK_SIZE,
@@ -149,17 +149,53 @@ def reorder_quantize(
     *,
     fp6: str,
     scale_rounding: ScaleRounding = ScaleRounding.RCEIL,
+    activations: str = "same",
+    rotated: int = 0,
 ) -> QuantizedActivation:
     """Reorder the channels of `x` and quantize them as [MXFP4 | MXFP6 | MXFP8] (MicroMix, section 4.2).
 
     x: (M, C) float32, bfloat16 or float16. channel_perm: (K,) int16, int32 or int64, entries in [0, C), or -1 for a
     zero channel.
     split: (k4, k6, k8), multiples of 32 with sum K. fp6: "e2m3" or "e3m2".
+    activations: other formats than the split's, see `layout.ACTIVATIONS`; all parts but q8 are empty then. With "fp8" a
+    row has one scale, that of its largest value, whether channel_perm holds it or not; if that is a NaN or infinite,
+    the whole row is NaN. rotated: how many channels of the order are rotated first (see `rotation`).
     Raises TypeError or ValueError for another dtype, shape, split or name. The entries of channel_perm are not
     checked (that would wait for the device): one past C is `index_select`'s to report.
     """
-    check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
-    segments = zip(reorder(x, channel_perm).split(split, dim=1), segment_formats(fp6), strict=True)
+    check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding, activations, rotated)
+    y = reorder(x, channel_perm)
+    if rotated:
+        y = rotation.rotate_activation(y.to(torch.float32), rotated)
+    if activations == "same":
+        return _quantize_segments(y, split, fp6, scale_rounding)
+    if activations == "fp8":
+        return _wide(*_quantize_rows(y, row_scale_byte(x, scale_rounding)))
+    k4, k6, k8 = split
+    _, narrow, wide, scale = _quantize_segments(y, (0, k4 + k6, k8), fp6, scale_rounding)
+    return _wide(torch.cat((narrow, wide), 1), scale)
+
+
+def row_scale_byte(x: Tensor, scale_rounding: ScaleRounding) -> Tensor:
+    """The E8M0 byte of each row as a whole in E4M3: (M,) int32, at least 1, for GPUs may take 2**-127 as a zero."""
+    amax = x.to(torch.float32).abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float32)
+    return scale_byte(amax, elem_format("e4m3"), scale_rounding).clamp(min=1)
+
+
+def _quantize_rows(y: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 codes (M, K) with one scale a row, and that once for each block. byte: (M,) int32."""
+    reciprocal = ((254 - byte).clamp(min=1) << 23).view(torch.float32)[:, None]
+    codes = encode(torch.where((byte == E8M0_NAN)[:, None], 0.0, y.to(torch.float32) * reciprocal), elem_format("e4m3"))
+    return codes, byte.to(torch.uint8)[:, None].repeat(1, y.shape[1] // BLOCK_SIZE)
+
+
+def _wide(codes: Tensor, scale: Tensor) -> QuantizedActivation:
+    nothing = codes.new_empty((codes.shape[0], 0))
+    return QuantizedActivation(nothing, nothing, codes, scale)
+
+
+def _quantize_segments(y: Tensor, split: Split, fp6: str, scale_rounding: ScaleRounding) -> QuantizedActivation:
+    segments = zip(y.split(split, dim=1), segment_formats(fp6), strict=True)
     (codes4, scale4), (codes6, scale6), (codes8, scale8) = (
         quantize(segment, fmt, scale_rounding=scale_rounding) for segment, fmt in segments
     )

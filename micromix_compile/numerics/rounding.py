@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics.formats import BLOCK_SIZE, ElemFormat, ScaleRounding, elem_format
+from micromix_compile.numerics.formats import BLOCK_SIZE, E8M0_BIAS, ElemFormat, ScaleRounding, elem_format
 from micromix_compile.numerics.reference import scale_byte, scale_value
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ def round_elements(values: Tensor, fmt: ElemFormat) -> Tensor:
 
     values: any shape, float32, finite. Returns float32.
     """
-    magnitude = values.abs().clamp(max=fmt.max_value)
-    exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=fmt.min_exponent)
-    step = ((exponent + (127 - fmt.mantissa_bits)) << 23).view(torch.float32)
-    return torch.copysign((torch.round(magnitude / step) * step).clamp(max=fmt.max_value), values)
+    magnitude = values.abs().clamp_(max=fmt.max_value)
+    # 2**e of each, times 2**(23 - mantissa_bits): what has steps of the format's as its ulp, so that adding it rounds.
+    power = (magnitude.view(torch.int32) & 0x7F800000).clamp_(min=(E8M0_BIAS + fmt.min_exponent) << 23)
+    magic = power.view(torch.float32).mul_(2.0 ** (23 - fmt.mantissa_bits))
+    return magnitude.add_(magic).sub_(magic).clamp_(max=fmt.max_value).copysign_(values)
 
 
 def block_scales(

@@ -1,12 +1,14 @@
 """The operations that every path meets at, as `torch.library` ops.
 
-    micromix::reorder_quantize(x, channel_perm, k4, k6, k8, fp6, scale_rounding) -> (q4, q6, q8, scale)
-    micromix::rms_norm_reorder_quantize(x, weight, eps, channel_perm, ...)       -> (q4, q6, q8, scale)
-    micromix::silu_mul_reorder_quantize(gate, up, channel_perm, ...)             -> (q4, q6, q8, scale)
+    micromix::reorder_quantize(x, channel_perm, k4, k6, k8, fp6, scale_rounding, activations, rotated)
+        -> (q4, q6, q8, scale)
+    micromix::rms_norm_reorder_quantize(x, weight, eps, channel_perm, ...) -> (q4, q6, q8, scale)
+    micromix::silu_mul_reorder_quantize(gate, up, channel_perm, ...)       -> (q4, q6, q8, scale)
     micromix::mixed_mx_mm(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6, out_dtype) -> (M, N)
-    micromix::dequantize_weight(w4, w6, w8, w_scale, channel_perm, channels, fp6, dtype)  -> (N, C)
+    micromix::dequantize_weight(w4, w6, w8, w_scale, channel_perm, channels, fp6, rotated, dtype) -> (N, C)
 
-Layouts are in `packing`, arithmetic in `reference`. Here each op gets its schema, its shapes for tracing, and an
+(k4, k6, k8) is the split of the weights, unless these are all MXFP4; `activations` says what becomes of it. Layouts are
+in `packing`, arithmetic in `reference`. Here each op gets its schema, its shapes for tracing, and an
 implementation for any device, which leaves the work to the device's target. On a CPU the first call loads compiled
 kernels, which the dispatcher then calls itself.
 """
@@ -18,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics import checks, reference
-from micromix_compile.numerics.layout import PackedWeight, activation_shapes
+from micromix_compile.numerics import checks, reference, rotation
+from micromix_compile.numerics.layout import PackedWeight, activation_shapes, activation_split
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets.target import target_of
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
-_LAYOUT_ARGS = "Tensor channel_perm, int k4, int k6, int k8, str fp6, str scale_rounding"
+_LAYOUT_ARGS = "Tensor channel_perm, int k4, int k6, int k8, str fp6, str scale_rounding, str activations, int rotated"
 _QUANTIZED = "(Tensor q4, Tensor q6, Tensor q8, Tensor scale)"
 
 _lib = torch.library.Library("micromix", "DEF")
@@ -41,7 +43,7 @@ _lib.define(
 )
 _lib.define(
     "dequantize_weight(Tensor w4, Tensor w6, Tensor w8, Tensor w_scale, Tensor channel_perm, SymInt channels, str fp6, "
-    "ScalarType dtype) -> Tensor"
+    "int rotated, ScalarType dtype) -> Tensor"
 )
 
 reorder_quantize: Callable[..., Quantized] = torch.ops.micromix.reorder_quantize.default
@@ -53,10 +55,12 @@ dequantize_weight: Callable[..., Tensor] = torch.ops.micromix.dequantize_weight.
 
 def _quantize(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, k4: int, k6: int, k8: int,
-    fp6: str, scale_rounding: str,
+    fp6: str, scale_rounding: str, activations: str, rotated: int,
 ) -> Quantized:  # fmt: skip
-    kernels = target_of(x.device).exact
-    return kernels.quantize(producer, x, other, eps, channel_perm, (k4, k6, k8), fp6, scale_rounding)
+    return target_of(x.device).exact.quantize(
+        producer, x, other, eps, channel_perm, (k4, k6, k8), fp6, scale_rounding, activations=activations,
+        rotated=rotated,
+    )  # fmt: skip
 
 
 def _reorder_quantize(x: Tensor, *layout: Any) -> Quantized:
@@ -81,9 +85,10 @@ def _mixed_mx_mm(
 
 def _dequantize_weight(
     w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, channel_perm: Tensor, channels: int, fp6: str,
-    dtype: torch.dtype,
+    rotated: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    values = reference.dequantize_weight(w4, w6, w8, w_scale, fp6).to(dtype)
+    values = reference.dequantize_weight(w4, w6, w8, w_scale, fp6)
+    values = (rotation.unrotate_weight(values, rotated) if rotated else values).to(dtype)
     place = channel_perm.to(torch.int64)
     place = torch.where(place < 0, channels, place)  # padding goes behind the last channel
     out = values.new_zeros(values.shape[0], channels + 1).index_copy_(1, place, values)
@@ -91,10 +96,11 @@ def _dequantize_weight(
 
 
 def _fake_reorder_quantize(
-    x: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str
-) -> Quantized:
-    checks.check_reorder_quantize(x, channel_perm, (k4, k6, k8), fp6, scale_rounding)
-    shapes = activation_shapes(x.shape[0], (k4, k6, k8))
+    x: Tensor, channel_perm: Tensor, k4: int, k6: int, k8: int, fp6: str, scale_rounding: str, activations: str,
+    rotated: int,
+) -> Quantized:  # fmt: skip
+    checks.check_reorder_quantize(x, channel_perm, (k4, k6, k8), fp6, scale_rounding, activations, rotated)
+    shapes = activation_shapes(x.shape[0], activation_split((k4, k6, k8), activations))
     q4, q6, q8, scale = (x.new_empty(shape, dtype=torch.uint8) for shape in shapes)
     return q4, q6, q8, scale
 
@@ -128,8 +134,9 @@ def _fake_mixed_mx_mm(
 
 def _fake_dequantize_weight(
     w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, channel_perm: Tensor, channels: int, fp6: str,
-    dtype: torch.dtype,
+    rotated: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    checks.check_rotated(rotated, channel_perm.shape[0])
     return w_scale.new_empty((w_scale.shape[0], channels), dtype=dtype)
 
 

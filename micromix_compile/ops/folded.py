@@ -1,10 +1,11 @@
 """The operations of the folded path (see `folding`): the pass `fold_products` puts them in the place of exact ones.
 
-    micromix::reorder_fold(x, channel_perm, k4, k6, k8, fp6, scale_rounding, w_fp4) -> (q, row_scale, locks)
-    micromix::rms_norm_reorder_fold(x, weight, eps, channel_perm, ...)              -> (q, row_scale, locks)
+    micromix::reorder_fold(x, channel_perm, k4, k6, k8, fp6, scale_rounding, activations, rotated, w_fp4)
+        -> (q, row_scale, locks)
+    micromix::rms_norm_reorder_fold(x, weight, eps, channel_perm, ...) -> (q, row_scale, locks)
     micromix::add_rms_norm_reorder_fold(x, residual, weight, eps, channel_perm, ...)
         -> (x + residual, q, row_scale, locks)
-    micromix::silu_mul_reorder_fold(gate, up, channel_perm, ...)                    -> (q, row_scale, locks)
+    micromix::silu_mul_reorder_fold(gate, up, channel_perm, ...) -> (q, row_scale, locks)
     micromix::folded_mm(q, row_scale, locks, w4[], w6[], w8[], w_factor[], w_row_scale[], bias[], fp6, out_dtype)
         -> (M, N)[]
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 Folded = tuple[Tensor, Tensor, Tensor]
 
-_LAYOUT_ARGS = "Tensor channel_perm, int k4, int k6, int k8, str fp6, str scale_rounding, bool w_fp4"
+_LAYOUT_ARGS = (
+    "Tensor channel_perm, int k4, int k6, int k8, str fp6, str scale_rounding, str activations, int rotated, bool w_fp4"
+)
 _FOLDED = "(Tensor q, Tensor row_scale, Tensor locks)"
 
 _lib = torch.library.Library("micromix", "FRAGMENT")
@@ -57,11 +60,12 @@ folded_mm: Callable[..., list[Tensor]] = torch.ops.micromix.folded_mm.default
 
 def _fold(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, k4: int, k6: int, k8: int,
-    fp6: str, scale_rounding: str, w_fp4: bool, *, residual: Residual | None = None,
+    fp6: str, scale_rounding: str, activations: str, rotated: int, w_fp4: bool, *, residual: Residual | None = None,
 ) -> Folded:  # fmt: skip
     return target_of(x.device).folded.quantize(
-        producer, x, other, eps, channel_perm, (k4, k6, k8), fp6, scale_rounding, w_fp4=w_fp4, residual=residual
-    )
+        producer, x, other, eps, channel_perm, (k4, k6, k8), fp6, scale_rounding, w_fp4=w_fp4, residual=residual,
+        activations=activations, rotated=rotated,
+    )  # fmt: skip
 
 
 def _reorder_fold(x: Tensor, *layout: Any) -> Folded:
@@ -122,9 +126,9 @@ def _check_folded_mm(
 
 
 def _fake_fold(x: Tensor, *layout: object) -> Folded:
-    channel_perm, k4, k6, k8, fp6, scale_rounding, w_fp4 = layout
+    channel_perm, k4, k6, k8, *names, w_fp4 = layout
     split = (k4, k6, k8)
-    checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)  # type: ignore[arg-type]
+    checks.check_reorder_quantize(x, channel_perm, split, *names)  # type: ignore[arg-type]
     return (
         x.new_empty((x.shape[0], fold_width(split, w_fp4=bool(w_fp4))), dtype=torch.uint8),  # type: ignore[arg-type]
         x.new_empty(x.shape[0], dtype=torch.float32),

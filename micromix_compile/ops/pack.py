@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from micromix_compile import ops
-from micromix_compile.numerics import packing, reference, rounding
-from micromix_compile.numerics.layout import PackedWeight, Split, block_formats, padded_channels, weight_split
+from micromix_compile.numerics import packing, reference, rotation, rounding
+from micromix_compile.numerics.layout import (
+    PackedWeight,
+    RowLayout,
+    Split,
+    block_formats,
+    padded_channels,
+    weight_split,
+)
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
@@ -31,8 +38,11 @@ def pack_weight(weight: Tensor, group: GroupRecipe, config: MicroMixConfig) -> P
         raise ValueError(
             f"group {group.name} orders {group.channel_perm.numel()} channels, but the weight has {weight.shape[1]}"
         )
-    split = weight_split(group.split, config.weights)
-    return _pack(weight.detach(), group.channel_perm.to(weight.device), split, config)
+    split, perm = weight_split(group.split, config.weights), group.channel_perm.to(weight.device)
+    if not group.rotated:
+        return _pack(weight.detach(), perm, split, config)
+    rotated = rotation.rotate_weight(reference.reorder(weight.detach(), perm).to(torch.float32), group.rotated)
+    return _pack(rotated, torch.arange(perm.numel(), device=weight.device), split, config)
 
 
 def round_weights(
@@ -50,11 +60,12 @@ def round_weights(
     device = moment.device
     perm = group.channel_perm.to(device)
     stacked = torch.cat([reference.reorder(w.to(device, torch.float32), perm) for w in finite.values()])
+    stacked = rotation.rotate_weight(stacked, group.rotated)
     split = weight_split(group.split, config.weights)
     rounded = rounding.round_weight(
         stacked,
         block_formats(split, config.fp6),
-        reference.reorder(reference.reorder(moment, perm).T, perm),
+        rotation.rotate_moment(reference.reorder(reference.reorder(moment, perm).T, perm), group.rotated),
         scale_rounding=config.scale_rounding,
         search=config.scale_search,
         compensate=config.weight_rounding == "gptq",
@@ -66,7 +77,8 @@ def round_weights(
 
 
 def _pack(weight: Tensor, channel_perm: Tensor, split: Split, config: MicroMixConfig) -> PackedWeight:
-    q4, q6, q8, scale = ops.reorder_quantize(weight, channel_perm, *split, config.fp6, str(config.scale_rounding))
+    layout = RowLayout(*split, config.fp6, str(config.scale_rounding))
+    q4, q6, q8, scale = ops.reorder_quantize(weight, channel_perm, *layout)
     parts = (q4, packing.pack_fp6(q6, config.fp6), q8, scale)
     return PackedWeight(*packing.in_one_storage(parts, weight.device))
 

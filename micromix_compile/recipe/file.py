@@ -62,6 +62,7 @@ _CHECKSUM: Final = Rule(  # of `fingerprint`
 _GROUP: Final = {
     "name": NAME,
     "split": (integer(0), integer(0), integer(0)),
+    "rotated": integer(0, optional=True),  # files of before lack it
     "elements": integer(1),
     "tokens": integer(1),
     "batches": integer(1),
@@ -164,6 +165,7 @@ def _group_to_file(group: GroupRecipe, tensors: dict[str, Tensor]) -> dict[str, 
     fields: dict[str, Any] = {
         "name": group.name,
         "split": list(group.split),
+        "rotated": group.rotated,
         "elements": stats.elements,
         "tokens": stats.tokens,
         "batches": stats.batches,
@@ -172,6 +174,9 @@ def _group_to_file(group: GroupRecipe, tensors: dict[str, Tensor]) -> dict[str, 
     if stats.costs is not None:
         tensors[f"{group.name}.activation_costs"] = stats.costs.activations
         tensors[f"{group.name}.weight_costs"] = stats.costs.weights
+        for side in ("activations", "weights"):
+            if (rotated := getattr(stats.costs, f"rotated_{side}")) is not None:
+                tensors[f"{group.name}.rotated_{side.removesuffix('s')}_costs"] = rotated
         fields["costs_measured"] = stats.costs.measured
     return fields
 
@@ -276,6 +281,9 @@ def _group(group: dict[str, Any], parts: _Parts) -> GroupRecipe:
         raise FieldError(
             f"groups.{named(name)}.split must be three multiples of 32 with sum {perm.numel()}, got {split}"
         )
+    rotated = group.get("rotated", 0)
+    if rotated % BLOCK_SIZE or rotated > perm.numel():
+        raise FieldError(f"groups.{named(name)}.rotated must be a multiple of 32 up to {perm.numel()}, got {rotated}")
     channels = int((perm >= 0).sum())
     check_order(perm, channels, f"{name}.channel_perm")
     if group["elements"] != group["tokens"] * channels:
@@ -291,7 +299,7 @@ def _group(group: dict[str, Any], parts: _Parts) -> GroupRecipe:
         below=_below(group),
         costs=_costs(group, channels, parts),
     )
-    return GroupRecipe(name=name, channel_perm=perm, split=split, statistics=statistics)
+    return GroupRecipe(name=name, channel_perm=perm, split=split, rotated=rotated, statistics=statistics)
 
 
 def check_order(perm: Tensor, channels: int, name: str) -> None:
@@ -322,7 +330,21 @@ def _costs(group: dict[str, Any], channels: int, parts: _Parts) -> ChannelCosts 
         return None
     shape = (len(COST_FORMATS), channels)
     sides = [parts.take_sizes(f"{group['name']}.{side}_costs", shape) for side in ("activation", "weight")]
-    return ChannelCosts(activations=sides[0], weights=sides[1], measured=group["costs_measured"])
+    rotated = [
+        _rotated_costs(f"{group['name']}.rotated_{side}_costs", channels, parts) for side in ("activation", "weight")
+    ]
+    return ChannelCosts(
+        activations=sides[0],
+        weights=sides[1],
+        measured=group["costs_measured"],
+        rotated_activations=rotated[0],
+        rotated_weights=rotated[1],
+    )
+
+
+def _rotated_costs(name: str, channels: int, parts: _Parts) -> Tensor | None:
+    """None in files of before."""
+    return parts.take_sizes(name, (len(COST_FORMATS), channels)) if name in parts.left else None
 
 
 def _linear(linear: dict[str, Any], groups: Mapping[str, GroupRecipe], parts: _Parts) -> LinearRecipe:

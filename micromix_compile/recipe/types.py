@@ -32,13 +32,16 @@ class ChannelCosts:
     """What each channel costs in each of `COST_FORMATS`: predicted divergence of the model's output, nats a token.
 
     activations, weights: (4, C) float32, of rounding the one and the other; the divergence adds over both and over all
-    channels of a model. measured: from gradients of the output; otherwise from the error of each linear relative to its
+    channels of a model. rotated_activations, rotated_weights: (4, C) float32, the same in rotated blocks; None in
+    recipes of before. measured: from gradients of the output; otherwise from the error of each linear relative to its
     own output, which is comparable inside a linear and only roughly between them.
     """
 
     activations: Tensor
     weights: Tensor
     measured: bool
+    rotated_activations: Tensor | None = None
+    rotated_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +75,14 @@ class GroupRecipe:
     """Order and split of one activation, shared by the linears that read it.
 
     channel_perm: (K,) int32, K = C rounded up to a multiple of 32, -1 for the padding channels.
-    split: (k4, k6, k8), sums to K.
+    split: (k4, k6, k8), sums to K. rotated: how many channels of the order are rotated, from the first on.
     """
 
     name: str
     channel_perm: Tensor
     split: Split
     statistics: ChannelStatistics
+    rotated: int = 0
 
     def order_on(self, device: torch.device) -> Tensor:
         """channel_perm on a device, as `order_dtype`."""
@@ -173,9 +177,17 @@ class Recipe:
 
     @property
     def bits_text(self) -> str:
-        """The averages for people: of the linears, and of the whole model if that is known."""
+        """The averages for people, of the linears, and of the whole model if that is known; what activations are."""
         whole = "" if self.model_bits is None else f" ({self.model_bits:.2f} over all parameters of the model)"
-        return f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}"
+        bits = f"{self.element_bits:.2f} element bits, {self.stored_bits:.2f} stored bits{whole}"
+        return f"{bits}, {self._activations_text}"
+
+    @property
+    def _activations_text(self) -> str:
+        groups = self.groups.values()
+        rotated = sum(group.rotated > 0 for group in groups)
+        turned = f", blocks rotated in {rotated} of {len(groups)} groups" if rotated else ""
+        return f"activations {self.config.activations}{turned}"
 
     def stored_bytes_of(self, linear: LinearRecipe) -> int:
         """Bytes of one linear's packed weight with scales and padding."""

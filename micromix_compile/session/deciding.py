@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Final
 
-from micromix_compile.calibration.assignment import assign, channel_order
+from micromix_compile.calibration.assignment import assign, channel_order, decided
 from micromix_compile.calibration.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.ops.pack import round_weights
@@ -14,6 +15,7 @@ from micromix_compile.recipe.fingerprint import Checksums, weight_sample
 from micromix_compile.recipe.types import GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.session.candidates import left_alone
 from micromix_compile.session.matching import all_parameter_names, named_modules
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
     from micromix_compile.session.names import Names
     from micromix_compile.session.observing import Observation
     from micromix_compile.session.state import LinearState
+    from micromix_compile.targets.target import Target
 
-UNDECIDED: Final = MicroMixConfig(policy="mxfp8", uniform_order="model")
+logger = logging.getLogger("micromix_compile")
+
+UNDECIDED: Final = MicroMixConfig(policy="mxfp8", uniform_order="model", activations="same", rotate="none")
 """The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
 
 Groups = dict["ChannelObserver", list["LinearState"]]
@@ -37,13 +42,32 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
     """What was observed, decided for each config in turn. Raises ValueError if no linear was reached."""
     groups = _groups(names)
     observed = _observed(names, groups, with_checksums=observation.rounds_weights)
+    target = _target(groups)
     for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
-        recipe = assign(observed, config)
+        recipe = assign(observed, decided(config, target.activations))
+        if config.activations == "auto":
+            _say_activations(recipe, target)
         if config.rounds_weights:
             with naming_out_of_memory(*ROUNDING):
                 packed = _round(recipe, groups, keep_moments=left > 0, progress=progress)
             recipe = dataclasses.replace(recipe, packed=packed)
         yield recipe
+
+
+def _target(groups: Groups) -> Target:
+    """Of the first weight."""
+    first = next(matrix for members in groups.values() for matrix in _matrices(members).values())
+    return target_of(first.device)
+
+
+def _say_activations(recipe: Recipe, target: Target) -> None:
+    chosen = recipe.config.activations
+    if chosen == target.activations:
+        speed = "faster" if chosen == "same" else "no faster"
+        reason = f"{target.name} multiplies MXFP4 {speed} than FP8"
+    else:
+        reason = f"the policy {recipe.config.policy!r} rounds them as weights are"
+    logger.info("activations of %s: %s, because %s", recipe.model_id, chosen, reason)
 
 
 def _groups(names: Names) -> Groups:

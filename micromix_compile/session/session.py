@@ -172,12 +172,11 @@ class Session:
         state = self.state(parameter)
         if state.linear is None:
             return None
+        assert self.recipe is not None, "a linear's recipe is a part of the whole"
         state.transposed = transposed
         return LinearPlan(
             group=id(state.linear.group),
-            split=state.linear.split,
-            fp6=self.config.fp6,
-            scale_rounding=str(self.config.scale_rounding),
+            layout=self.recipe.config.row_layout(state.linear.split, state.linear.group.rotated),
             tensors=self.packed(parameter),
         )
 

@@ -90,4 +90,4 @@ class LinearState:
             self.key = UNQUANTIZED
         else:
             members = (one.fqn.rpartition(".")[2] for one in recipe.linears.values() if one.group is linear.group)
-            self.key = ("quantized", *linear.split, tuple(members))
+            self.key = ("quantized", *linear.split, linear.group.rotated, tuple(members))

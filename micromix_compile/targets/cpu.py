@@ -109,12 +109,15 @@ class CompiledExact(PlainExact):
 
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-        scale_rounding: str,
+        scale_rounding: str, *, activations: str = "same", rotated: int = 0,
     ) -> QuantizedActivation:  # fmt: skip
         """See `ExactKernels`. There is none behind SiLU times up."""
-        layout = (channel_perm, *split, fp6, scale_rounding)
+        layout = (channel_perm, *split, fp6, scale_rounding, activations, rotated)
         if not _serves(x, other, channel_perm):
-            return super().quantize(producer, x, other, eps, channel_perm, split, fp6, scale_rounding)
+            return super().quantize(
+                producer, x, other, eps, channel_perm, split, fp6, scale_rounding, activations=activations,
+                rotated=rotated,
+            )  # fmt: skip
         if producer == "rms_norm":
             return QuantizedActivation(*torch.ops.micromix.rms_norm_reorder_quantize(x, other, eps, *layout))
         producers.check_produce(producer, x, other)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from micromix_compile.numerics import checks
 from micromix_compile.numerics.layout import (
     PackedWeight,
+    activations_are_wide,
     block_counts,
+    product_split,
     split_of_activation,
     split_of_weight,
-    weights_are_fp4,
 )
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets.launch import KernelCall
@@ -33,10 +34,12 @@ class TritonExact:
 
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-        scale_rounding: str,
+        scale_rounding: str, *, activations: str = "same", rotated: int = 0,
     ) -> QuantizedActivation:  # fmt: skip
         """See `ExactKernels`."""
-        return reorder_quantize(producer, x, other, eps, channel_perm, split, fp6, scale_rounding)
+        return reorder_quantize(
+            producer, x, other, eps, channel_perm, split, fp6, scale_rounding, activations=activations, rotated=rotated
+        )
 
     def multiply(
         self, x: QuantizedActivation, w: PackedWeight, bias: Tensor | None, fp6: str, out_dtype: torch.dtype, *,
@@ -44,8 +47,7 @@ class TritonExact:
     ) -> Tensor:  # fmt: skip
         """See `ExactKernels`, in one launch. Scales are plain, or as `packing.swizzle_scale` returns them.
 
-        tile: one of the tiles, by default the first for M. Raises ValueError for weights that are neither split as the
-        activations nor all MXFP4.
+        tile: one of the tiles, by default the first for M. Raises ValueError as `mixed_mx_mm_call` does.
         """
         rows, columns = x.q4.shape[0], w.w4.shape[0]
         plain = x.scale.new_empty(rows, sum(block_counts(split_of_activation(*x[:3]))))
@@ -79,10 +81,15 @@ def mixed_mx_mm_call(
     tiles: MixedTiles,
     tile: Tile,
 ) -> KernelCall:
-    """The launch that fills out: (M, N). All is contiguous. Raises ValueError as `weights_are_fp4` does."""
+    """The launch that fills out: (M, N). All is contiguous.
+
+    Raises ValueError as `weights_are_fp4` does, and for swizzled scales of activations that have no segments.
+    """
     from micromix_compile.templates.triton.mixed_mx_mm import mixed_mx_mm_kernel
 
-    (rows, columns), split = out.shape, split_of_activation(*x[:3])
+    (rows, columns), split, w_split = out.shape, split_of_activation(*x[:3]), split_of_weight(*w[:3])
+    if _is_swizzled(x.scale) and activations_are_wide(split, w_split):
+        raise ValueError(f"x_scale must not be swizzled where x is all E4M3 and weights are split {w_split}")
     names = ("x4", "x6", "x8", "x_scale", "w4", "w6", "w8", "w_scale")
     return KernelCall(
         kernel=mixed_mx_mm_kernel,
@@ -93,12 +100,13 @@ def mixed_mx_mm_call(
             "out": out,
             "M": rows,
             "N": columns,
-            **dict(zip(("blocks4", "blocks6", "blocks8"), block_counts(split), strict=True)),
+            **dict(zip(("blocks4", "blocks6", "blocks8"), block_counts(product_split(split, w_split)), strict=True)),
         },
         constexprs=tiles.constants(
             tile,
             fp6=fp6,
-            w_fp4=weights_are_fp4(split, split_of_weight(*w[:3])),
+            split=split,
+            w_split=w_split,
             has_bias=bias is not None,
             x_swizzled=_is_swizzled(x.scale),
             w_swizzled=_is_swizzled(w.w_scale),

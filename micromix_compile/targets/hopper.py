@@ -9,13 +9,14 @@ import torch
 
 from micromix_compile.numerics import checks, producers
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, fold_width
+from micromix_compile.numerics.formats import BLOCK_SIZE
 from micromix_compile.targets import gluon
 from micromix_compile.targets.expansion import ExpandedWeights, expand_weights, library_mm
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTiles, partial_size, tiles_of
 from micromix_compile.targets.groups import group_args, padded
 from micromix_compile.targets.kernels import Residual, columns_of
-from micromix_compile.targets.launch import FORMATS_DIGEST, KernelCall, odd_blocks, unit_column_stride
-from micromix_compile.targets.quantizers import quantizer_tile
+from micromix_compile.targets.launch import FORMATS_DIGEST, KernelCall, odd, odd_blocks, unit_column_stride
+from micromix_compile.targets.quantizers import LONG_ROW, quantizer_tile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from micromix_compile.numerics.layout import Split
     from micromix_compile.targets.folded_tiles import FoldedTile, Parts
     from micromix_compile.targets.kernels import FoldedWeight
+    from micromix_compile.targets.quantizers import QuantizerTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,10 @@ class TritonFolded:
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
         scale_rounding: str, *, w_fp4: bool, residual: Residual | None = None,
-        products: Sequence[Sequence[int]] = (),
+        products: Sequence[Sequence[int]] = (), activations: str = "same", rotated: int = 0,
     ) -> FoldedActivation:  # fmt: skip
         """See `FoldedKernels`, in one launch. products: see `FoldedTiles.release_for`."""
-        checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
+        checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding, activations, rotated)
         producers.check_produce(producer, x, other)
         out = FoldedActivation(
             x.new_empty((x.shape[0], fold_width(split, w_fp4=w_fp4)), dtype=torch.uint8),
@@ -51,7 +53,7 @@ class TritonFolded:
         call = reorder_fold_call(
             producer, unit_column_stride(x), None if other is None else unit_column_stride(other), eps,
             channel_perm.contiguous(), split, out, fp6=fp6, scale_rounding=scale_rounding, w_fp4=w_fp4,
-            residual=residual, products=products, tiles=self.tiles,
+            residual=residual, products=products, activations=activations, rotated=rotated, tiles=self.tiles,
         )  # fmt: skip
         if x.shape[0]:
             call.launch_on(x)
@@ -101,7 +103,7 @@ class TritonFolded:
 def reorder_fold_call(
     producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split,
     out: FoldedActivation, *, fp6: str, scale_rounding: str, w_fp4: bool, residual: Residual | None = None,
-    products: Sequence[Sequence[int]] = (), tiles: FoldedTiles,
+    products: Sequence[Sequence[int]] = (), activations: str = "same", rotated: int = 0, tiles: FoldedTiles,
 ) -> KernelCall:  # fmt: skip
     """The launch that fills `out`, and the residual's sum; as `quantizers.reorder_quantize_call`.
 
@@ -111,6 +113,8 @@ def reorder_fold_call(
 
     channels = channel_perm.shape[0]
     tile = quantizer_tile(producer, x, other, channels, folds=True)
+    by_blocks = (activations == "fp8" or rotated > 0) and _folds_by_blocks(x, other, channel_perm, tile)
+    halves_warps = by_blocks and activations == "fp8" and rotated > 0 and channels > LONG_ROW
     return KernelCall(
         kernel=reorder_fold_kernel,
         grid=(x.shape[0], max(-(-channels // tile.BLOCK_K), 1)),
@@ -128,6 +132,7 @@ def reorder_fold_call(
             "stride_other": other.stride(0) if producer == "silu_mul" and other is not None else 0,
             "stride_residual": 0 if residual is None else residual.addend.stride(0),
             **odd_blocks(split),
+            "odd_rotated": odd(rotated // BLOCK_SIZE) if rotated else None,
         },
         constexprs={
             "PRODUCER": producer,
@@ -135,6 +140,9 @@ def reorder_fold_call(
             "EPS": eps,
             "FP6": fp6,
             "SCALE_ROUNDING": str(scale_rounding),
+            "ACTIVATIONS": activations,
+            "BY_BLOCKS": by_blocks,
+            "PERMUTES": channels == x.shape[1],
             "W_FP4": w_fp4,
             "FORMATS": FORMATS_DIGEST,
             "BLOCK_C": tile.BLOCK_C,
@@ -146,8 +154,19 @@ def reorder_fold_call(
             "LAUNCH_PDL": True,
             "RELEASE": tiles.release_for(x.shape[0], fold_width(split, w_fp4=w_fp4), products),
         },
-        num_warps=tile.num_warps,
+        num_warps=tile.num_warps // 2 if halves_warps else tile.num_warps,
     )
+
+
+def _folds_by_blocks(x: Tensor, other: Tensor | None, channel_perm: Tensor, tile: QuantizerTile) -> bool:
+    """Whether rows with one scale take the way of `templates.triton.fold_blocks`: a thread has whole blocks.
+
+    Rotation takes registers for a whole block, but long rows need few threads then: us of 8192 rows of 14336 channels
+    of prototypes on an H200 with 128 and 64 channels a thread 132 and 144, without rotation 147 and 124.
+    """
+    are_pairs = all(part.dtype == torch.bfloat16 for part in (x, other) if part is not None)
+    are_whole = BLOCK_SIZE * 32 * tile.num_warps <= tile.BLOCK_K
+    return are_pairs and are_whole and channel_perm.dtype == torch.int16
 
 
 def folded_mm_call(

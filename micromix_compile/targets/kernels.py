@@ -67,7 +67,7 @@ class ExactKernels(Protocol):
 
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-        scale_rounding: str,
+        scale_rounding: str, *, activations: str = "same", rotated: int = 0,
     ) -> QuantizedActivation:  # fmt: skip
         """`reference.reorder_quantize` of `producers.produce(producer, x, other, eps)`."""
 
@@ -86,9 +86,9 @@ class FoldedKernels(Protocol):
 
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-        scale_rounding: str, *, w_fp4: bool, residual: Residual | None,
+        scale_rounding: str, *, w_fp4: bool, residual: Residual | None, activations: str = "same", rotated: int = 0,
     ) -> FoldedActivation:  # fmt: skip
-        """`folding.fold_activation` of what `ExactKernels.quantize` returns. Adds the residual to x before all else."""
+        """What `ExactKernels.quantize` returns, folded by `folding`. Adds the residual to x before all else."""
 
     def multiply(
         self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype
@@ -103,12 +103,14 @@ class PlainExact:
 
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-        scale_rounding: str,
+        scale_rounding: str, *, activations: str = "same", rotated: int = 0,
     ) -> QuantizedActivation:  # fmt: skip
         """See `ExactKernels`."""
         producers.check_produce(producer, x, other)
         rows, rounding = producers.produce(producer, x, other, eps), ScaleRounding(scale_rounding)
-        return reference.reorder_quantize(rows, channel_perm, split, fp6=fp6, scale_rounding=rounding)
+        return reference.reorder_quantize(
+            rows, channel_perm, split, fp6=fp6, scale_rounding=rounding, activations=activations, rotated=rotated
+        )
 
     def multiply(
         self, x: QuantizedActivation, w: PackedWeight, bias: Tensor | None, fp6: str, out_dtype: torch.dtype
@@ -124,16 +126,20 @@ class PlainFolded:
 
     def quantize(
         self, producer: str, x: Tensor, other: Tensor | None, eps: float, channel_perm: Tensor, split: Split, fp6: str,
-        scale_rounding: str, *, w_fp4: bool, residual: Residual | None,
+        scale_rounding: str, *, w_fp4: bool, residual: Residual | None, activations: str = "same", rotated: int = 0,
     ) -> FoldedActivation:  # fmt: skip
         """See `FoldedKernels`."""
         if residual is not None:
             x = residual.total.copy_(x + residual.addend)
         producers.check_produce(producer, x, other)
         rows, rounding = producers.produce(producer, x, other, eps), ScaleRounding(scale_rounding)
-        quantized = reference.reorder_quantize(rows, channel_perm, split, fp6=fp6, scale_rounding=rounding)
+        quantized = reference.reorder_quantize(
+            rows, channel_perm, split, fp6=fp6, scale_rounding=rounding, activations=activations, rotated=rotated
+        )
+        if activations == "fp8":
+            return folding.fold_rows(quantized.q8, reference.row_scale_byte(rows, rounding), split, w_fp4=w_fp4)
         amax = rows.abs().amax(1).float() if rows.shape[1] else rows.new_zeros(rows.shape[0], dtype=torch.float32)
-        return folding.fold_activation(quantized, amax, w_fp4=w_fp4)
+        return folding.fold_activation(quantized, amax, w_fp4=w_fp4, w_split=split)
 
     def multiply(
         self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype

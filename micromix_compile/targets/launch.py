@@ -78,6 +78,11 @@ def unit_column_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def odd(blocks: int) -> int:
+    """A number of blocks as one that no compiler specializes a kernel on."""
+    return 2 * blocks + 3
+
+
 def odd_blocks(split: Split) -> dict[str, int]:
-    """Blocks of each segment as numbers that no compiler specializes a kernel on."""
-    return {name: 2 * blocks + 3 for name, blocks in zip(("odd4", "odd6", "odd8"), block_counts(split), strict=True)}
+    """The blocks of each segment as such numbers."""
+    return {name: odd(blocks) for name, blocks in zip(("odd4", "odd6", "odd8"), block_counts(split), strict=True)}

@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, factor_shape, fold_width
-from micromix_compile.numerics.layout import PackedWeight, activation_shapes, packed_shapes, weight_split
+from micromix_compile.numerics.layout import (
+    PackedWeight,
+    activation_shapes,
+    activation_split,
+    packed_shapes,
+    weight_split,
+)
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets.exact import mixed_mx_mm_call
 from micromix_compile.targets.folded_tiles import Parts, tiles_of
@@ -102,10 +108,11 @@ def kernel_of(call: KernelCall, capability: int) -> Kernel:
 def mixed_mx_mm(
     capability: int, tile: Tile, tiles: MixedTiles, *, w_fp4: bool = False, fp6: str = "e2m3", x_swizzled: bool = False,
     w_swizzled: bool = False, bias: bool = True, out_dtype: torch.dtype = torch.bfloat16, columns: int = 4096,
-    split: Split = SPLIT,
+    split: Split = SPLIT, activations: str = "same",
 ) -> Kernel:  # fmt: skip
     """The mixed matmul with one tile. out_dtype: of bias and output. The number of rows makes no difference."""
-    x = QuantizedActivation(*(_meta(*shape) for shape in activation_shapes(MANY_ROWS, split)))
+    x_shapes = activation_shapes(MANY_ROWS, activation_split(split, activations))
+    x = QuantizedActivation(*(_meta(*shape) for shape in x_shapes))
     w_split = weight_split(split, "mxfp4" if w_fp4 else "same")
     w = PackedWeight(*(_meta(*shape) for shape in packed_shapes(columns, w_split)))
     tile_of_scales = _meta(1, 1, 512)  # of `packing.swizzle_scale`

@@ -8,9 +8,9 @@ import torch
 
 from micromix_compile.numerics import checks, producers
 from micromix_compile.numerics.formats import BLOCK_SIZE
-from micromix_compile.numerics.layout import activation_shapes, split_of_activation
+from micromix_compile.numerics.layout import RowLayout, activation_shapes, activation_split
 from micromix_compile.numerics.reference import QuantizedActivation
-from micromix_compile.targets.launch import FORMATS_DIGEST, KernelCall, odd_blocks, unit_column_stride
+from micromix_compile.targets.launch import FORMATS_DIGEST, KernelCall, odd, odd_blocks, unit_column_stride
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,15 +48,18 @@ def reorder_quantize(
     split: Split,
     fp6: str,
     scale_rounding: str,
+    *,
+    activations: str = "same",
+    rotated: int = 0,
 ) -> QuantizedActivation:
     """`ExactKernels.quantize` in one launch: the same bytes, but for the last bits of an RMSNorm's mean.
 
     The exponential of SiLU is the device's own, good to a few units in the last place of float32. The same errors, too,
     but for an entry of channel_perm outside [-1, C), which reads as zero here.
     """
-    checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding)
+    checks.check_reorder_quantize(x, channel_perm, split, fp6, scale_rounding, activations, rotated)
     producers.check_produce(producer, x, other)
-    shapes = activation_shapes(x.shape[0], split)
+    shapes = activation_shapes(x.shape[0], activation_split(split, activations))
     outputs = QuantizedActivation(*(x.new_empty(shape, dtype=torch.uint8) for shape in shapes))
     if outputs.scale.numel():
         reorder_quantize_call(
@@ -66,8 +69,7 @@ def reorder_quantize(
             eps,
             channel_perm.contiguous(),
             outputs,
-            fp6=fp6,
-            scale_rounding=scale_rounding,
+            RowLayout(*split, fp6, str(scale_rounding), activations, rotated),
         ).launch_on(x)
     return outputs
 
@@ -79,9 +81,7 @@ def reorder_quantize_call(
     eps: float,
     channel_perm: Tensor,
     outputs: QuantizedActivation,
-    *,
-    fp6: str,
-    scale_rounding: str,
+    layout: RowLayout,
 ) -> KernelCall:
     """The launch that fills `outputs` from x: (M, C), with unit column stride, as `other`.
 
@@ -106,13 +106,15 @@ def reorder_quantize_call(
             "C": x.shape[1],
             "stride_x": x.stride(0),
             "stride_other": other.stride(0) if producer == "silu_mul" and other is not None else 0,
-            **odd_blocks(split_of_activation(q4, q6, q8)),
+            **odd_blocks(layout.split),
+            "odd_rotated": odd(layout.rotated // BLOCK_SIZE) if layout.rotated else None,
         },
         constexprs={
             "PRODUCER": producer,
             "EPS": eps,
-            "FP6": fp6,
-            "SCALE_ROUNDING": str(scale_rounding),
+            "FP6": layout.fp6,
+            "SCALE_ROUNDING": layout.scale_rounding,
+            "ACTIVATIONS": layout.activations,
             "FORMATS": FORMATS_DIGEST,
             "BLOCK_C": tile.BLOCK_C,
             "ROW_CHUNKS": tile.ROW_CHUNKS,

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from micromix_compile.numerics.layout import activations_are_wide, weights_are_fp4
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from micromix_compile.numerics.layout import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,17 @@ class MixedTiles:
     tiles: tuple[tuple[int, tuple[Tile, ...]], ...]
 
     def constants(
-        self, tile: Tile, *, fp6: str, w_fp4: bool, has_bias: bool, x_swizzled: bool = False, w_swizzled: bool = False
-    ) -> dict[str, bool | int | str]:
-        """What `mixed_mx_mm_kernel` is compiled with for one of the tiles."""
+        self, tile: Tile, *, fp6: str, split: Split, w_split: Split, has_bias: bool, x_swizzled: bool = False,
+        w_swizzled: bool = False,
+    ) -> dict[str, bool | int | str]:  # fmt: skip
+        """What `mixed_mx_mm_kernel` is compiled with for one of the tiles. Raises ValueError as `weights_are_fp4` does.
+
+        split, w_split: of activations and of weights, of which only the kind is of interest.
+        """
         return {
             "FP6": fp6,
-            "W_FP4": w_fp4,
+            "W_FP4": weights_are_fp4(split, w_split),
+            "X_WIDE": activations_are_wide(split, w_split),
             "HAS_BIAS": has_bias,
             "MODE": self.mode,
             "SWAP": tile.SWAP,

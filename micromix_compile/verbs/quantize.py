@@ -114,6 +114,7 @@ def _pack_module(
         in_features=linear.in_features,
         out_features=linear.out_features,
         split=linear.split,
+        rotated=linear.group.rotated,
         config=config,
         bias=nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, nn.Parameter) else None,
         device="meta",
@@ -126,7 +127,8 @@ def _pack_module(
 
 def _description(linear: LinearRecipe) -> dict[str, Any]:
     shape = {"in_features": linear.in_features, "out_features": linear.out_features}
-    return {**shape, "split": list(linear.split), "group": linear.group.name}
+    layout = {"split": list(linear.split), "rotated": linear.group.rotated}
+    return {**shape, **layout, "group": linear.group.name}
 
 
 def share_orders(model: nn.Module, groups: Mapping[str, str]) -> None:

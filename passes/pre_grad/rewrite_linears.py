@@ -61,7 +61,7 @@ def _replace(
         rows = add(aten.reshape.default, x, [-1, site.in_features])
         quantized = copy_meta(node, _quantize(graph, rows, perm, plan))
         parts = [add(operator.getitem, quantized, i) for i in range(4)]
-        product = copy_meta(node, _multiply(graph, parts, weights, site.bias, plan.fp6, example.dtype))
+        product = copy_meta(node, _multiply(graph, parts, weights, site.bias, plan.layout.fp6, example.dtype))
         leading = [add(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
         out = add(aten.reshape.default, product, [*leading, site.out_features])
     node.replace_all_uses_with(out)
@@ -70,11 +70,7 @@ def _replace(
 
 
 def _quantize(graph: fx.Graph, rows: fx.Node, perm: fx.Node, plan: LinearPlan) -> fx.Node:
-    k4, k6, k8 = plan.split
-    return call(
-        graph, ops.reorder_quantize, x=rows, channel_perm=perm, k4=k4, k6=k6, k8=k8, fp6=plan.fp6,
-        scale_rounding=plan.scale_rounding,
-    )  # fmt: skip
+    return call(graph, ops.reorder_quantize, x=rows, channel_perm=perm, **plan.layout._asdict())
 
 
 def _multiply(

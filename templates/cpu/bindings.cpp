@@ -26,6 +26,7 @@
 namespace {
 
 using at::Tensor;
+using micromix::Activations;
 using micromix::Coding;
 using micromix::Fp6;
 using micromix::kBlock;
@@ -66,6 +67,13 @@ ScaleRounding parse_rounding(std::string_view name) {
   return ScaleRounding::fit;
 }
 
+Activations parse_activations(std::string_view name) {
+  if (name == "same") return Activations::same;
+  if (name == "fp8") return Activations::fp8;
+  CHECK_VALUE(name == "mxfp6", "activations must be one of same, fp8, mxfp6, got '", name, "'");
+  return Activations::mxfp6;
+}
+
 bool is_kernel_float(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
@@ -103,17 +111,32 @@ std::vector<int32_t> gather_indices(const Tensor& channel_perm, int64_t channels
   return indices;
 }
 
+void check_rotated(int64_t rotated, int64_t channels) {
+  CHECK_VALUE(rotated >= 0 && rotated <= channels && rotated % kBlock == 0, "rotated must be a multiple of ", kBlock,
+                    " from 0 to ", channels, ", got ", rotated);
+}
+
+// The arguments of quantizers that say what becomes of rows.
+struct Names {
+  std::string_view fp6, scale_rounding, activations;
+};
+
 Quantized quantize(const Tensor& x, const micromix::RmsNorm* norm, const Tensor& channel_perm, int64_t k4, int64_t k6,
-                   int64_t k8, std::string_view fp6, std::string_view scale_rounding) {
-  check_split(k4, k6, k8, channel_perm.dim() == 1 ? channel_perm.size(0) : k4 + k6 + k8);
+                   int64_t k8, const Names& names, int64_t rotated) {
+  const int64_t k = k4 + k6 + k8;
+  check_split(k4, k6, k8, channel_perm.dim() == 1 ? channel_perm.size(0) : k);
+  check_rotated(rotated, k);
+  const Activations activations = parse_activations(names.activations);
+  const bool same = activations == Activations::same;
   const std::vector<int32_t> indices = gather_indices(channel_perm, x.size(1));
   const Tensor rows = x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous();
   const int64_t m = rows.size(0);
   const auto bytes = x.options().dtype(at::kByte);
-  Quantized out{at::empty({m, k4 / 2}, bytes), at::empty({m, k6}, bytes), at::empty({m, k8}, bytes),
-                at::empty({m, (k4 + k6 + k8) / kBlock}, bytes)};
+  Quantized out{at::empty({m, same ? k4 / 2 : 0}, bytes), at::empty({m, same ? k6 : 0}, bytes),
+                at::empty({m, same ? k8 : k}, bytes), at::empty({m, k / kBlock}, bytes)};
   const micromix::FloatMatrix matrix{rows.const_data_ptr(), rows.scalar_type(), m, rows.size(1), rows.stride(0)};
-  const micromix::QuantizeLayout layout{indices.data(), k4, k6, k8, parse_fp6(fp6), parse_rounding(scale_rounding)};
+  const micromix::QuantizeLayout layout{indices.data(), k4, k6, k8, parse_fp6(names.fp6),
+                                        parse_rounding(names.scale_rounding), activations, rotated};
   auto& [q4, q6, q8, scale] = out;
   micromix::reorder_quantize(matrix, norm, layout,
                              {q4.mutable_data_ptr<uint8_t>(), q6.mutable_data_ptr<uint8_t>(),
@@ -122,14 +145,15 @@ Quantized quantize(const Tensor& x, const micromix::RmsNorm* norm, const Tensor&
 }
 
 Quantized reorder_quantize(const Tensor& x, const Tensor& channel_perm, int64_t k4, int64_t k6, int64_t k8,
-                           std::string_view fp6, std::string_view scale_rounding) {
+                           std::string_view fp6, std::string_view scale_rounding, std::string_view activations,
+                           int64_t rotated) {
   check_matrix(x);
-  return quantize(x, nullptr, channel_perm, k4, k6, k8, fp6, scale_rounding);
+  return quantize(x, nullptr, channel_perm, k4, k6, k8, {fp6, scale_rounding, activations}, rotated);
 }
 
 Quantized rms_norm_reorder_quantize(const Tensor& x, const Tensor& weight, double eps, const Tensor& channel_perm,
                                     int64_t k4, int64_t k6, int64_t k8, std::string_view fp6,
-                                    std::string_view scale_rounding) {
+                                    std::string_view scale_rounding, std::string_view activations, int64_t rotated) {
   check_matrix(x);
   CHECK_TYPE(is_kernel_float(weight.scalar_type()), "weight must be float32, bfloat16 or float16, got ",
                    name_of(weight.dtype()));
@@ -138,7 +162,7 @@ Quantized rms_norm_reorder_quantize(const Tensor& x, const Tensor& weight, doubl
   const Tensor factors = weight.to(at::kFloat).contiguous();
   const micromix::RmsNorm norm{factors.const_data_ptr<float>(), static_cast<float>(eps), x.scalar_type(),
                                at::promote_types(x.scalar_type(), weight.scalar_type())};
-  return quantize(x, &norm, channel_perm, k4, k6, k8, fp6, scale_rounding);
+  return quantize(x, &norm, channel_perm, k4, k6, k8, {fp6, scale_rounding, activations}, rotated);
 }
 
 // The arguments of one operand of the product, made contiguous and checked.

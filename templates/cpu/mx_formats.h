@@ -16,6 +16,7 @@ constexpr uint32_t kMagnitudeMask = 0x7FFFFFFF;
 
 enum class ScaleRounding { floor, rceil, even, fit };
 enum class Fp6 { e2m3, e3m2 };
+enum class Activations { same, fp8, mxfp6 };  // layout.ACTIVATIONS
 
 struct ElemFormat {
   int bits;

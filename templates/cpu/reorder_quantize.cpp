@@ -11,11 +11,19 @@
 
 #include "block.h"
 #include "float_rows.h"
+#include "rotation.h"
 
 namespace micromix {
 namespace {
 
 constexpr int64_t kElementsPerTask = 16384;  // below it, waking another thread costs more than it saves
+
+// The float32 bits of the largest magnitude.
+uint32_t largest_bits(const float* x, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, bits_of(x[i]) & kMagnitudeMask);
+  return largest;
+}
 
 // reference.scale_byte of one block. amax_bits: the largest magnitude's float32 bits.
 template <const ElemFormat& format>
@@ -49,19 +57,23 @@ uint32_t encode(float value) {
   return std::min(code, static_cast<uint32_t>(format.max_code)) | ((bits >> 31) << (format.bits - 1));
 }
 
-// Encodes x[0 .. 31] and returns the scale byte. A block with a NaN or an infinity gets zero codes. The codes are 32
-// bits wide until the end: narrowing in the same loop makes compilers take shorter vectors for all of it.
+// Encodes x[0 .. 31] with this scale; zeros if it is a NaN. The codes are 32 bits wide until the end: narrowing in the
+// same loop makes compilers take shorter vectors for all of it.
 template <const ElemFormat& format>
-int encode_block(const float* x, ScaleRounding rounding, uint32_t (&codes)[kBlock]) {
-  uint32_t amax_bits = 0;
-  for (int i = 0; i < kBlock; ++i) amax_bits = std::max(amax_bits, bits_of(x[i]) & kMagnitudeMask);
-  const int byte = scale_byte<format>(amax_bits, rounding);
+void encode_scaled(const float* x, int byte, uint32_t (&codes)[kBlock]) {
   if (byte == kNanScale) {
     std::fill_n(codes, kBlock, 0u);
-    return byte;
+    return;
   }
   const float reciprocal = float_from_bits(static_cast<uint32_t>(std::max(254 - byte, 1)) << 23);
   for (int i = 0; i < kBlock; ++i) codes[i] = encode<format>(x[i] * reciprocal);
+}
+
+// Encodes x[0 .. 31] and returns the scale byte. A block with a NaN or an infinity gets zero codes.
+template <const ElemFormat& format>
+int encode_block(const float* x, ScaleRounding rounding, uint32_t (&codes)[kBlock]) {
+  const int byte = scale_byte<format>(largest_bits(x, kBlock), rounding);
+  encode_scaled<format>(x, byte, codes);
   return byte;
 }
 
@@ -121,15 +133,36 @@ void quantize_segment(const float* y, int64_t k, ScaleRounding rounding, uint8_t
   }
 }
 
-// y: (K,) reordered channels of row `row`.
-void quantize_row(const float* y, int64_t row, const QuantizeLayout& layout, const QuantizedOutput& out) {
-  const auto [perm, k4, k6, k8, fp6, rounding] = layout;
+// y: (K,) channels of a row, in E4M3 with one scale for all. largest: the bits of the row's largest magnitude.
+void quantize_whole_row(const float* y, int64_t k, uint32_t largest, ScaleRounding rounding, uint8_t* q,
+                        uint8_t* scale) {
+  const int byte = std::max(scale_byte<kE4M3>(largest, rounding), 1);
+  for (int64_t i = 0; i < k; i += kBlock) {
+    uint32_t codes[kBlock];
+    encode_scaled<kE4M3>(y + i, byte, codes);
+    store_bytes(codes, q + i);
+  }
+  std::fill_n(scale, k / kBlock, static_cast<uint8_t>(byte));
+}
+
+// y: (K,) reordered channels of row `row`. x: the `channels` of the row as they came.
+void quantize_row(const float* y, const float* x, int64_t channels, int64_t row, const QuantizeLayout& layout,
+                  const QuantizedOutput& out) {
+  const auto [perm, k4, k6, k8, fp6, rounding, activations, rotated] = layout;
+  const int64_t k = layout.k(), narrow = k4 + k6;
   const auto quantize_fp6 =
       fp6 == Fp6::e2m3 ? quantize_segment<Fp6AsFp8Block<kE2M3>> : quantize_segment<Fp6AsFp8Block<kE3M2>>;
-  uint8_t* scale = out.scale + row * (layout.k() / kBlock);
-  quantize_segment<Fp4Block>(y, k4, rounding, out.q4 + row * (k4 / 2), scale);
-  quantize_fp6(y + k4, k6, rounding, out.q6 + row * k6, scale + k4 / kBlock);
-  quantize_segment<Fp8Block>(y + k4 + k6, k8, rounding, out.q8 + row * k8, scale + (k4 + k6) / kBlock);
+  uint8_t* scale = out.scale + row * (k / kBlock);
+  if (activations == Activations::fp8) {
+    quantize_whole_row(y, k, largest_bits(x, channels), rounding, out.q8 + row * k, scale);
+  } else if (activations == Activations::mxfp6) {
+    quantize_fp6(y, narrow, rounding, out.q8 + row * k, scale);
+    quantize_segment<Fp8Block>(y + narrow, k8, rounding, out.q8 + row * k + narrow, scale + narrow / kBlock);
+  } else {
+    quantize_segment<Fp4Block>(y, k4, rounding, out.q4 + row * (k4 / 2), scale);
+    quantize_fp6(y + k4, k6, rounding, out.q6 + row * k6, scale + k4 / kBlock);
+    quantize_segment<Fp8Block>(y + narrow, k8, rounding, out.q8 + row * k8, scale + narrow / kBlock);
+  }
 }
 
 void widen_row(const FloatMatrix& x, int64_t index, float* row) {
@@ -195,7 +228,8 @@ void reorder_quantize(const FloatMatrix& x, const RmsNorm* norm, const QuantizeL
       widen_row(x, index, row.data());
       if (norm != nullptr) normalize_row(row.data(), x.channels, *norm);
       for (int64_t i = 0; i < k; ++i) reordered[i] = row[layout.channel_perm[i]];
-      quantize_row(reordered.data(), index, layout, out);
+      for (int64_t i = 0; i < layout.rotated; i += kBlock) rotate_block(reordered.data() + i);
+      quantize_row(reordered.data(), row.data(), x.channels, index, layout, out);
     }
   });
 }

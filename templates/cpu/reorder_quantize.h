@@ -23,9 +23,12 @@ struct QuantizeLayout {
   int64_t k4, k6, k8;
   Fp6 fp6;
   ScaleRounding rounding;
+  Activations activations;
+  int64_t rotated;  // channels, whole blocks
   int64_t k() const { return k4 + k6 + k8; }
 };
 
+// Of activations that are not split like the weights, q4 and q6 are empty, and q8 is (rows, K).
 struct QuantizedOutput {
   uint8_t* q4;     // (rows, k4 / 2)
   uint8_t* q6;     // (rows, k6)

@@ -166,6 +166,20 @@ def _load(rows, start, stop, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _load_x(part, x8, m, step, first, blocks, all_blocks, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+            X_WIDE: tl.constexpr):  # fmt: skip
+    """(BLOCK_M, BLOCK_K) of one step through a segment of x, of PACKED elements a byte. m: (BLOCK_M, 1) rows.
+
+    The segment is a part of its own, or, where X_WIDE, of x8 from block `first` on, which has all blocks.
+    """
+    if X_WIDE:
+        return _load(x8 + m * (all_blocks * 32) + first * 32, step * BLOCK_K, blocks * 32, BLOCK_K)
+    else:
+        width: tl.constexpr = 32 // PACKED
+        return _load(part + m * (blocks * width), step * (BLOCK_K // PACKED), blocks * width, BLOCK_K // PACKED)
+
+
+@triton.jit
 def _load_scale(base, row0, rows, all_rows, first, step, blocks, row_blocks, ROWS: tl.constexpr,
                 STEP_BLOCKS: tl.constexpr, SWIZZLED: tl.constexpr):  # fmt: skip
     """(ROWS, STEP_BLOCKS) scales of one step through a segment.
@@ -202,15 +216,16 @@ def _load_fp6(w6, n, N, step, blocks6, FP6: tl.constexpr, BLOCK_K: tl.constexpr)
 @triton.jit
 def mixed_mx_mm_tile(
     x4, x6, x8, x_scale, w4, w6, w8, w_scale, M, N, m0, n0, blocks4, blocks6, blocks8,
-    FP6: tl.constexpr, W_FP4: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr, WIDEN_FP4: tl.constexpr,
-    X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
+    FP6: tl.constexpr, W_FP4: tl.constexpr, X_WIDE: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
+    WIDEN_FP4: tl.constexpr, X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The tile of dequantized(x) @ dequantized(w).T at rows m0 and columns n0: (BLOCK_M, BLOCK_N) float32.
 
     M, N: extents. blocks4, blocks6, blocks8: K of each segment in blocks of 32 channels. W_FP4: all of w is MXFP4, in
-    w4. SWAP: compute the transpose, weights on the left. WIDEN_FP4: MXFP4 weights meet MXFP8 activations as MXFP8.
-    Rows past M or N wrap around, so nothing outside the operands is read.
+    w4. X_WIDE: all of x is E4M3 bytes, in x8, with plain scales, and the segments are those of w. SWAP: compute the
+    transpose, weights on the left. WIDEN_FP4: MXFP4 weights meet MXFP8 activations as MXFP8. Rows past M or N wrap
+    around, so nothing outside the operands is read.
     """
     tl.static_assert(BLOCK_K % 64 == 0, "BLOCK_K covers whole words of FP6 planes")
     step_blocks: tl.constexpr = BLOCK_K // BLOCK_SIZE
@@ -226,21 +241,21 @@ def mixed_mx_mm_tile(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
 
     for step in range(tl.cdiv(blocks4, step_blocks)):
-        x = _load(x4 + m * (blocks4 * 16), step * (BLOCK_K // 2), blocks4 * 16, BLOCK_K // 2)
+        x = _load_x(x4, x8, m, step, 0, blocks4, blocks, BLOCK_K, 2, X_WIDE)
         w = _load(w4 + n * w4_row, step * (BLOCK_K // 2), blocks4 * 16, BLOCK_K // 2)
         xs = _load_scale(x_scale, m0, m, M, 0, step, blocks4, x_row_scales, BLOCK_M, step_blocks, X_SWIZZLED)
         ws = _load_scale(w_scale, n0, n, N, 0, step, blocks4, w_row_scales, BLOCK_N, step_blocks, W_SWIZZLED)
-        acc = mx_dot(x, xs, w, ws, acc, "e2m1", "e2m1", MODE, SWAP)
+        acc = _mx_dot_fp4_weights(x, xs, w, ws, acc, "e4m3" if X_WIDE else "e2m1", MODE, SWAP, WIDEN_FP4)
 
     x_first = tiles4 if X_SWIZZLED else blocks4
     w_first = tiles4 if W_SWIZZLED else blocks4
     for step in range(tl.cdiv(blocks6, step_blocks)):
-        x = _load(x6 + m * (blocks6 * 32), step * BLOCK_K, blocks6 * 32, BLOCK_K)
+        x = _load_x(x6, x8, m, step, blocks4, blocks6, blocks, BLOCK_K, 1, X_WIDE)
         xs = _load_scale(x_scale, m0, m, M, x_first, step, blocks6, x_row_scales, BLOCK_M, step_blocks, X_SWIZZLED)
         ws = _load_scale(w_scale, n0, n, N, w_first, step, blocks6, w_row_scales, BLOCK_N, step_blocks, W_SWIZZLED)
         if W_FP4:
             w = _load(w4 + n * w4_row + blocks4 * 16, step * (BLOCK_K // 2), blocks6 * 16, BLOCK_K // 2)
-            acc = _mx_dot_fp4_weights(x, xs, w, ws, acc, MODE, SWAP, WIDEN_FP4)
+            acc = _mx_dot_fp4_weights(x, xs, w, ws, acc, "e4m3", MODE, SWAP, WIDEN_FP4)
         else:
             w = _load_fp6(w6, n, N, step, blocks6, FP6, BLOCK_K)
             acc = mx_dot(x, xs, w, ws, acc, "e4m3", "e4m3", MODE, SWAP)
@@ -248,13 +263,13 @@ def mixed_mx_mm_tile(
     x_first = tiles4 + tiles6 if X_SWIZZLED else blocks4 + blocks6
     w_first = tiles4 + tiles6 if W_SWIZZLED else blocks4 + blocks6
     for step in range(tl.cdiv(blocks8, step_blocks)):
-        x = _load(x8 + m * (blocks8 * 32), step * BLOCK_K, blocks8 * 32, BLOCK_K)
+        x = _load_x(x8, x8, m, step, blocks4 + blocks6, blocks8, blocks, BLOCK_K, 1, X_WIDE)
         xs = _load_scale(x_scale, m0, m, M, x_first, step, blocks8, x_row_scales, BLOCK_M, step_blocks, X_SWIZZLED)
         ws = _load_scale(w_scale, n0, n, N, w_first, step, blocks8, w_row_scales, BLOCK_N, step_blocks, W_SWIZZLED)
         if W_FP4:
             first = (blocks4 + blocks6) * 16
             w = _load(w4 + n * w4_row + first, step * (BLOCK_K // 2), blocks8 * 16, BLOCK_K // 2)
-            acc = _mx_dot_fp4_weights(x, xs, w, ws, acc, MODE, SWAP, WIDEN_FP4)
+            acc = _mx_dot_fp4_weights(x, xs, w, ws, acc, "e4m3", MODE, SWAP, WIDEN_FP4)
         else:
             w = _load(w8 + n * (blocks8 * 32), step * BLOCK_K, blocks8 * 32, BLOCK_K)
             acc = mx_dot(x, xs, w, ws, acc, "e4m3", "e4m3", MODE, SWAP)
@@ -262,12 +277,13 @@ def mixed_mx_mm_tile(
 
 
 @triton.jit
-def _mx_dot_fp4_weights(x, x_scale, w, w_scale, acc, MODE: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr):
-    """`mx_dot` of E4M3 activations and packed MXFP4 weights."""
-    if WIDEN:
+def _mx_dot_fp4_weights(x, x_scale, w, w_scale, acc, X_FORMAT: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
+                        WIDEN: tl.constexpr):  # fmt: skip
+    """`mx_dot` of activations and packed MXFP4 weights, which E4M3 meets as E4M3 where WIDEN."""
+    if WIDEN and X_FORMAT == "e4m3":
         return mx_dot(x, x_scale, _widen_fp4(w), w_scale, acc, "e4m3", "e4m3", MODE, SWAP)
     else:
-        return mx_dot(x, x_scale, w, w_scale, acc, "e4m3", "e2m1", MODE, SWAP)
+        return mx_dot(x, x_scale, w, w_scale, acc, X_FORMAT, "e2m1", MODE, SWAP)
 
 
 @triton.jit
@@ -284,15 +300,15 @@ def tile_origin(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 @triton.jit(do_not_specialize=["M", "blocks4", "blocks6", "blocks8"])
 def mixed_mx_mm_kernel(
     x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, out, M, N, blocks4, blocks6, blocks8,
-    FP6: tl.constexpr, W_FP4: tl.constexpr, HAS_BIAS: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr,
-    WIDEN_FP4: tl.constexpr, X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
+    FP6: tl.constexpr, W_FP4: tl.constexpr, X_WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, MODE: tl.constexpr,
+    SWAP: tl.constexpr, WIDEN_FP4: tl.constexpr, X_SWIZZLED: tl.constexpr, W_SWIZZLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = dequantized(x) @ dequantized(w).T + bias, rounded once. Grid: one program a tile."""
     m0, n0 = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = mixed_mx_mm_tile(
         x4, x6, x8, x_scale, w4, w6, w8, w_scale, M, N, m0, n0, blocks4, blocks6, blocks8,
-        FP6, W_FP4, MODE, SWAP, WIDEN_FP4, X_SWIZZLED, W_SWIZZLED, BLOCK_M, BLOCK_N, BLOCK_K,
+        FP6, W_FP4, X_WIDE, MODE, SWAP, WIDEN_FP4, X_SWIZZLED, W_SWIZZLED, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     m = m0 + tl.arange(0, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)

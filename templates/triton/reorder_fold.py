@@ -3,8 +3,9 @@
 In front of the RMSNorm may stand the sum with a residual, which others read, and which is written too.
 
 The values are those of `reorder_quantize`, divided by the row's power of two and rounded to E4M3, in the order in which
-`folded_mm` meets them; `numerics.folding` is the contract. A program takes one row or a part of it. Launched
-by `targets.hopper`.
+`folded_mm` meets them; `numerics.folding` is the contract. A program takes one row or a part of it. Activations that
+have one scale a row are rounded just once, and many rows of them take the way of `fold_blocks`. Launched by
+`targets.hopper`.
 """
 
 import triton
@@ -13,6 +14,7 @@ import triton.language as tl
 from micromix_compile.targets.folded_tiles import AHEAD_ROWS
 from micromix_compile.templates.triton.ahead import let_next_start, prefetch, wait_for_inputs
 from micromix_compile.templates.triton.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
+from micromix_compile.templates.triton.fold_blocks import fold_by_blocks, load_order, store_row_scale
 from micromix_compile.templates.triton.reorder_quantize import (
     by_format,
     gather_row,
@@ -21,6 +23,7 @@ from micromix_compile.templates.triton.reorder_quantize import (
     scale_byte,
     to_float32,
 )
+from micromix_compile.templates.triton.rotate import rotate_blocks
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _FEW_ROWS = tl.constexpr(AHEAD_ROWS)
@@ -69,9 +72,13 @@ def reorder_fold_kernel(
     locks_ptr,  # (LOCKS,) int32, set to zero for the products that follow
     C, stride_x, stride_other, stride_residual,
     odd4, odd6, odd8,  # 2 * b4 + 3 ...: compilers make another kernel for an argument of 1 or a multiple of 16
+    odd_rotated,  # of the blocks that are rotated, or None if none is
     PRODUCER: tl.constexpr,  # "none", "rms_norm" or "silu_mul"
     ADDS: tl.constexpr,  # behind an RMSNorm only
     EPS: tl.constexpr, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,  # "same", "fp8" or "mxfp6"
+    BY_BLOCKS: tl.constexpr,  # a thread has whole blocks, see `fold_blocks`
+    PERMUTES: tl.constexpr,  # channel_perm holds each channel once and nothing else
     W_FP4: tl.constexpr,  # all weights are MXFP4: every block in their order
     FORMATS: tl.constexpr,  # digest of the table that `by_format` reads
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
@@ -101,20 +108,51 @@ def reorder_fold_kernel(
         residual_ptr += row * stride_residual
         total_ptr += row * C
 
+    rotated = None if odd_rotated is None else (odd_rotated >> 1) - 1
+    if BY_BLOCKS and ACTIVATIONS == "fp8":
+        fold_by_blocks(
+            x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, channel_perm_ptr, q_ptr, row_scale_ptr, row,
+            C, b4, b4 + b6, blocks, halves, data, width, rotated, PRODUCER, ADDS, EPS, SCALE_ROUNDING, BLOCK_C,
+            ROW_CHUNKS, HAS_ROOM, PERMUTES, BLOCKS, WHOLE_ROW, RELEASES=LAUNCH_PDL and RELEASE == "stores",
+        )  # fmt: skip
+    else:
+        _fold_channels(
+            x_ptr, other_ptr, stride_other, residual_ptr, total_ptr, channel_perm_ptr, q_ptr, row_scale_ptr, row,
+            C, b4, b4 + b6, blocks, halves, data, width, rotated, PRODUCER, ADDS, EPS, FP6, SCALE_ROUNDING, ACTIVATIONS,
+            BY_BLOCKS, BLOCK_C, ROW_CHUNKS, HAS_ROOM, BLOCKS, WHOLE_ROW, RELEASES=LAUNCH_PDL and RELEASE == "stores",
+        )  # fmt: skip
+
+
+@triton.jit
+def _fold_channels(
+    x_ptr, other_ptr, stride_other, residual_ptr, total_ptr, channel_perm_ptr, q_ptr, row_scale_ptr, row, C, b4, b46,
+    blocks, halves, data, width, rotated, PRODUCER: tl.constexpr, ADDS: tl.constexpr, EPS: tl.constexpr,
+    FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr, ACTIVATIONS: tl.constexpr, BY_BLOCKS: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROW_CHUNKS: tl.constexpr, HAS_ROOM: tl.constexpr, BLOCKS: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, RELEASES: tl.constexpr,
+):  # fmt: skip
+    """A program's part of one row, whatever activations are; as `fold_by_blocks`."""
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
-    index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
+    if BY_BLOCKS:
+        index = load_order(channel_perm_ptr, blocks, BLOCKS).to(tl.int32)
+    else:
+        k = tl.program_id(1) * (BLOCKS * 32) + tl.arange(0, BLOCKS * 32)
+        index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     y, amax = gather_row(
         x_ptr, other_ptr, row * stride_other, residual_ptr, total_ptr, index, C, PRODUCER, ADDS, EPS, BLOCK_C,
         ROW_CHUNKS, HAS_ROOM, PTX=True,
     )  # fmt: skip
-    first, second = _fold(
-        y, amax, block, b4, b4 + b6, row_scale_ptr, row, FP6, SCALE_ROUNDING, BLOCKS, WHOLE_ROW
-    )  # fmt: skip
-    if LAUNCH_PDL and RELEASE == "stores":
+    if ACTIVATIONS == "fp8":
+        first, second = _fold_row(y, amax, block, row_scale_ptr + row, rotated, SCALE_ROUNDING, BLOCKS)
+    else:
+        narrowest = b4 if ACTIVATIONS == "same" else 0
+        first, second = _fold(
+            y, amax, block, narrowest, b46, row_scale_ptr, row, rotated, FP6, SCALE_ROUNDING, BLOCKS, WHOLE_ROW
+        )
+    if RELEASES:
         let_next_start()
-    _store_words(first, second, q_ptr, row, b4, b4 + b6, blocks, halves, data, width, BLOCKS)
+    _store_words(first, second, q_ptr, row, b4, b46, blocks, halves, data, width, BLOCKS)
 
 
 @triton.jit
@@ -129,23 +167,37 @@ def _begin(channel_perm_ptr, blocks, BLOCK_K: tl.constexpr, RELEASE: tl.constexp
 
 
 @triton.jit
-def _fold(y, amax, block, b4, b46, row_scale_ptr, row, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr,
+def _fold_row(y, amax, block, row_scale_ptr, rotated, SCALE_ROUNDING: tl.constexpr, BLOCKS: tl.constexpr):
+    """`_fold` of a row that has one scale. amax: always the row's."""
+    scale, is_special = store_row_scale(amax, row_scale_ptr, SCALE_ROUNDING)
+    y = to_float32(tl.reshape(y, (BLOCKS, 32)))
+    if rotated is not None:
+        y = rotate_blocks(y, block < rotated)
+    first, second = _as_words(float32_to_e4m3(y * scale))
+    return tl.where(is_special, 0, first), tl.where(is_special, 0, second)
+
+
+@triton.jit
+def _fold(y, amax, block, b4, b46, row_scale_ptr, row, rotated, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr,
           BLOCKS: tl.constexpr, WHOLE_ROW: tl.constexpr):  # fmt: skip
     """Every first and every second word of the row's blocks, two (BLOCKS, 4) uint32; the row's scale is stored.
 
-    y: (BLOCKS * 32,). amax: `magnitude_bits` of the row's largest value; that of y where it is the WHOLE_ROW. block:
-    (BLOCKS,), where in the row they are. b4, b46: where MXFP4 and MXFP6 end.
+    y: (BLOCKS * 32,). amax: `magnitude_bits` of the row's largest value; that of y where it is the WHOLE_ROW, and
+    nothing is rotated. block: (BLOCKS,), where in the row they are. b4, b46: where MXFP4 and MXFP6 end.
     """
-    is_packed: tl.constexpr = y.dtype == tl.bfloat16
+    ROTATES: tl.constexpr = rotated is not None
+    is_packed: tl.constexpr = y.dtype == tl.bfloat16 and not ROTATES
     if is_packed:  # two bfloat16 a register, of which one instruction does both
         a, b, c, d = _as_pairs(y, BLOCKS)
         block_amax = tl.max(_pairs_amax(a, b, c, d), 1)
     else:
         y = to_float32(tl.reshape(y, (BLOCKS, 32)))
+        if ROTATES:
+            y = rotate_blocks(y, block < rotated)
         block_amax = tl.max(magnitude_bits(y), 1)
     is4 = block < b4
     is8 = block >= b46
-    if WHOLE_ROW:
+    if WHOLE_ROW and not ROTATES:
         amax = tl.max(block_amax, 0)
     # ceil(log2(amax / 384)) + 127: 384 is the largest value that E2M1, E2M3, E3M2 and E4M3 reach with 1.5 * 2**n.
     row_exponent = (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x400000).to(tl.int32)

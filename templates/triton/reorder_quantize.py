@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from micromix_compile.templates.triton.rotate import rotate_blocks
+
 # The interpreter's cast to bfloat16 truncates; a GPU's rounds to nearest even.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -32,7 +34,7 @@ def reorder_quantize_kernel(
     channel_perm_ptr,  # (K,) any integer dtype, -1 reads as zero
     q4_ptr,  # (M, b4 * 16) uint8, for b4 blocks of 32 channels in MXFP4
     q6_ptr,  # (M, b6 * 32) uint8
-    q8_ptr,  # (M, b8 * 32) uint8
+    q8_ptr,  # (M, b8 * 32) uint8; all K channels unless ACTIVATIONS is "same", the two before are unused then
     scale_ptr,  # (M, b4 + b6 + b8) uint8, K = 32 * (b4 + b6 + b8)
     C,
     stride_x,
@@ -40,10 +42,12 @@ def reorder_quantize_kernel(
     odd4,  # 2 * b4 + 3, and so on: compilers make another kernel for an argument of 1 or a multiple of 16
     odd6,
     odd8,
+    odd_rotated,  # of the blocks that are rotated, or None if none is
     PRODUCER: tl.constexpr,  # "none", "rms_norm" or "silu_mul"
     EPS: tl.constexpr,
     FP6: tl.constexpr,  # "e2m3" or "e3m2"
     SCALE_ROUNDING: tl.constexpr,  # "floor", "rceil", "even" or "fit"
+    ACTIVATIONS: tl.constexpr,  # "same", "fp8" or "mxfp6"
     FORMATS: tl.constexpr,  # digest of the table that `_field` reads, which Triton's cache would not see otherwise
     BLOCK_C: tl.constexpr,  # input channels in shared memory at a time; a power of two
     ROW_CHUNKS: tl.constexpr,  # ceil(C / BLOCK_C)
@@ -63,23 +67,23 @@ def reorder_quantize_kernel(
     # Beyond K the index is whatever it is: `gather_row` reads inside the row for any, and nothing is stored.
     index = tl.load(channel_perm_ptr + k, mask=k < blocks * 32).to(tl.int32)
     row = tl.program_id(0).to(tl.int64)
-    y, _ = gather_row(
+    y, amax = gather_row(
         x_ptr + row * stride_x, other_ptr, row * stride_other, None, None, index, C, PRODUCER, False, EPS, BLOCK_C,
         ROW_CHUNKS, HAS_ROOM, PTX=False,
     )  # fmt: skip
-    _quantize_blocks(
-        to_float32(tl.reshape(y, (BLOCKS, 32))),
-        block,
-        q4_ptr + row * (b4 * 16),
-        q6_ptr + row * (b6 * 32),
-        q8_ptr + row * (b8 * 32),
-        scale_ptr + row * blocks,
-        b4,
-        b6,
-        b8,
-        FP6,
-        SCALE_ROUNDING,
-    )
+    y = to_float32(tl.reshape(y, (BLOCKS, 32)))
+    if odd_rotated is not None:
+        y = rotate_blocks(y, block < (odd_rotated >> 1) - 1)
+    if ACTIVATIONS == "same":
+        _quantize_blocks(
+            y, block, q4_ptr + row * (b4 * 16), q6_ptr + row * (b6 * 32), q8_ptr + row * (b8 * 32),
+            scale_ptr + row * blocks, b4, b6, b8, FP6, SCALE_ROUNDING,
+        )  # fmt: skip
+    else:
+        _quantize_to_bytes(
+            y, block, amax, q8_ptr + row * (blocks * 32), scale_ptr + row * blocks, b4 + b6, blocks, FP6,
+            SCALE_ROUNDING, ACTIVATIONS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -235,9 +239,7 @@ def _quantize_blocks(
     is6 = (block >= b4) & (block < b4 + b6)
 
     byte = scale_byte(tl.max(magnitude_bits(y), 1), is4, is8, FP6, SCALE_ROUNDING)
-    # FP6 leaves as E4M3 with the constant factor in the scale. Where the scale has no room the code takes the rest.
-    baked = byte + tl.where(is6 & (byte < 255), _field(FP6, "e4m3_shift"), 0)
-    excess = tl.where(byte < 255, tl.maximum(baked - 254, 0), 0)
+    baked, excess = _bake(byte, is6, FP6)
     tl.store(scale_ptr + block, (baked - excess).to(tl.uint8), mask=exists)
 
     # An FP4 block has its sign in bit 3, the others in bit 7.
@@ -261,6 +263,50 @@ def _quantize_blocks(
         tl.store(q6_ptrs, nothing, mask=(is_nan & is6)[:, None])
         tl.store(q8_ptrs, nothing, mask=(is_nan & is8)[:, None])
         _raise_e4m3(q6_ptrs, excess)
+
+
+@triton.jit
+def _quantize_to_bytes(
+    y, block, amax, q_ptr, scale_ptr, narrow, blocks, FP6: tl.constexpr, SCALE_ROUNDING: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
+):  # fmt: skip
+    """`_quantize_blocks` where all channels become E4M3 bytes: by one scale a row, or `narrow` blocks as MXFP6.
+
+    amax: `magnitude_bits` of the row's largest value.
+    """
+    BLOCKS: tl.constexpr = y.shape[0]
+    exists = block < blocks
+    is4 = tl.zeros((BLOCKS,), tl.int1)
+    if ACTIVATIONS == "fp8":
+        is8 = tl.full((BLOCKS,), 1, tl.int1)
+        byte = tl.maximum(scale_byte(tl.zeros((BLOCKS,), tl.int32) + amax, is4, is8, FP6, SCALE_ROUNDING), 1)
+    else:
+        tl.static_assert(ACTIVATIONS == "mxfp6", "unknown ACTIVATIONS")
+        is8 = block >= narrow
+        byte = scale_byte(tl.max(magnitude_bits(y), 1), is4, is8, FP6, SCALE_ROUNDING)
+    baked, excess = _bake(byte, is8 == 0, FP6)
+    tl.store(scale_ptr + block, (baked - excess).to(tl.uint8), mask=exists)
+
+    sign = (y.to(tl.int32, bitcast=True) >> 31) & 0x80
+    code = _encode(y, byte, is4, is8, FP6, SCALE_ROUNDING) | sign
+    ptrs = q_ptr + (block[:, None] * 32 + tl.arange(0, 32)[None, :])
+    tl.store(ptrs, code.to(tl.uint8), mask=exists[:, None])
+    is_nan = exists & (byte == 255)
+    if tl.max((is_nan | (excess > 0)).to(tl.int32), 0) > 0:  # as there
+        tl.debug_barrier()
+        tl.store(ptrs, tl.zeros((BLOCKS, 32), tl.uint8), mask=is_nan[:, None])
+        _raise_e4m3(ptrs, excess)
+
+
+@triton.jit
+def _bake(byte, is6, FP6: tl.constexpr):
+    """The bytes of scales with what is in them for FP6, and what they have no room for.
+
+    FP6 leaves as E4M3 with the constant factor in the scale. Where the scale has no room the code takes the rest.
+    """
+    baked = byte + tl.where(is6 & (byte < 255), _field(FP6, "e4m3_shift"), 0)
+    excess = tl.where(byte < 255, tl.maximum(baked - 254, 0), 0)
+    return baked, excess
 
 
 @triton.jit

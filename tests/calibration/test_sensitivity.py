@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import micromix_compile as micromix
 from micromix_compile.calibration import sensitivity
+from micromix_compile.calibration.costs import costs_in_order, rotated_costs
 from micromix_compile.calibration.observer import ChannelObserver
 from micromix_compile.calibration.sensitivity import CostProbe, pull_back, rounding_errors
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.numerics import reference
+from micromix_compile.numerics import reference, rotation
 from micromix_compile.numerics.formats import ScaleRounding
 from micromix_compile.recipe.types import COST_FORMATS, ChannelCosts
 from micromix_compile.session import deciding
@@ -26,16 +27,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-BUDGET = MicroMixConfig(policy="budget", weight_rounding="nearest", scale_search=False)
+BUDGET = MicroMixConfig(
+    policy="budget", weight_rounding="nearest", scale_search=False, activations="same", rotate="none"
+)
 
 
-def quantized(rows: Tensor, order: Tensor, name: str) -> Tensor:
+HADAMARD = rotation.rotate_weight(torch.eye(32), 32)
+
+
+def quantized(rows: Tensor, order: Tensor, name: str, rotates: bool = False) -> Tensor:
     """Rows rounded by the reference, blocked by `order`."""
     padding = torch.full((-rows.shape[1] % 32,), -1)
-    perm = torch.cat((padding, order))
-    codes, scale = reference.quantize(reference.reorder(rows, perm), name)
-    values = reference.dequantize(codes, scale, name)[:, len(padding) :]
-    return values[:, torch.argsort(order)]
+    y = reference.reorder(rows, torch.cat((padding, order)))
+    turn = torch.block_diag(*[HADAMARD if rotates else torch.eye(32)] * (y.shape[1] // 32))
+    codes, scale = reference.quantize(y @ turn, name)
+    values = reference.dequantize(codes, scale, name) @ torch.linalg.inv(turn)
+    return values[:, len(padding) :][:, torch.argsort(order)]
 
 
 @pytest.mark.parametrize("name", COST_FORMATS)
@@ -59,13 +66,17 @@ def test_costs_equal_the_formulas_with_gradients() -> None:
     assert leaf.grad is None
     assert not leaf.requires_grad
     costs = probe.costs({"fc": weight}, order)
-    slopes, energy = direction @ weight, x.square().mean(0)
+    slopes, information = direction @ weight, direction.square().T @ x.square() / len(x)
     for row, name in enumerate(COST_FORMATS):
-        error = quantized(x, order, name) - x
-        assert torch.allclose(costs.activations[row], (slopes * error).square().mean(0) / 2, rtol=1e-4)
-        off = quantized(weight, order, name) - weight
-        expected = (direction.square().mean(0) @ off.square()) * energy / 2
-        assert torch.allclose(costs.weights[row], expected, rtol=1e-4)
+        for rotates in (False, True):
+            error = quantized(x, order, name, rotates) - x
+            off = quantized(weight, order, name, rotates) - weight
+            activations = costs.rotated_activations if rotates else costs.activations
+            weights = costs.rotated_weights if rotates else costs.weights
+            assert activations is not None
+            assert weights is not None
+            assert torch.allclose(activations[row], (slopes * error).square().mean(0) / 2, rtol=1e-4)
+            assert torch.allclose(weights[row], (information * off.square()).sum(0) / 2, rtol=1e-4)
     assert costs.measured
 
 
@@ -106,20 +117,26 @@ def costs_of(model: nn.Module, batches: list[Tensor], config: MicroMixConfig = B
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("row", [0, 1], ids=["mxfp4", "mxfp6"])
-def test_the_predicted_divergence_is_that_of_the_model(row: int) -> None:
+@pytest.mark.parametrize("activations", ["same", "fp8"])
+@pytest.mark.parametrize(("row", "rotates"), [(0, False), (1, False), (0, True)], ids=["mxfp4", "mxfp6", "rotated"])
+def test_the_predicted_divergence_is_that_of_the_model(row: int, rotates: bool, activations: str) -> None:
     """The sum of all costs against the divergence that is measured, with small logits: within a factor of 1.5."""
     net = make_net(layers=2)
     net.lm_head.weight.data *= 0.3
     model = LanguageNet(net).eval()
     batches = [torch.randn(4, 64, 64) for _ in range(8)]
-    recipe = micromix.calibrate(model, batches, BUDGET)
-    costs = [group.statistics.costs for group in recipe.groups.values()]
-    predicted = sum(float((c.activations[row] + c.weights[row]).sum()) for c in costs if c is not None)
+    recipe = micromix.calibrate(model, batches, dataclasses.replace(BUDGET, activations=activations, rotate="auto"))
+    config = recipe.config
+    predicted = 0.0
+    for group in recipe.groups.values():
+        costs = rotated_costs(group, config) if rotates else costs_in_order(group, config)
+        assert costs is not None, "they were measured"
+        predicted += float(costs[row].sum())
     groups = {}
     for name, group in recipe.groups.items():
         channels = sum(group.split)
         groups[name] = dataclasses.replace(group, split=(channels, 0, 0) if row == 0 else (0, channels, 0))
+        groups[name] = dataclasses.replace(groups[name], rotated=channels if rotates else 0)
     linears = {fqn: dataclasses.replace(x, group=groups[x.group.name]) for fqn, x in recipe.linears.items()}
     with torch.no_grad():
         log_p = torch.cat([model(b)["logits"] for b in batches]).log_softmax(-1)

@@ -49,6 +49,8 @@ VALUES: dict[str, Any] = {
     "lam": 2.0,
     "fp6": "e3m2",
     "weights": "mxfp4",
+    "activations": "fp8",
+    "rotate": "all",
     "scale_rounding": "even",
     "weight_rounding": "nearest",
     "scale_search": False,

@@ -33,16 +33,21 @@ UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 IDS = torch.arange(16).reshape(2, 8)
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_llama(**options: object) -> torch.nn.Module:
     """A packed Llama of one layer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=64, attention_bias=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    micromix.quantize_(model, micromix.calibrate(model, [IDS], micromix.MicroMixConfig(weight_rounding="nearest")))
+    wanted = micromix.MicroMixConfig(weight_rounding="nearest", **options)  # type: ignore[arg-type]
+    return micromix.quantize_(model, micromix.calibrate(model, [IDS], wanted))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of one whose activations are split like its weights."""
     directory = tmp_path_factory.mktemp("packed")
-    model.save_pretrained(directory)
+    packed_llama(activations="same", rotate="none").save_pretrained(directory)
     return directory
 
 
@@ -199,8 +204,31 @@ def test_files_of_two_savings_in_one_directory_are_refused(original: Path, tmp_p
         micromix.seal(tmp_path)
 
 
+@pytest.mark.parametrize("activations", ["fp8", "mxfp6"])
+def test_activations_of_their_own_format_and_rotations_come_back(activations: str, tmp_path: Path) -> None:
+    model = packed_llama(activations=activations, rotate="all")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layout = loaded.get_submodule(UP).layout
+    assert (layout.activations, layout.rotated) == (activations, 64)
+    assert loaded.config.quantization_config.config["activations"] == activations
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("rotated", "message"),
+    [(33, "must be a multiple of 32, got 33"), (96, "rotated must be at most its 64 channels, got 96")],
+)
+def test_a_rotation_that_does_not_fit_is_refused(packed: Path, rotated: int, message: str) -> None:
+    edit_config(packed, lambda c: c["quantization_config"]["linears"][UP].update(rotated=rotated))  # type: ignore[index, call-overload]
+    micromix.seal(packed)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
 def as_older_versions_wrote_it(directory: Path) -> None:
-    """Scales under another name, no digests, and options for debugging in the config."""
+    """Scales under another name, no digests, options for debugging in the config, no word of activations."""
     scales = list(json.loads((directory / "config.json").read_text())["quantization_config"]["linears"])
     edit_tensors(directory, lambda t: t.update({f"{n}.weight_scale": t.pop(f"{n}.weight") for n in scales}))
 
@@ -208,6 +236,10 @@ def as_older_versions_wrote_it(directory: Path) -> None:
         del config["quantization_config"]["digests"]
         config["quantization_config"]["schema_version"] = 1  # type: ignore[assignment]
         config["quantization_config"]["config"].update(dump=["all"], dump_dir="somewhere")
+        for name in ("activations", "rotate"):
+            del config["quantization_config"]["config"][name]
+        for linear in config["quantization_config"]["linears"].values():
+            del linear["rotated"]  # type: ignore[attr-defined]
 
     edit_config(directory, edit)  # type: ignore[arg-type]
 

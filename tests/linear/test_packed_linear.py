@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,12 +25,12 @@ NEAREST = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale
 
 
 def packed_linear(
-    channels: int = 64, dtype: torch.dtype = torch.float32, *, bias: bool = True
+    channels: int = 64, dtype: torch.dtype = torch.float32, *, bias: bool = True, config: MicroMixConfig = NEAREST
 ) -> tuple[micromix.MicroMixLinear, Tensor]:
     """One packed linear of `channels` inputs and 48 outputs, and the weight that it was packed from."""
     net = nn.Sequential(nn.Linear(channels, 48, bias=bias, dtype=dtype)).eval()
     weight = net[0].weight.detach()
-    recipe = micromix.calibrate(net, [torch.randn(2, 6, channels, dtype=dtype)], NEAREST)
+    recipe = micromix.calibrate(net, [torch.randn(2, 6, channels, dtype=dtype)], config)
     return micromix.quantize_(net, recipe)[0], weight
 
 
@@ -44,9 +45,23 @@ def test_the_weight_is_dequantized_in_the_models_order(channels: int, dtype: tor
     assert weight.shape == (48, channels) == (linear.out_features, linear.in_features)
     assert (weight.dtype, weight.device, weight.requires_grad) == (dtype, original.device, False)
     parts = (linear.weight_q4, linear.weight_q6, linear.weight_q8, linear.weight_scale)
-    values = reference.dequantize_weight(*parts, linear.fp6).to(dtype)
+    values = reference.dequantize_weight(*parts, linear.layout.fp6).to(dtype)
     assert torch.equal(reference.reorder(weight + 0, linear.order.channel_perm), values)
     assert (weight - original).norm() < 0.15 * original.norm()
+
+
+@pytest.mark.parametrize("channels", [64, 50])
+def test_the_weight_of_rotated_blocks_is_rotated_back(channels: int) -> None:
+    config = dataclasses.replace(NEAREST, policy="mxfp8", activations="fp8", rotate="all")
+    linear, original = packed_linear(channels, config=config)
+    assert linear.layout.rotated == 64
+    assert (linear.weight - original).norm() < 0.03 * original.norm()
+    x = torch.randn(7, channels, requires_grad=True)
+    y = linear(x)
+    assert (y - (x @ linear.weight.T + linear.bias)).norm() < 0.04 * y.norm()  # x alone is rounded
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, (linear.weight + 0).sum(0).expand(7, -1), atol=1e-5)
 
 
 def test_the_weight_is_no_parameter_and_what_is_saved_as_it_are_the_scales() -> None:

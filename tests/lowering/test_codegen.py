@@ -14,6 +14,8 @@ from support.fork_server import ForkServer
 from support.inductor_codegen import SPLITS, C
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
 
+from micromix_compile.numerics.layout import activation_split
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -28,13 +30,16 @@ pytestmark = [
 CODEGEN = ForkServer("support.inductor_codegen", without="TRITON_INTERPRET")
 DEFAULTS: dict[str, Any] = {
     "rows": 70, "dtype": "bfloat16", "fp4": False, "dynamic": False, "compile": False, "ours": True,
-    "widen": 1, "max_expanded": None, "options": {},
+    "widen": 1, "max_expanded": None, "options": {}, "activations": "same", "rotates": False,
 }  # fmt: skip
 KINDS = {
     (9, 0): {"wgmma bf16"},
     (10, 0): {"tcgen05.mma mxf4", "tcgen05.mma mxf8f6f4"},
     (12, 0): {"mma.sync mxf4nvf4", "mma.sync mxf8f6f4"},
 }
+
+
+FP4_BY_FP4 = {"tcgen05.mma mxf4", "mma.sync mxf4nvf4"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +76,11 @@ def is_quantizer(name: str) -> bool:
         pytest.param((10, 0), {"rows": 1, "fp4": True}, id="sm_100-decode-fp4-weights"),
         pytest.param((12, 0), {"rows": 300}, id="sm_120-prefill"),
         pytest.param((12, 0), {"fp4": True, "dtype": "float16"}, id="sm_120-fp4-weights"),
+        pytest.param((9, 0), {"rows": 1, "activations": "fp8", "rotates": True}, id="sm_90-decode-fp8-rotated"),
+        pytest.param((10, 0), {"activations": "fp8", "dynamic": True}, id="sm_100-any-rows-fp8"),
+        pytest.param((10, 0), {"fp4": True, "activations": "fp8"}, id="sm_100-fp4-weights-fp8"),
+        pytest.param((12, 0), {"activations": "mxfp6", "rotates": True}, id="sm_120-mxfp6-rotated"),
+        pytest.param((12, 0), {"rotates": True}, id="sm_120-rotated"),
     ],
 )
 def test_an_mlp_is_two_quantizers_and_three_products_with_everything_else_inside(
@@ -84,8 +94,9 @@ def test_an_mlp_is_two_quantizers_and_three_products_with_everything_else_inside
     assert len(matmuls) == 3
     quantizers = {re.sub(r"_kernel_\d+", "", code["kernels"][name]) for name in code["kernels"] if is_quantizer(name)}
     assert len(quantizers) == 2
+    meets_wide = "activations" in changes and "fp4" not in changes  # all MXFP4 they are met by any, in one kernel
     for name in matmuls:
-        assert set(code["mma"][name]) == KINDS[capability]
+        assert set(code["mma"][name]) == KINDS[capability] - (FP4_BY_FP4 if meets_wide else set())
         assert ("M = ks" in code["kernels"][name]) == changes.get("dynamic", False)
 
 
@@ -185,6 +196,24 @@ def test_wide_weights_of_one_activation_are_expanded_one_after_the_other() -> No
     assert all(code["pdl"][name] for name in code["kernels"] if name.startswith("expand_weights"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "activations", "by_blocks"), [(16, "fp8", False), (300, "fp8", True), (300, "mxfp6", True)]
+)
+def test_a_folded_mlp_has_activations_of_their_own_format_and_rotates_them(
+    rows: int, activations: str, by_blocks: bool
+) -> None:
+    """Wide enough for threads that have whole blocks of a row; `odd_rotated` is an argument of the launch."""
+    code = generated("folded", (9, 0), rows=rows, widen=20, compile=True, activations=activations, rotates=True)
+    quantizers = [name for name in code["launches"] if name.startswith("reorder_fold")]
+    assert len(quantizers) == 4
+    for name in quantizers:
+        source = code["kernels"][name]
+        assert f"'ACTIVATIONS': '{activations}'" in source
+        assert f"'BY_BLOCKS': {by_blocks}" in source
+        assert "'odd_rotated': 'i32'" in source
+        assert code["pdl"][name]
+
+
 @pytest.mark.parametrize(("case", "products"), [("fork in use", 2), ("fork", 3)])
 def test_some_of_the_weights_of_one_activation_are_expanded_together(case: str, products: int) -> None:
     launches = generated(case, (9, 0), rows=300, max_expanded=(352 + 64) * C)["launches"]
@@ -246,15 +275,16 @@ def load(name: str, source: str, folder: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("capability", KINDS)
-@pytest.mark.parametrize("rows", [5, 140])
+@pytest.mark.parametrize(("rows", "activations"), [(5, "same"), (140, "same"), (5, "fp8"), (140, "fp8")])
 def test_the_generated_kernel_computes_the_product_and_its_epilogue(
-    capability: tuple[int, int], rows: int, tmp_path: Path
+    capability: tuple[int, int], rows: int, activations: str, tmp_path: Path
 ) -> None:
-    code = generated("mlp", capability, rows=rows, dtype="float32")
+    code = generated("mlp", capability, rows=rows, dtype="float32", activations=activations)
     name = code["launches"][4]
     source = code["kernels"][name]
     kernel = getattr(load(name, source, tmp_path), name)
-    x, w = quantized_rows(rows, SPLITS[2], "e2m3"), packed_rows(C, SPLITS[2], "e2m3")
+    x_split = activation_split(SPLITS[2], activations)
+    x, w = quantized_rows(rows, x_split, "e2m3"), packed_rows(C, SPLITS[2], "e2m3")
     residual, out = torch.randn(rows, C), torch.full((rows, C), torch.nan)
     operands = dict(zip(("X4", "X6", "X8", "X_SCALE", "W4", "W6", "W8", "W_SCALE"), (*x, *w), strict=True))
     arguments: dict[str, Any] = {f"arg_{key}": value for key, value in operands.items()}

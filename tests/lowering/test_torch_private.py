@@ -160,11 +160,11 @@ def test_a_torch_that_finds_what_a_kernel_writes_elsewhere_is_an_error(monkeypat
 def test_arguments_of_a_call_go_by_the_names_of_its_schema() -> None:
     graph = fx.Graph()
     x, perm = graph.placeholder("x"), graph.placeholder("perm")
-    names = ("x", "channel_perm", "k4", "k6", "k8", "fp6", "scale_rounding")
+    names = ("x", "channel_perm", "k4", "k6", "k8", "fp6", "scale_rounding", "activations", "rotated")
     assert argument_names(ops.reorder_quantize) == names
-    layout = (perm, 32, 0, 32, "e2m3", "fit")
+    layout = (perm, 32, 0, 32, "e2m3", "fit", "fp8", 32)
     for op in (ops.reorder_quantize, torch.ops.micromix.reorder_quantize):
-        node = graph.call_function(op, (x, *layout[:-1]), {"scale_rounding": "fit"})
+        node = graph.call_function(op, (x, *layout[:-1]), {"rotated": 32})
         assert list(arguments_of(node).items()) == list(zip(names, (x, *layout), strict=True))
     total = graph.call_function(torch.ops.aten.add.Tensor, (x, perm))
     assert arguments_of(total) == {"self": x, "other": perm, "alpha": 1}

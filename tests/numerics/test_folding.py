@@ -6,7 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.products import assert_folded_product_is_exact, folded_weight, pack_activation
+from support.products import (
+    assert_folded_product_is_exact,
+    assert_within_folding,
+    folded_weight,
+    pack_activation,
+)
 from support.strategies import (
     MatmulCase,
     ReorderCase,
@@ -23,7 +28,9 @@ from torch import Tensor
 
 from micromix_compile.numerics import folding, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, E8M0_NAN, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.layout import ACTIVATIONS
 from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets.kernels import PLAIN_FOLDED
 
 Split = tuple[int, int, int]
 
@@ -206,6 +213,42 @@ def test_a_row_with_a_special_value_has_no_scale_and_its_neighbours_have_theirs(
     assert (values[3] == 1).all()
 
 
+@given(reorder_cases(blocks), st.booleans(), st.integers(0, 5))
+@example(TOP, False, 1)
+def test_rows_of_one_scale_fold_to_what_they_are_bit_for_bit(case: ReorderCase, w_fp4: bool, count: int) -> None:
+    rotated = min(count * BLOCK_SIZE, len(case.channel_perm))
+    x = reference.reorder_quantize(
+        case.x, case.channel_perm, case.split, fp6=case.fp6, scale_rounding=case.scale_rounding, activations="fp8",
+        rotated=rotated,
+    )  # fmt: skip
+    byte = reference.row_scale_byte(case.x, case.scale_rounding)
+    folded = folding.fold_rows(x.q8, byte, case.split, w_fp4=w_fp4)
+    is_special = ~case.x.isfinite().all(1)
+    assert torch.equal(folded.row_scale.isnan(), is_special)
+    assert not folded.q[is_special].any()
+    assert not folded.locks.any()
+    got = sorted_back(folded.q, case.split, w_fp4=w_fp4)
+    assert torch.equal(got, x.q8)
+    values = reference.decode(got, E4M3) * folded.row_scale[:, None]
+    want = reference.dequantize_activation(*x)
+    assert torch.equal(values[~is_special].view(torch.int32), want[~is_special].view(torch.int32))
+    assert (folded.row_scale[~is_special] >= LEAST_SCALE).all()
+
+
+@given(reorder_cases(finite_blocks), st.booleans())
+def test_mxfp6_at_least_is_folded_in_the_order_of_its_weights(case: ReorderCase, w_fp4: bool) -> None:
+    """The values are those of the split whose MXFP4 is MXFP6, in other places."""
+    k4, k6, k8 = case.split
+    layout = {"fp6": case.fp6, "scale_rounding": case.scale_rounding}
+    wide = reference.reorder_quantize(case.x, case.channel_perm, case.split, activations="mxfp6", **layout)  # type: ignore[arg-type]
+    narrow = reference.reorder_quantize(case.x, case.channel_perm, (0, k4 + k6, k8), **layout)  # type: ignore[arg-type]
+    amax = case.x.abs().amax(1)
+    got = folding.fold_activation(wide, amax, w_fp4=w_fp4, w_split=case.split)
+    want = folding.fold_activation(narrow, amax, w_fp4=False)
+    assert torch.equal(got.row_scale, want.row_scale)
+    assert torch.equal(sorted_back(got.q, case.split, w_fp4=w_fp4), sorted_back(want.q, (0, k4 + k6, k8), w_fp4=False))
+
+
 # ---- weights
 
 
@@ -305,22 +348,28 @@ def test_the_product_is_exact_but_for_float32_sums(case: MatmulCase, w_fp4: bool
 
 
 @pytest.mark.parametrize("w_fp4", [False, True])
-def test_a_folded_product_is_near_the_mx_product(w_fp4: bool) -> None:
-    """Folding costs 2**-17 of a row's largest activation and 2**-9 of a row's largest weight, for each channel."""
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("rotated", [0, 96])
+def test_a_folded_product_is_near_the_mx_product(w_fp4: bool, activations: str, rotated: int) -> None:
     split = (96, 64, 32)
     w_split = (192, 0, 0) if w_fp4 else split
-    values = torch.randn(7, 192)
-    x = pack_activation(values, split, "e2m3", w_fp4=w_fp4)
+    values, rounding = torch.randn(7, 192), ScaleRounding.FIT
+    x = PLAIN_FOLDED.quantize(
+        "none", values, None, 0.0, torch.arange(192), split, "e2m3", rounding, w_fp4=w_fp4, residual=None,
+        activations=activations, rotated=rotated,
+    )  # fmt: skip
     quantized = reference.reorder_quantize(torch.randn(9, 192), torch.arange(192), w_split, fp6="e2m3")
     weight = folded_weight(quantized, "e2m3")
     folded = folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, "e2m3")
     (got,) = folding.folded_mm(x.q, x.row_scale, [(folded, weight.row_scale)], [None], torch.float32)
-    left = reference.dequantize_activation(*reference.reorder_quantize(values, torch.arange(192), split, fp6="e2m3"))
+    left = reference.dequantize_activation(
+        *reference.reorder_quantize(
+            values, torch.arange(192), split, fp6="e2m3", scale_rounding=rounding, activations=activations,
+            rotated=rotated,
+        )
+    )  # fmt: skip
     right = reference.dequantize_weight(weight.w4, weight.w6, weight.w8, quantized.scale, "e2m3")
-    lost = left.abs().sum(1)[:, None] * right.abs().amax(1) * (2.0**-9 + 2.0**-17)
-    lost += right.abs().sum(1) * left.abs().amax(1)[:, None] * 2.0**-17
-    sums = left.abs() @ right.abs().T * (2 * 192 * 2.0**-24)
-    assert ((got - left @ right.T).abs() <= lost + sums).all()
+    assert_within_folding(got, left @ right.T, left, right, activations)
 
 
 # ---- the ops

@@ -56,10 +56,14 @@ def test_rows_may_be_symbolic_and_stay_free() -> None:
 def test_weights_that_are_split_otherwise_are_refused() -> None:
     assert layout.weights_are_fp4((64, 0, 32), (96, 0, 0))
     assert not layout.weights_are_fp4((64, 0, 32), (64, 0, 32))
-    with pytest.raises(
-        ValueError, match=r"split like the activations, \(64, 0, 32\), or all MXFP4, got \(32, 32, 32\)"
-    ):
-        layout.weights_are_fp4((64, 0, 32), (32, 32, 32))
+    assert not layout.weights_are_fp4((0, 0, 96), (32, 32, 32))
+    assert layout.activations_are_wide((0, 0, 96), (32, 32, 32))
+    assert not layout.activations_are_wide((0, 0, 96), (0, 0, 96))
+    assert not layout.activations_are_wide((0, 0, 96), (96, 0, 0))  # all weights are MXFP4
+    message = r"split like the activations, \(64, 0, 32\), or all MXFP4, or meet MXFP8 alone, got \(32, 32, 32\)"
+    for check in (layout.weights_are_fp4, layout.activations_are_wide):
+        with pytest.raises(ValueError, match=message):
+            check((64, 0, 32), (32, 32, 32))
 
 
 def test_swizzled_scales_keep_their_segments_apart() -> None:
@@ -67,3 +71,10 @@ def test_swizzled_scales_keep_their_segments_apart() -> None:
     tiles = packing.swizzle_scale(scale, (32, 64, 32))
     assert tiles.shape == (1, 3, 512)
     assert tiles[0, :, :4].tolist() == [[0, 0, 0, 0], [1, 2, 0, 0], [3, 0, 0, 0]]
+
+
+def test_a_product_goes_through_the_segments_of_weights_where_activations_have_one() -> None:
+    mixed, wide, fp4 = (64, 0, 32), (0, 0, 96), (96, 0, 0)
+    assert layout.product_split(wide, mixed) == mixed
+    for x, w in ((mixed, mixed), (mixed, fp4), (wide, fp4), (wide, wide), (fp4, fp4)):
+        assert layout.product_split(x, w) == x

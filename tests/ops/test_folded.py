@@ -8,11 +8,12 @@ from weakref import ref
 
 import pytest
 import torch
-from support.products import folded_weight, pack_activation
+from support.products import assert_within_folding, folded_weight, pack_activation
 from torch import Tensor
 
 from micromix_compile import ops
-from micromix_compile.numerics import packing, reference
+from micromix_compile.numerics import packing, reference, rotation
+from micromix_compile.numerics.layout import ACTIVATIONS
 from micromix_compile.ops import prepared
 
 if TYPE_CHECKING:
@@ -28,10 +29,51 @@ def folded_operands(columns: int = 40) -> list[Any]:
     return [*x, *([part] for part in parts), [torch.randn(columns)], "e2m3", torch.float32]
 
 
-def test_the_ops_pass_the_checks_of_torch_library() -> None:
-    x, perm = torch.randn(3, 96), torch.randperm(96)
-    torch.library.opcheck(ops.reorder_fold, (x, perm, 32, 32, 32, "e2m3", "rceil", False))
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("rotated", [0, 64])
+@pytest.mark.parametrize("w_fp4", [False, True])
+def test_the_quantizers_pass_the_checks_of_torch_library(activations: str, rotated: int, w_fp4: bool) -> None:
+    x, y, weight = torch.randn(3, 96), torch.randn(3, 96), torch.rand(96)
+    layout = (torch.randperm(96), 32, 32, 32, "e2m3", "fit", activations, rotated, w_fp4)
+    torch.library.opcheck(ops.reorder_fold, (x, *layout))
+    torch.library.opcheck(ops.rms_norm_reorder_fold, (x, weight, 1e-6, *layout))
+    torch.library.opcheck(ops.add_rms_norm_reorder_fold, (x, y, weight, 1e-6, *layout))
+    torch.library.opcheck(ops.silu_mul_reorder_fold, (x, y, *layout))
+
+
+def test_the_product_passes_the_checks_of_torch_library() -> None:
     torch.library.opcheck(ops.folded_mm, tuple(folded_operands()))
+
+
+def test_quantizers_name_what_is_wrong_with_activations_and_rotated() -> None:
+    x, perm = torch.randn(3, 96), torch.randperm(96)
+    for wrong, message in ((("fp4", 0), "activations must be one of same, fp8, mxfp6"), (("fp8", 48), "rotated must")):
+        with pytest.raises(ValueError, match=message):
+            ops.reorder_fold(x, perm, 32, 32, 32, "e2m3", "fit", *wrong, False)
+
+
+@pytest.mark.parametrize("activations", ["same", "fp8", "mxfp6"])
+@pytest.mark.parametrize("rotated", [0, 96])
+def test_a_folded_linear_is_near_the_exact_one(activations: str, rotated: int) -> None:
+    """As `test_folding` derives it, of weights that were rotated before they were quantized."""
+    split = (96, 64, 32)
+    x, w, perm = torch.randn(7, 192), torch.randn(9, 192), torch.randperm(192)
+    packed = reference.reorder_quantize(w, perm, split, fp6="e2m3", rotated=0)
+    if rotated:
+        turned = rotation.rotate_weight(w[:, perm], rotated)
+        packed = reference.reorder_quantize(turned, torch.arange(192), split, fp6="e2m3")
+    weight = folded_weight(packed, "e2m3")
+    layout = (perm, *split, "e2m3", "fit", activations, rotated)
+    exact = ops.mixed_mx_mm(
+        *ops.reorder_quantize(x, *layout), weight.w4, weight.w6, weight.w8, packed.scale, None, "e2m3", torch.float32
+    )
+    (got,) = ops.folded_mm(
+        *ops.reorder_fold(x, *layout, False), *([part] for part in weight[:5]), [], "e2m3", torch.float32
+    )
+    left = reference.dequantize_activation(*ops.reorder_quantize(x, *layout))
+    right = reference.dequantize_activation(*packed)
+    assert_within_folding(got, exact, left, right, activations)
+    assert bool(((exact - x @ w.T).norm() / exact.norm()) < 0.2)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The recipe file: what is saved comes back, what was changed is named."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import stat
@@ -14,43 +13,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.recipe_files import Fields, Tensors, forge, make_recipe
 
 import micromix_compile as micromix
 from micromix_compile.calibration.assignment import assign
-from micromix_compile.calibration.thresholds import thresholds_to_count
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.files import write_atomically
 from micromix_compile.numerics.layout import PackedWeight, order_dtype
 from micromix_compile.recipe import types
-from micromix_compile.recipe.fingerprint import Checksums, weight_sample
-from micromix_compile.recipe.types import ChannelCosts, ChannelStatistics, GroupRecipe, LinearRecipe, Recipe
-
-
-def make_recipe() -> Recipe:
-    config = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
-    statistics = ChannelStatistics(
-        abs_mean=torch.rand(90),
-        abs_max=torch.rand(90),
-        elements=900,
-        tokens=10,
-        batches=1,
-        below={t: 300 * (i + 1) for i, t in enumerate(thresholds_to_count(config))},
-    )
-    perm = torch.cat((torch.full((6,), -1), torch.randperm(90))).int()
-    group = GroupRecipe(name="layers.0.q", channel_perm=perm, split=(32, 32, 32), statistics=statistics)
-    weights = {"q": torch.randn(64, 90), "k": torch.randn(32, 90)}
-    linears = {
-        f"layers.0.{name}": LinearRecipe(
-            fqn=f"layers.0.{name}",
-            in_features=90,
-            out_features=len(weight),
-            group=group,
-            weight_sample=weight_sample(weight),
-            weight_checksums=Checksums.of(weight),
-        )
-        for name, weight in weights.items()
-    }
-    return Recipe(config=config, model_id="Net", linears=linears, refused={"lm_head": "skipped"})
+from micromix_compile.recipe.types import ChannelCosts, Recipe
 
 
 def assert_same(a: Recipe, b: Recipe) -> None:
@@ -58,6 +29,7 @@ def assert_same(a: Recipe, b: Recipe) -> None:
     for fqn in a.linears:
         x, y = a.linears[fqn], b.linears[fqn]
         assert (x.in_features, x.out_features, x.split) == (y.in_features, y.out_features, y.split)
+        assert x.group.rotated == y.group.rotated
         assert torch.equal(x.group.channel_perm, y.group.channel_perm)
         assert torch.equal(x.weight_sample, y.weight_sample)
         assert x.weight_checksums == y.weight_checksums
@@ -229,24 +201,6 @@ def test_public_names_are_there() -> None:
     assert set(micromix.__all__) <= set(dir(micromix))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         micromix.nothing  # noqa: B018
-
-
-Fields = dict[str, Any]
-Tensors = dict[str, torch.Tensor]
-
-
-def forge(path: Path, edit: Callable[[Fields, Tensors], object]) -> None:
-    """Edit a recipe's fields and tensors, and make the digests anew, as someone would who wants it to be accepted."""
-    with safe_open(path, framework="pt") as file:
-        fields = {name: json.loads(text) for name, text in file.metadata().items() if name != "digests"}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    edit(fields, tensors)
-    payloads = {name: json.dumps(value, sort_keys=True).encode() for name, value in fields.items()}
-    payloads |= {
-        name: value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, value in tensors.items()
-    }
-    fields["digests"] = {name: hashlib.sha256(payload).hexdigest() for name, payload in payloads.items()}
-    save_file(tensors, path, metadata={name: json.dumps(value) for name, value in fields.items()})
 
 
 def put(*place: str | int, value: Any) -> Callable[[Fields, Tensors], object]:

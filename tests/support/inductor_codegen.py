@@ -27,7 +27,7 @@ from micromix_compile import ops
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.torch_private import user_kernels
 from micromix_compile.numerics import folding
-from micromix_compile.numerics.layout import Split, packed_shapes, weight_split
+from micromix_compile.numerics.layout import RowLayout, Split, packed_shapes, weight_split
 from micromix_compile.passes import POST_GRAD_PASSES, PassContext, for_inductor
 from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90
@@ -46,7 +46,13 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 C, HIDDEN = 256, 352
 SPLITS = ((96, 96, 64), (32, 128, 96), (128, 224, 0))
-LAYOUT = ("e2m3", "fit")
+LAYOUT = ("e2m3", "fit", "same", 0)
+ACTIVATIONS, ROTATES = "same", False
+
+
+def row_layout(split: Split) -> RowLayout:
+    """Of an MLP's rows; where they are rotated, the channels that weights have in MXFP4."""
+    return RowLayout(*split, *LAYOUT[:2], ACTIVATIONS, split[0] if ROTATES else 0)
 
 
 def weight_specs(rows: int, split: Split, *, fp4: bool) -> list[Spec]:
@@ -60,10 +66,10 @@ def mlp(
     """Two MLPs of a decoder that differ in their splits: norm, gate (with a bias), up, SiLU·mul, down, residual."""
     for split in SPLITS[:2]:
         gate, up, down = weights[:4], weights[4:8], weights[8:12]
-        q = ops.rms_norm_reorder_quantize(x, norm, 1e-6, perm, *split, *LAYOUT)
+        q = ops.rms_norm_reorder_quantize(x, norm, 1e-6, perm, *row_layout(split))
         g = ops.mixed_mx_mm(*q, *gate, bias, LAYOUT[0], x.dtype)
         u = ops.mixed_mx_mm(*q, *up, None, LAYOUT[0], x.dtype)
-        h = ops.silu_mul_reorder_quantize(g, u, hidden_perm, *SPLITS[2], *LAYOUT)
+        h = ops.silu_mul_reorder_quantize(g, u, hidden_perm, *row_layout(SPLITS[2]))
         x = x + ops.mixed_mx_mm(*h, *down, None, LAYOUT[0], x.dtype)
         weights = weights[12:]
     return (x,)
@@ -79,11 +85,11 @@ def folded_mlp(x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, *weig
     """`mlp` on the folded path: gate and up are one product."""
     for split in SPLITS[:2]:
         gate, up, down = weights[:5], weights[5:10], weights[10:15]
-        q = ops.reorder_fold(ops.rms_norm(x, norm, 1e-6), perm, *split, *LAYOUT, False)
+        q = ops.reorder_fold(ops.rms_norm(x, norm, 1e-6), perm, *row_layout(split), False)
         lists = [list(pair) for pair in zip(gate, up, strict=True)]
         g, u = ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
         act = torch.nn.functional.silu(g) * u
-        q = ops.reorder_fold(act, hidden_perm, *SPLITS[2], *LAYOUT, False)
+        q = ops.reorder_fold(act, hidden_perm, *row_layout(SPLITS[2]), False)
         x = x + ops.folded_mm(*q, *([part] for part in down), [], LAYOUT[0], x.dtype)[0]
         weights = weights[15:]
     return (x,)
@@ -249,6 +255,8 @@ def expand_up_to(size: int) -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    global ACTIVATIONS, ROTATES
+    ACTIVATIONS, ROTATES = request["activations"], request["rotates"]
     widen(request["widen"])
     if request["max_expanded"]:
         expand_up_to(request["max_expanded"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from micromix_compile.numerics import reference
+from micromix_compile.numerics import reference, rotation
 from micromix_compile.numerics.layout import weight_split
 
 if TYPE_CHECKING:
@@ -85,10 +85,21 @@ class FakeQuantLinear(nn.Module):
         if linear.fqn in recipe.packed:
             self.weight = reference.dequantize_weight(*recipe.packed[linear.fqn], recipe.config.fp6)
         else:
-            self.weight = self._fake_quantize(weight, weight_split(linear.split, recipe.config.weights))
+            sorted_weight = reference.reorder(weight, linear.group.channel_perm).to(torch.float32)
+            rotated = rotation.rotate_weight(sorted_weight, linear.group.rotated)
+            self.weight = self._to_formats(rotated, weight_split(linear.split, recipe.config.weights))
 
-    def _fake_quantize(self, x: Tensor, split: tuple[int, int, int]) -> Tensor:
-        y = reference.reorder(x, self.linear.group.channel_perm)
+    def _fake_activation(self, x: Tensor) -> Tensor:
+        y = reference.reorder(x, self.linear.group.channel_perm).to(torch.float32)
+        y = rotation.rotate_activation(y, self.linear.group.rotated)
+        k4, k6, k8 = self.linear.split
+        if self.config.activations == "fp8":  # a row is one block
+            byte = reference.row_scale_byte(x, self.config.scale_rounding)[:, None]
+            scale = reference.scale_value(byte)
+            return (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32) * scale
+        return self._to_formats(y, (0, k4 + k6, k8) if self.config.activations == "mxfp6" else (k4, k6, k8))
+
+    def _to_formats(self, y: Tensor, split: tuple[int, int, int]) -> Tensor:
         parts = []
         for part, name in zip(y.split(list(split), dim=1), ("e2m1", self.config.fp6, "e4m3"), strict=True):
             codes, scale = reference.quantize(part, name, scale_rounding=self.config.scale_rounding)
@@ -96,7 +107,7 @@ class FakeQuantLinear(nn.Module):
         return torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self._fake_quantize(x.reshape(-1, x.shape[-1]), self.linear.split)
+        rows = self._fake_activation(x.reshape(-1, x.shape[-1]))
         out = rows @ self.weight.T
         if self.bias is not None:
             out = out + self.bias.float()

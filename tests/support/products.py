@@ -134,6 +134,21 @@ def assert_folded_product_is_exact(
     assert bool(((got.double() - exact).abs() <= bound)[~poisoned].all())
 
 
+def assert_within_folding(
+    got: Tensor, exact: Tensor, left: Tensor, right: Tensor, activations: str, *, sums: float = 2.0**-24
+) -> None:
+    """A float32 product of folded operands beside that of the MX operands left (M, K) and right (N, K).
+
+    Folding costs 2**-9 of a weight row's largest value, and 2**-17 of an activation's, for each channel; nothing of an
+    activation that has one scale a row. sums: what an addition rounds by, of the sum of magnitudes.
+    """
+    of_x = 0.0 if activations == "fp8" else 2.0**-17
+    lost = left.abs().sum(1)[:, None] * right.abs().amax(1) * (2.0**-9 + of_x)
+    lost += right.abs().sum(1) * left.abs().amax(1)[:, None] * of_x
+    added = left.abs() @ right.abs().T * (2 * left.shape[1] * sums)
+    assert bool(((got - exact).abs() <= lost + added).all())
+
+
 def one_format(fmt: str, channels: int) -> tuple[Split, str]:
     k4, k6, k8 = (channels * share for share in SEGMENTS[fmt])
     return (k4, k6, k8), fmt if fmt in FP6_FORMATS else "e2m3"

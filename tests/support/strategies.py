@@ -15,6 +15,7 @@ from torch import Tensor
 
 from micromix_compile.numerics.checks import FLOAT_DTYPES, INDEX_DTYPES
 from micromix_compile.numerics.formats import BLOCK_SIZE, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.layout import ACTIVATIONS
 
 Block = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -23,6 +24,7 @@ fp6_formats = st.sampled_from(FP6_FORMATS)
 scale_roundings = st.sampled_from(tuple(ScaleRounding))
 float_dtypes = st.sampled_from(FLOAT_DTYPES)
 index_dtypes = st.sampled_from(INDEX_DTYPES)
+activation_formats = st.sampled_from(ACTIVATIONS)
 
 NAN_AND_INF_BITS = (0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000)
 """float32 NaNs (quiet, signalling, both signs) and both infinities."""

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
 from support.rows import each_arrangement, rows_of_every_size, rows_with_an_exact_mean
-from support.strategies import hostile_rows
+from support.strategies import activation_formats, fp6_formats, hostile_rows, scale_roundings
 from torch import Tensor
 
 from micromix_compile import ops
@@ -73,15 +73,19 @@ def quantizer_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Split]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(quantizer_cases(), st.sampled_from(FP6_FORMATS), st.sampled_from(list(ScaleRounding)))
-@example((torch.full((1, 32), 3.0e38), torch.arange(32), (0, 32, 0)), "e2m3", ScaleRounding.RCEIL)
-@example((torch.full((1, 32), 1.0e-45), torch.arange(32), (32, 0, 0)), "e2m3", ScaleRounding.FLOOR)
+@given(quantizer_cases(), fp6_formats, scale_roundings, activation_formats, st.integers(0, 9))
+@example((torch.full((1, 32), 3.0e38), torch.arange(32), (0, 32, 0)), "e2m3", ScaleRounding.RCEIL, "same", 0)
+@example((torch.full((1, 32), 1.0e-45), torch.arange(32), (32, 0, 0)), "e2m3", ScaleRounding.FLOOR, "same", 0)
+@example((torch.full((1, 32), 1.0e-45), torch.arange(32), (32, 0, 0)), "e2m3", ScaleRounding.FLOOR, "fp8", 1)
 def test_quantizer_bytes_equal_the_reference(
-    case: tuple[Tensor, Tensor, Split], fp6: str, scale_rounding: ScaleRounding
+    case: tuple[Tensor, Tensor, Split], fp6: str, scale_rounding: ScaleRounding, activations: str, blocks: int
 ) -> None:
     x, perm, split = case
-    got = ops.reorder_quantize(x, perm, *split, fp6, scale_rounding.value)
-    want = reference.reorder_quantize(x, perm, split, fp6=fp6, scale_rounding=scale_rounding)
+    rotated = min(blocks * BLOCK_SIZE, sum(split))
+    got = ops.reorder_quantize(x, perm, *split, fp6, scale_rounding.value, activations, rotated)
+    want = reference.reorder_quantize(
+        x, perm, split, fp6=fp6, scale_rounding=scale_rounding, activations=activations, rotated=rotated
+    )
     assert equal_bytes(got, want)
 
 
@@ -92,16 +96,19 @@ def test_every_variant_quantizes_to_the_same_bytes(
     variant: Any, dtype: torch.dtype, fp6: str, scale_rounding: ScaleRounding
 ) -> None:
     for _, x, perm in rows_of_every_size(70, 230, 256, dtype, (-140, -60, 0, 100, 126)):
-        got = variant.reorder_quantize(x, perm, 96, 96, 64, fp6, scale_rounding.value)
-        want = reference.reorder_quantize(x, perm, (96, 96, 64), fp6=fp6, scale_rounding=scale_rounding)
-        assert equal_bytes(got, want)
+        for activations, rotated in (("same", 0), ("same", 128), ("fp8", 0), ("fp8", 256), ("mxfp6", 96)):
+            got = variant.reorder_quantize(x, perm, 96, 96, 64, fp6, scale_rounding.value, activations, rotated)
+            want = reference.reorder_quantize(
+                x, perm, (96, 96, 64), fp6=fp6, scale_rounding=scale_rounding, activations=activations, rotated=rotated
+            )
+            assert equal_bytes(got, want)
 
 
 @each_arrangement
 def test_strided_rows_are_quantized_where_they_lie(arrange: Callable[[Tensor], Tensor]) -> None:
     x = arrange(torch.randn(9, 64))
     perm = torch.randperm(64)
-    got = ops.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
+    got = ops.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0)
     want = reference.reorder_quantize(x.contiguous(), perm, (32, 0, 32), fp6="e2m3")
     assert equal_bytes(got, want)
 
@@ -115,9 +122,11 @@ def test_norm_and_quantize_equals_its_two_steps_where_the_mean_is_exact(
     variant: Any, dtype: torch.dtype, channels: int
 ) -> None:
     x, weight, perm, split = rows_with_an_exact_mean(33, channels, dtype)
-    got = variant.rms_norm_reorder_quantize(x, weight, 1e-5, perm, *split, "e2m3", "rceil")
-    want = reference.reorder_quantize(ops.rms_norm(x, weight, 1e-5), perm, split, fp6="e2m3")
-    assert equal_bytes(got, want)
+    y = ops.rms_norm(x, weight, 1e-5)
+    for activations, rotated in (("same", 0), ("fp8", 32), ("mxfp6", channels)):
+        got = variant.rms_norm_reorder_quantize(x, weight, 1e-5, perm, *split, "e2m3", "rceil", activations, rotated)
+        want = reference.reorder_quantize(y, perm, split, fp6="e2m3", activations=activations, rotated=rotated)
+        assert equal_bytes(got, want)
 
 
 @pytest.mark.parametrize("fmt", ["e2m1", "e2m3", "e3m2", "e4m3"])
@@ -130,7 +139,7 @@ def test_normalized_values_are_quantized_to_the_nearest_code(variant: Any, fmt: 
     x, weight = torch.randn(50, 576) * 3 + 0.5, torch.randn(576)
     split = (576 * (fmt == "e2m1"), 576 * (fmt in FP6_FORMATS), 576 * (fmt == "e4m3"))
     perm = torch.arange(576, dtype=torch.int32)
-    q = QuantizedActivation(*variant.rms_norm_reorder_quantize(x, weight, 1e-6, perm, *split, fp6, "rceil"))
+    q = QuantizedActivation(*variant.rms_norm_reorder_quantize(x, weight, 1e-6, perm, *split, fp6, "rceil", "same", 0))
     wide = x.double()
     exact = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     shift = (form.e4m3_shift or 0) if fmt in FP6_FORMATS else 0
@@ -145,7 +154,7 @@ def test_normalized_values_are_quantized_to_the_nearest_code(variant: Any, fmt: 
 def test_norm_accepts_a_float32_weight_for_a_bfloat16_model() -> None:
     x, weight = torch.randint(-15, 16, (5, 64)).bfloat16(), torch.randn(64)
     perm = torch.arange(64, dtype=torch.int32)
-    got = ops.rms_norm_reorder_quantize(x, weight, 1e-5, perm, 32, 32, 0, "e2m3", "even")
+    got = ops.rms_norm_reorder_quantize(x, weight, 1e-5, perm, 32, 32, 0, "e2m3", "even", "same", 0)
     want = reference.reorder_quantize(
         ops.rms_norm(x, weight, 1e-5), perm, (32, 32, 0), fp6="e2m3", scale_rounding=ScaleRounding.EVEN
     )
@@ -166,6 +175,8 @@ def test_norm_accepts_a_float32_weight_for_a_bfloat16_model() -> None:
         pytest.param(1, 33, (96, 64, 32), (192, 0, 0), id="decode, FP4 weights"),
         pytest.param(9, 16, (32, 0, 64), (32, 0, 64), id="nine rows"),
         pytest.param(17, 100, (0, 64, 32), (32, 32, 32), id="another split"),
+        pytest.param(1, 70, (0, 0, 192), (96, 64, 32), id="decode, FP8 activations"),
+        pytest.param(40, 70, (0, 0, 192), (96, 64, 32), id="FP8 activations"),
         pytest.param(33, 31, (64, 0, 0), (0, 0, 64), id="formats that differ"),
         pytest.param(50, 70, (1344, 768, 96), (1344, 768, 96), id="several passes along K"),
         pytest.param(5, 70, (1344, 768, 96), (1344, 768, 96), id="one tile of x, several passes"),
@@ -200,7 +211,7 @@ def test_products_and_quantizers_are_right_on_any_number_of_threads(threads: int
     torch.set_num_threads(threads)
     try:
         product = ops.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32)
-        quantized = ops.reorder_quantize(values, perm, *split, "e2m3", "rceil")
+        quantized = ops.reorder_quantize(values, perm, *split, "e2m3", "rceil", "same", 0)
     finally:
         torch.set_num_threads(before)
     assert_product_is_exact(product, x, weight, None, "e2m3")
@@ -290,6 +301,8 @@ QUANTIZER_ARGS: dict[str, Any] = {
     "k8": 0,
     "fp6": "e2m3",
     "scale_rounding": "rceil",
+    "activations": "same",
+    "rotated": 0,
 }
 
 
@@ -303,6 +316,10 @@ QUANTIZER_ARGS: dict[str, Any] = {
         ({"k8": 32}, ValueError, r"split \(32, 32, 32\) sums to 96, but channel_perm has 64 entries"),
         ({"fp6": "e4m3"}, ValueError, "fp6 must be one of e2m3, e3m2, got 'e4m3'"),
         ({"scale_rounding": "up"}, ValueError, "'up' is not a valid ScaleRounding"),
+        ({"activations": "bf16"}, ValueError, "activations must be one of same, fp8, mxfp6, got 'bf16'"),
+        ({"rotated": 16}, ValueError, "rotated must be a multiple of 32 from 0 to 64, got 16"),
+        ({"rotated": 96}, ValueError, "rotated must be a multiple of 32 from 0 to 64, got 96"),
+        ({"rotated": -32}, ValueError, "rotated must be a multiple of 32 from 0 to 64, got -32"),
         ({"channel_perm": torch.full((64,), 64)}, ValueError, r"channel_perm\[0\] must be in \[-1, 64\), got 64"),
         ({"channel_perm": torch.full((64,), -2)}, ValueError, r"channel_perm\[0\] must be in \[-1, 64\), got -2"),
         ({"channel_perm": torch.zeros(64)}, TypeError, "must hold integers, got torch.float32"),
@@ -348,20 +365,18 @@ def test_product_refuses_operands_of_different_k() -> None:
         ops.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32)
 
 
-@pytest.mark.parametrize("op", OP_NAMES)
-def test_opcheck_finds_nothing(op: str) -> None:
-    perm = torch.arange(96, dtype=torch.int32)
-    layout = (perm, 32, 32, 32, "e2m3", "rceil")
+@pytest.mark.parametrize("op", [*OP_NAMES, "silu_mul_reorder_quantize", "dequantize_weight"])
+@pytest.mark.parametrize(("activations", "rotated"), [("same", 0), ("same", 96), ("fp8", 32), ("mxfp6", 0)])
+def test_opcheck_finds_nothing(op: str, activations: str, rotated: int) -> None:
+    perm, split = torch.arange(96, dtype=torch.int32), (32, 32, 32)
+    layout = (perm, *split, "e2m3", "rceil", activations, rotated)
     x = torch.randn(4, 96)
+    quantized, weight = ops.reorder_quantize(x, *layout), packed_rows(6, split, "e2m3")
     args: dict[str, tuple[Any, ...]] = {
         "reorder_quantize": (x, *layout),
         "rms_norm_reorder_quantize": (x, torch.ones(96), 1e-5, *layout),
-        "mixed_mx_mm": (
-            *quantized_rows(4, (32, 32, 32), "e2m3"),
-            *packed_rows(6, (32, 32, 32), "e2m3"),
-            torch.zeros(6),
-            "e2m3",
-            torch.bfloat16,
-        ),
+        "silu_mul_reorder_quantize": (x, x, *layout),
+        "mixed_mx_mm": (*quantized, *weight, torch.zeros(6), "e2m3", torch.bfloat16),
+        "dequantize_weight": (*weight, perm, 96, "e2m3", rotated, torch.bfloat16),
     }
     torch.library.opcheck(getattr(torch.ops.micromix, op).default, args[op])

@@ -65,7 +65,7 @@ handler.emit = lambda record: records.append((record.levelname, record.getMessag
 logging.getLogger("micromix_compile").addHandler(handler)
 x, perm = torch.randn(3, 64), torch.randperm(64)
 for _ in range(2):
-    got = ops.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
+    got = ops.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0)
 want = reference.reorder_quantize(x, perm, (32, 0, 32), fp6="e2m3")
 equal = all(torch.equal(a, b) for a, b in zip(got, want))
 status = cpu.status()
@@ -115,7 +115,7 @@ def test_a_tensor_of_torch_s_own_quantization_gets_the_error_of_the_reference() 
         warnings.simplefilter("ignore")  # torch 2.13 calls it deprecated
         x = torch.quantize_per_tensor(torch.randn(3, 32), 0.1, 0, torch.qint8)
     with pytest.raises(TypeError, match=r"x must be float32, bfloat16 or float16, got torch.qint8"):
-        ops.reorder_quantize(x, torch.arange(32), 32, 0, 0, "e2m3", "fit")
+        ops.reorder_quantize(x, torch.arange(32), 32, 0, 0, "e2m3", "fit", "same", 0)
 
 
 def test_what_arrives_at_the_loaded_kernels_is_theirs() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.covering import cover, params, runs_deep
 from support.digests import assert_recorded
-from test_offline_compile import ROUNDINGS, SPILL_LIMIT, compile_once
+from test_offline_compile import MANY, ROUNDINGS, SPILL_LIMIT, compile_once
 
 from micromix_compile.numerics import folding
 from micromix_compile.numerics.folding import FoldedActivation
@@ -74,9 +74,10 @@ def split_of(channels: int) -> tuple[int, int, int]:
 
 
 def reorder_fold(
-    producer: str, channels: int, *, rows: int, scale_rounding: str, w_fp4: bool, products: tuple[list[int], ...] = ()
-) -> Kernel:
-    """The launch that `hopper` would make for rows of bfloat16."""
+    producer: str, channels: int, *, rows: int, scale_rounding: str = "fit", w_fp4: bool = False,
+    products: tuple[list[int], ...] = (), activations: str = "same", rotates: bool = False,
+) -> Kernel:  # fmt: skip
+    """The launch that `hopper` would make for rows of bfloat16. rotates: the blocks whose weights are MXFP4."""
     x = meta(rows, channels, dtype=torch.bfloat16)
     width = folding.fold_width(split_of(channels), w_fp4=w_fp4)
     out = FoldedActivation(meta(rows, width), meta(rows, dtype=torch.float32), meta(folding.LOCKS, dtype=torch.int32))
@@ -86,7 +87,7 @@ def reorder_fold(
     call = reorder_fold_call(
         producer, x, other, 1e-5, meta(channels, dtype=torch.int16), split_of(channels), out, fp6="e2m3",
         scale_rounding=scale_rounding, w_fp4=w_fp4, residual=residual, products=products,
-        tiles=FOLDED_SM_90,
+        activations=activations, rotated=split_of(channels)[0] if rotates else 0, tiles=FOLDED_SM_90,
     )  # fmt: skip
     return kernel_of(call, CAPABILITY)
 
@@ -122,6 +123,18 @@ for name in ("none", "rms_norm", "residual"):
     FOLDS[f"{name}-4096-1-start"] = reorder_fold(
         name, 4096, rows=1, scale_rounding="fit", w_fp4=False, products=([4096],)
     )
+OTHER_FOLDS = {
+    f"{producer}-{channels}-{rows}-{activations}{'-rotated' * rotates}": reorder_fold(
+        producer, channels, rows=rows, activations=activations, rotates=rotates
+    )
+    for producer, channels, rows in product(
+        ("none", "rms_norm", "residual", "silu_mul"), (4096, 14336, 28672), (16, MANY)
+    )
+    for activations, rotates in product(("same", "fp8", "mxfp6"), (False, True))
+    if (activations, rotates) != ("same", False)
+}
+ALL_FOLDS = FOLDS | OTHER_FOLDS
+BY_BLOCKS = [name for name, kernel in OTHER_FOLDS.items() if kernel.constexprs["BY_BLOCKS"] and "fp8" in name]
 EXPANSIONS = {f"{fp6}-{group}": expand_weights(fp6, group) for fp6 in FP6_FORMATS for group in (1, MAX_GROUP)}
 
 
@@ -139,15 +152,24 @@ def fold_properties(name: str) -> tuple[object, ...]:
 
 
 QUICK = [case for case in PRODUCTS if case in cover(PRODUCTS, properties) + EARLY]
+
+
+def other_properties(name: str) -> tuple[object, ...]:
+    """The same where activations have a format of their own, or are rotated."""
+    producer, channels, rows, *kind = name.split("-")
+    return (tuple(kind), producer), (tuple(kind), channels), (tuple(kind), rows)
+
+
 QUICK_FOLDS = cover(list(FOLDS), fold_properties)
+QUICK_OTHERS = cover(list(OTHER_FOLDS), other_properties)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[Case | str, Compiled]:
     """Everything this file looks at."""
-    products, folds = (PRODUCTS, list(FOLDS)) if runs_deep(request) else (QUICK, QUICK_FOLDS)
+    products, folds = (PRODUCTS, list(ALL_FOLDS)) if runs_deep(request) else (QUICK, QUICK_FOLDS + QUICK_OTHERS)
     kernels: dict[Case | str, Kernel] = {case: case.kernel for case in products}
-    kernels |= {name: FOLDS[name] for name in folds} | EXPANSIONS
+    kernels |= {name: ALL_FOLDS[name] for name in folds} | EXPANSIONS
     found = compile_once(kernels, tmp_path_factory, "offline_folded")
     return {name: result for name, result in found.items() if isinstance(result, Compiled)}
 
@@ -185,7 +207,7 @@ def test_no_more_than_three_programs_of_64_rows_fit_a_processor(
     assert compiled[case].registers > FOUR_PROGRAMS_REGISTERS
 
 
-@pytest.mark.parametrize("name", params([*FOLDS, *EXPANSIONS], [*QUICK_FOLDS, *EXPANSIONS]))
+@pytest.mark.parametrize("name", params([*ALL_FOLDS, *EXPANSIONS], [*QUICK_FOLDS, *QUICK_OTHERS, *EXPANSIONS]))
 def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     compiled: dict[Case | str, Compiled], name: str
 ) -> None:
@@ -198,18 +220,37 @@ def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if name.startswith(("rms_norm", "residual")) else set())
 
 
-@pytest.mark.parametrize("case", params([*PRODUCTS, *FOLDS, *EXPANSIONS], [*QUICK, *QUICK_FOLDS, *EXPANSIONS]), ids=str)
+@pytest.mark.parametrize(
+    "case", params([*PRODUCTS, *ALL_FOLDS, *EXPANSIONS], [*QUICK, *QUICK_FOLDS, *QUICK_OTHERS, *EXPANSIONS]), ids=str
+)
 def test_nothing_is_read_or_written_before_the_wait_for_the_kernels_before(
     compiled: dict[Case | str, Compiled], case: Case | str
 ) -> None:
     assert compiled[case].before_wait == ()
 
 
-@pytest.mark.parametrize("case", params([*PRODUCTS, *FOLDS, *EXPANSIONS], [*QUICK, *QUICK_FOLDS, *EXPANSIONS]), ids=str)
+@pytest.mark.parametrize(
+    "case", params([*PRODUCTS, *ALL_FOLDS, *EXPANSIONS], [*QUICK, *QUICK_FOLDS, *QUICK_OTHERS, *EXPANSIONS]), ids=str
+)
 def test_the_ptx_is_what_is_recorded(
     compiled: dict[Case | str, Compiled], case: Case | str, request: pytest.FixtureRequest
 ) -> None:
     assert_recorded("ptx", str(case), compiled[case].ptx_digest, may_lack=runs_deep(request))
+
+
+@pytest.mark.parametrize("name", params(BY_BLOCKS, [name for name in BY_BLOCKS if name in QUICK_OTHERS]))
+def test_threads_that_have_whole_blocks_exchange_nothing_but_what_the_gather_and_the_row_need(
+    compiled: dict[Case | str, Compiled], name: str
+) -> None:
+    """Shared memory is that of the gather: one row of bfloat16, as a power of two."""
+    kernel = ALL_FOLDS[name]
+    assert compiled[name].shared_bytes == 2 * kernel.constexprs["BLOCK_C"]  # type: ignore[operator]
+    assert compiled[name].registers <= 65536 // (32 * kernel.num_warps)
+
+
+def test_many_rows_of_every_producer_go_by_blocks() -> None:
+    assert {name.split("-")[0] for name in BY_BLOCKS} == {"none", "rms_norm", "residual", "silu_mul"}
+    assert {name.split("-")[2] for name in BY_BLOCKS} == {str(MANY)}
 
 
 def test_quantizers_of_every_release_are_compiled() -> None:

@@ -42,7 +42,7 @@ from micromix_compile.targets.target import (
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-LAYOUT = (torch.arange(64), 32, 0, 32, "e2m3", "rceil")
+LAYOUT = (torch.arange(64), 32, 0, 32, "e2m3", "rceil", "same", 0)
 
 
 def gpu(capability: tuple[int, int], **known: Any) -> Target:
@@ -194,9 +194,9 @@ from micromix_compile.targets.target import Row, Target, register_target
 calls = []
 
 class Kernels(PlainExact):
-    def quantize(self, producer, *args):
+    def quantize(self, producer, *args, **options):
         calls.append(producer)
-        return super().quantize(producer, *args)
+        return super().quantize(producer, *args, **options)
 
     def multiply(self, *args):
         calls.append("multiply")
@@ -204,7 +204,7 @@ class Kernels(PlainExact):
 
 target = Target(name="somebody's", exact=Kernels())
 register_target(Row(serves=lambda device: device.type == "cpu", target=lambda device: target))
-x, layout = torch.randn(3, 64), (torch.arange(64), 32, 0, 32, "e2m3", "rceil")
+x, layout = torch.randn(3, 64), (torch.arange(64), 32, 0, 32, "e2m3", "rceil", "same", 0)
 q = ops.reorder_quantize(x, *layout)
 ops.rms_norm_reorder_quantize(x, torch.rand(64), 1e-6, *layout)
 ops.silu_mul_reorder_quantize(x, x, *layout)

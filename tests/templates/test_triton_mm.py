@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
 
 from micromix_compile import ops
-from micromix_compile.numerics import packing
+from micromix_compile.numerics import packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.numerics.layout import PackedWeight
 from micromix_compile.numerics.reference import QuantizedActivation
@@ -61,7 +61,13 @@ def check(
     assert_product_is_exact(out, x, w, bias, fp6, unit=UNIT[device])
 
 
-@settings(deadline=None)
+def kinds_of_operands(split: Split) -> list[tuple[Split, Split]]:
+    """Splits of activations and of weights that a product takes: alike, weights all MXFP4, activations all E4M3."""
+    channels = sum(split)
+    return [(split, split), (split, (channels, 0, 0)), ((0, 0, channels), split)]
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     st.data(),
     st.tuples(*[st.integers(0, 6).map(lambda n: n * BLOCK_SIZE)] * 3),
@@ -72,9 +78,9 @@ def test_product_of_any_shape(device: str, data: st.DataObject, split: Split, fp
     rows, columns = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 70))
     torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     magnitude = 2.0 ** data.draw(st.sampled_from((-100, 0, 100)))
-    w_split = data.draw(st.sampled_from((split, (sum(split), 0, 0))))
+    x_split, w_split = data.draw(st.sampled_from(kinds_of_operands(split)))
     widen_fp4 = data.draw(st.booleans())
-    x, w = quantized_rows(rows, split, fp6, magnitude), packed_rows(columns, w_split, fp6)
+    x, w = quantized_rows(rows, x_split, fp6, magnitude), packed_rows(columns, w_split, fp6)
     bias = torch.randn(columns) if data.draw(st.booleans()) else None
     check(device, x, w, bias, fp6, tile, widen_fp4=widen_fp4)
 
@@ -105,10 +111,11 @@ def write_codes(x: QuantizedActivation, codes: Tensor, split: Split, fp6: str) -
 
 @pytest.mark.parametrize("segment", [0, 1, 2])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("w_fp4", [False, True])
-def test_a_nan_scale_reaches_its_row_or_column_and_no_other(device: str, segment: int, tile: Tile, w_fp4: bool) -> None:
-    split = (32, 32, 32)
-    x, w = quantized_rows(21, split, "e3m2"), packed_rows(20, (96, 0, 0) if w_fp4 else split, "e3m2")
+@pytest.mark.parametrize(("x_split", "w_split"), kinds_of_operands((32, 32, 32)))
+def test_a_nan_scale_reaches_its_row_or_column_and_no_other(
+    device: str, segment: int, tile: Tile, x_split: Split, w_split: Split
+) -> None:
+    x, w = quantized_rows(21, x_split, "e3m2"), packed_rows(20, w_split, "e3m2")
     x.scale[20, segment] = 255
     w[3][7, segment] = 255
     check(device, x, w, None, "e3m2", tile, widen_fp4=True)
@@ -134,6 +141,34 @@ def test_swizzled_scales_give_the_same_product(device: str, swizzle_x: bool, swi
         if swizzle:
             operands[index] = packing.swizzle_scale(operands[index], split)
     assert torch.equal(multiply(tiles, operands, None, tile=tile), plain)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_swizzled_scales_of_weights_meet_activations_of_one_format_whose_own_must_be_plain(
+    device: str, swap: bool
+) -> None:
+    split = (160, 224, 32)
+    x, w = quantized_rows(140, (0, 0, 416), "e2m3"), packed_rows(150, split, "e2m3")
+    tiles, tile = tiles_on(device), Tile(128, 128, 128, 8, 1, SWAP=swap)
+    operands = [tensor.to(device) for tensor in (*x, *w)]
+    plain = multiply(tiles, operands, None, tile=tile)
+    operands[7] = packing.swizzle_scale(operands[7], split)
+    assert torch.equal(multiply(tiles, operands, None, tile=tile), plain)
+    operands[3] = packing.swizzle_scale(operands[3], (0, 0, 416))
+    with pytest.raises(ValueError, match=r"x_scale must not be swizzled .* weights are split \(160, 224, 32\)"):
+        multiply(tiles, operands, None, tile=tile)
+
+
+@pytest.mark.parametrize("activations", ["fp8", "mxfp6"])
+@pytest.mark.parametrize("tile", TILES)
+def test_activations_of_their_own_format_meet_weights_of_any(device: str, activations: str, tile: Tile) -> None:
+    """As quantizers make them: rotated, and of one row with a NaN, which is the row's alone."""
+    split, perm = (96, 64, 32), torch.randperm(192)
+    rows = torch.randn(19, 192) * torch.exp2(torch.randint(-6, 3, (19, 1)))
+    rows[4, 7] = torch.nan
+    x = reference.reorder_quantize(rows, perm, split, fp6="e2m3", activations=activations, rotated=96)
+    check(device, x, packed_rows(37, split, "e2m3"), torch.randn(37), "e2m3", tile)
+    check(device, x, packed_rows(37, (192, 0, 0), "e2m3"), None, "e2m3", tile, widen_fp4=True)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -162,10 +197,12 @@ def sweep() -> list[tuple[int, int, Split]]:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("rows", "columns", "split"), sweep())
-def test_no_shape_is_special(rows: int, columns: int, split: Split) -> None:
+def test_no_shape_is_special(rows: int, columns: int, split: Split, wide: bool) -> None:
     fp6 = FP6_FORMATS[rows % 2]
-    check("cuda", quantized_rows(rows, split, fp6), packed_rows(columns, split, fp6), torch.randn(columns), fp6, None)
+    x = quantized_rows(rows, (0, 0, sum(split)) if wide else split, fp6)
+    check("cuda", x, packed_rows(columns, split, fp6), torch.randn(columns), fp6, None)
 
 
 def every_tile() -> list[Any]:
@@ -179,12 +216,11 @@ def every_tile() -> list[Any]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("w_fp4", [False, True])
+@pytest.mark.parametrize(("x_split", "w_split"), kinds_of_operands((352, 160, 96)))
 @pytest.mark.parametrize(("name", "tile"), every_tile())
-def test_every_tile_of_every_family(name: str, tile: Tile, w_fp4: bool) -> None:
-    split = (352, 160, 96)
+def test_every_tile_of_every_family(name: str, tile: Tile, x_split: Split, w_split: Split) -> None:
     for rows, fp6 in product((1, 150), FP6_FORMATS):
-        x, w = quantized_rows(rows, split, fp6), packed_rows(300, (sum(split), 0, 0) if w_fp4 else split, fp6)
+        x, w = quantized_rows(rows, x_split, fp6), packed_rows(300, w_split, fp6)
         own = MIXED_TILES[name]
         check("cuda", x, w, None, fp6, tile, mode=own.mode, widen_fp4=own.widen_fp4)
 
@@ -192,7 +228,7 @@ def test_every_tile_of_every_family(name: str, tile: Tile, w_fp4: bool) -> None:
 def test_product_of_operands_that_fit_no_kernel_is_refused(device: str) -> None:
     x, w = quantized_rows(3, (64, 0, 32), "e2m3"), packed_rows(4, (32, 32, 32), "e2m3")
     operands = [tensor.to(device) for tensor in (*x, *w)]
-    with pytest.raises(ValueError, match=r"\(64, 0, 32\), or all MXFP4, got \(32, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(64, 0, 32\), or all MXFP4, or meet MXFP8 alone, got \(32, 32, 32\)"):
         multiply(tiles_on(device), operands, None)
 
 
@@ -212,9 +248,13 @@ def test_operands_that_do_not_fit_are_refused_where_a_graph_is_traced() -> None:
     with pytest.raises(ValueError, match="fp6 must be one of"):
         ops.mixed_mx_mm(*good, None, "e9m9", torch.float32)
     x, perm = meta(3, 64, dtype=torch.bfloat16), meta(64, dtype=torch.int32)
-    layout = (perm, 32, 0, 32, "e2m3", "rceil")
+    layout = (perm, 32, 0, 32, "e2m3", "rceil", "same", 0)
     with pytest.raises(ValueError, match="sums to 96"):
-        ops.reorder_quantize(x, perm, 32, 32, 32, "e2m3", "rceil")
+        ops.reorder_quantize(x, perm, 32, 32, 32, "e2m3", "rceil", "same", 0)
+    with pytest.raises(ValueError, match="activations must be one of same, fp8, mxfp6, got 'bf16'"):
+        ops.reorder_quantize(x, *layout[:6], "bf16", 0)
+    with pytest.raises(ValueError, match="rotated must be a multiple of 32 from 0 to 64, got 96"):
+        ops.reorder_quantize(x, *layout[:6], "fp8", 96)
     with pytest.raises(ValueError, match="weight must have shape"):
         ops.rms_norm_reorder_quantize(x, meta(32, dtype=torch.bfloat16), 1e-6, *layout)
     with pytest.raises(TypeError, match="up must have gate's dtype"):

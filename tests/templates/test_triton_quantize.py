@@ -3,73 +3,48 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from support.covering import part
 from support.products import INTERPRETED, SEGMENTS, one_format
-from support.rows import (
-    each_arrangement,
-    gates_of_one_rounding,
-    rows_of_every_size,
-    rows_with_an_exact_mean,
-)
-from support.strategies import ReorderCase, float_dtypes, index_dtypes, reorder_cases
+from support.quantized import assert_same_bytes, launch, quantized_by_the_reference
+from support.rows import each_arrangement, rows_of_every_size
+from support.strategies import ReorderCase, activation_formats, float_dtypes, index_dtypes, reorder_cases
 from torch import Tensor
-from torch.nn.functional import silu
 
-from micromix_compile import ops
 from micromix_compile.numerics import reference
 from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.numerics.formats import BLOCK_SIZE, ELEM_FORMATS, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.layout import ACTIVATIONS, RowLayout
 from micromix_compile.targets import quantizers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from micromix_compile.numerics.reference import QuantizedActivation
+    from micromix_compile.numerics.layout import Split
 
 pytestmark = INTERPRETED
 
 LARGEST = ReorderCase(torch.full((1, 32), 3.0e38), torch.arange(32), (0, 32, 0), "e2m3", ScaleRounding.RCEIL)
+SMALLEST = ReorderCase(torch.full((1, 32), 1.0e-45), torch.arange(32), (32, 0, 0), "e2m3", ScaleRounding.FLOOR)
+OTHER_FORMATS = [("same", 512), ("fp8", 0), ("fp8", 1024), ("mxfp6", 512)]
+"""Activations and how many of 1,024 channels are rotated."""
 
 
-def assert_same_bytes(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    for name, a, b in zip(("q4", "q6", "q8", "scale"), got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        wrong = (a.cpu() != b).nonzero()
-        assert not len(wrong), f"{name} differs in {len(wrong)} bytes, first at {wrong[0].tolist()}"
-
-
-def launch(x: Tensor, perm: Tensor, k4: int, k6: int, k8: int, *names: str) -> QuantizedActivation:
-    return quantizers.reorder_quantize("none", x, None, 0.0, perm, (k4, k6, k8), *names)
-
-
-def launch_behind_norm(
-    x: Tensor, weight: Tensor, eps: float, perm: Tensor, k4: int, k6: int, k8: int, *names: str
-) -> QuantizedActivation:
-    return quantizers.reorder_quantize("rms_norm", x, weight, eps, perm, (k4, k6, k8), *names)
-
-
-def launch_behind_silu_mul(
-    gate: Tensor, up: Tensor, perm: Tensor, k4: int, k6: int, k8: int, *names: str
-) -> QuantizedActivation:
-    return quantizers.reorder_quantize("silu_mul", gate, up, 0.0, perm, (k4, k6, k8), *names)
-
-
-def check_plain(x: Tensor, perm: Tensor, split: tuple[int, int, int], fp6: str, rounding: str, device: str) -> None:
-    got = launch(x.to(device), perm.to(device), *split, fp6, rounding)
-    want = reference.reorder_quantize(x, perm, split, fp6=fp6, scale_rounding=ScaleRounding(rounding))
-    assert_same_bytes(got, want)
+def check_plain(x: Tensor, perm: Tensor, split: Split, *names: Any, device: str) -> None:
+    """names: what `RowLayout` has behind the split."""
+    got = launch(x.to(device), perm.to(device), *split, *names)
+    assert_same_bytes(got, quantized_by_the_reference(x, perm, split, *names))
 
 
 def check_one_format(x: Tensor, fmt: str, rounding: str, device: str) -> None:
     """Quantize all of x (M, K), in order, to one format."""
     channels = x.shape[1]
-    check_plain(x, torch.arange(channels), *one_format(fmt, channels), rounding, device)
+    check_plain(x, torch.arange(channels), *one_format(fmt, channels), rounding, device=device)
 
 
 def finite_bfloat16() -> Tensor:
@@ -81,13 +56,17 @@ def finite_bfloat16() -> Tensor:
 # ---- any input
 
 
-@settings(max_examples=100)
-@given(reorder_cases(), float_dtypes, index_dtypes)
-@example(LARGEST, torch.float32, torch.int64)
+@settings(max_examples=200)
+@given(reorder_cases(), float_dtypes, index_dtypes, activation_formats, st.integers(0, 5))
+@example(LARGEST, torch.float32, torch.int64, "same", 0)
+@example(LARGEST, torch.float32, torch.int64, "mxfp6", 1)
+@example(SMALLEST, torch.float32, torch.int32, "fp8", 1)
 def test_bytes_equal_the_reference(
-    device: str, case: ReorderCase, dtype: torch.dtype, index_dtype: torch.dtype
+    device: str, case: ReorderCase, dtype: torch.dtype, index_dtype: torch.dtype, activations: str, blocks: int
 ) -> None:
-    check_plain(case.x.to(dtype), case.channel_perm.to(index_dtype), case.split, case.fp6, case.scale_rounding, device)
+    rotated = min(blocks * BLOCK_SIZE, sum(case.split))
+    perm, names = case.channel_perm.to(index_dtype), (case.fp6, case.scale_rounding, activations, rotated)
+    check_plain(case.x.to(dtype), perm, case.split, *names, device=device)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -96,7 +75,17 @@ def test_magnitudes_of_the_whole_range_and_specials_among_them(
     device: str, dtype: torch.dtype, scale_rounding: str
 ) -> None:
     for index, (_, x, perm) in enumerate(rows_of_every_size(5, 1000, 1024, dtype)):
-        check_plain(x, perm, (416, 352, 256), FP6_FORMATS[index % 2], scale_rounding, device)
+        check_plain(x, perm, (416, 352, 256), FP6_FORMATS[index % 2], scale_rounding, device=device)
+
+
+@pytest.mark.parametrize(("activations", "rotated"), OTHER_FORMATS)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_magnitudes_of_the_whole_range_in_other_formats_and_rotated(
+    device: str, dtype: torch.dtype, activations: str, rotated: int
+) -> None:
+    for index, (_, x, perm) in enumerate(rows_of_every_size(4, 1000, 1024, dtype)):
+        names = (FP6_FORMATS[index % 2], tuple(ScaleRounding)[index % 4], activations, rotated)
+        check_plain(x, perm, (416, 352, 256), *names, device=device)
 
 
 @pytest.mark.parametrize("fmt", SEGMENTS)
@@ -156,9 +145,20 @@ def test_a_special_value_poisons_its_block_alone(device: str, dtype: torch.dtype
     x = -torch.rand(3, 192).to(dtype)
     for row, column in ((0, 5), (0, 70), (0, 191), (2, 33)):
         x[row, column] = special
-    check_plain(x, torch.arange(192), (64, 64, 64), "e2m3", "rceil", device)
+    check_plain(x, torch.arange(192), (64, 64, 64), "e2m3", "rceil", device=device)
     scale = launch(x.to(device), torch.arange(192, device=device), 64, 64, 64, "e2m3", "rceil").scale
     assert (scale == 255).nonzero().tolist() == [[0, 0], [0, 2], [0, 5], [2, 1]]
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_a_special_value_poisons_its_row_alone_where_a_row_has_one_scale(device: str, special: float) -> None:
+    """Though no channel of the order reads it."""
+    x, perm = -torch.rand(3, 192), torch.cat((torch.arange(70), torch.arange(71, 192), torch.tensor([-1])))
+    x[1, 70] = special
+    got = launch(x.to(device), perm.to(device), 64, 64, 64, "e2m3", "rceil", "fp8", 64)
+    assert (got.scale == 255).all(1).tolist() == (got.q8 == 0).all(1).tolist() == [False, True, False]
+    assert not bool((got.scale == 255)[[0, 2]].any())
+    check_plain(x, perm, (64, 64, 64), "e2m3", "rceil", "fp8", 64, device=device)
 
 
 # ---- shapes
@@ -170,7 +170,10 @@ def test_a_special_value_poisons_its_block_alone(device: str, dtype: torch.dtype
 )
 def test_any_rows_and_empty_segments(device: str, rows: int, split: tuple[int, int, int]) -> None:
     perm = torch.randint(-1, 45, (sum(split),), dtype=torch.int32)
-    check_plain(torch.randn(rows, 45), perm, split, "e3m2", "rceil", device)
+    x = torch.randn(rows, 45)
+    for activations in ACTIVATIONS:
+        rotated = 0 if activations == "same" else sum(split) // 64 * 32
+        check_plain(x, perm, split, "e3m2", "rceil", activations, rotated, device=device)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,8 @@ def test_wide_rows(device: str, dtype: torch.dtype, few: int, monkeypatch: pytes
     channels = 28672 + 7
     x = torch.randn(2, channels).to(dtype)
     perm = torch.cat((torch.randperm(channels), torch.full((25,), -1)))[torch.randperm(28704)]
-    check_plain(x, perm, (16416, 8160, 4128), "e2m3", "rceil", device)
+    for names in (("same", 0), ("fp8", 9600), ("mxfp6", 28704)):
+        check_plain(x, perm, (16416, 8160, 4128), "e2m3", "rceil", *names, device=device)
 
 
 @each_arrangement
@@ -247,7 +251,8 @@ def test_only_the_outputs_are_written(device: str) -> None:
     want = launch(x, perm, 32, 0, 32, "e2m3", "rceil")
     room = [torch.full((5, out.shape[1]), 0xA5, dtype=torch.uint8, device=device) for out in want]
     inner = reference.QuantizedActivation(*(buffer[1:4] for buffer in room))
-    quantizers.reorder_quantize_call("none", x, None, 0.0, perm, inner, fp6="e2m3", scale_rounding="rceil").launch()
+    layout = RowLayout(32, 0, 32, "e2m3", "rceil")
+    quantizers.reorder_quantize_call("none", x, None, 0.0, perm, inner, layout).launch()
     assert_same_bytes(inner, tuple(out.cpu() for out in want))
     assert all(bool((buffer[[0, 4]] == 0xA5).all()) for buffer in room)
 
@@ -266,6 +271,9 @@ def test_only_the_outputs_are_written(device: str) -> None:
         ({"split": (96, -32, 0)}, ValueError),
         ({"fp6": "e4m3"}, ValueError),
         ({"rounding": "up"}, ValueError),
+        ({"activations": "fp4"}, ValueError),
+        ({"rotated": 16}, ValueError),
+        ({"rotated": 96}, ValueError),
     ],
 )
 def test_arguments_that_the_reference_refuses_are_refused(change: dict[str, object], error: type[Exception]) -> None:
@@ -275,83 +283,13 @@ def test_arguments_that_the_reference_refuses_are_refused(change: dict[str, obje
         "split": (32, 0, 32),
         "fp6": "e2m3",
         "rounding": "rceil",
+        "activations": "same",
+        "rotated": 0,
     }
-    x, perm, split, fp6, rounding = (given_ | change).values()
+    x, perm, split, fp6, rounding, *others = (given_ | change).values()
+    options = dict(zip(("activations", "rotated"), others, strict=True))
     with pytest.raises(error) as want:
-        reference.reorder_quantize(x, perm, split, fp6=fp6, scale_rounding=rounding)  # type: ignore[arg-type]
+        reference.reorder_quantize(x, perm, split, fp6=fp6, scale_rounding=rounding, **options)  # type: ignore[arg-type]
     with pytest.raises(error) as got:
-        launch(x, perm, *split, fp6, rounding)  # type: ignore[arg-type, misc]
+        launch(x, perm, *split, fp6, rounding, *others)  # type: ignore[arg-type, misc]
     assert str(got.value) == str(want.value)
-
-
-def test_operands_of_producers_must_fit_x() -> None:
-    x, perm = torch.zeros(2, 64), torch.arange(64)
-    with pytest.raises(TypeError, match=r"weight must be float32, bfloat16 or float16, got .*int64"):
-        launch_behind_norm(x, torch.ones(64).long(), 1e-5, perm, 64, 0, 0, "e2m3", "rceil")
-    with pytest.raises(ValueError, match=r"weight must have shape \(64,\), got \(32,\)"):
-        launch_behind_norm(x, torch.ones(32), 1e-5, perm, 64, 0, 0, "e2m3", "rceil")
-    with pytest.raises(TypeError, match=r"up must have gate's dtype .*float32, got .*float16"):
-        launch_behind_silu_mul(x, x.half(), perm, 64, 0, 0, "e2m3", "rceil")
-    with pytest.raises(ValueError, match=r"up must have shape \(2, 64\), got \(1, 64\)"):
-        launch_behind_silu_mul(x, x[:1], perm, 64, 0, 0, "e2m3", "rceil")
-
-
-# ---- RMSNorm and SiLU·mul before the quantizer
-
-
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("channels", [32, 256, 1024])
-def test_norm_and_quantize_equals_its_two_steps_where_the_mean_is_exact(
-    device: str, dtype: torch.dtype, channels: int
-) -> None:
-    x, weight, perm, split = rows_with_an_exact_mean(9, channels, dtype)
-    x, weight, perm = x.to(device), weight.to(device), perm.to(device)
-    got = launch_behind_norm(x, weight, 1e-5, perm, *split, "e2m3", "rceil")
-    y = ops.rms_norm(x, weight, 1e-5).cpu()
-    assert_same_bytes(got, reference.reorder_quantize(y, perm.cpu(), split, fp6="e2m3"))
-
-
-def test_norm_of_a_bfloat16_row_takes_a_float32_weight(device: str) -> None:
-    x, weight = torch.randint(-15, 16, (5, 64)).bfloat16().to(device), torch.randn(64).to(device)
-    perm = torch.arange(64, device=device)
-    got = launch_behind_norm(x, weight, 1e-5, perm, 32, 32, 0, "e2m3", "rceil")
-    want = reference.reorder_quantize(ops.rms_norm(x, weight, 1e-5).cpu(), perm.cpu(), (32, 32, 0), fp6="e2m3")
-    assert_same_bytes(got, want)
-
-
-def test_norm_of_a_row_wider_than_one_tile(device: str) -> None:
-    channels = 20000
-    x = torch.randn(2, channels, device=device)
-    perm = torch.arange(channels, device=device)
-    got = launch_behind_norm(x, torch.ones_like(x[0]), 1e-6, perm, 0, 0, channels, "e2m3", "rceil")
-    want = x / x.double().square().mean(1, keepdim=True).sqrt()
-    values = reference.dequantize_activation(*got)
-    assert bool(((values - want).abs() <= want.abs() * 2.0**-4 + 2.0**-9).all())
-
-
-def test_norm_and_quantize_of_a_nan_row_is_nan_and_of_others_is_not(device: str) -> None:
-    x = torch.randn(3, 48, dtype=torch.bfloat16, device=device)
-    x[1, 3] = torch.nan
-    perm = torch.cat((torch.full((32,), -1), torch.arange(48), torch.full((16,), -1))).to(device)
-    got = launch_behind_norm(x, torch.ones_like(x[0]), 1e-6, perm, 32, 32, 32, "e2m3", "rceil")
-    assert (got.scale == 255).tolist() == [[False] * 3, [False, True, True], [False] * 3]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_silu_mul_and_quantize_equals_its_steps_for_every_gate(device: str, dtype: torch.dtype) -> None:
-    gate, up = gates_of_one_rounding(dtype)
-    perm = torch.randperm(2048)
-    got = launch_behind_silu_mul(gate.to(device), up.to(device), perm.to(device), 1024, 512, 512, "e2m3", "rceil")
-    want = reference.reorder_quantize(silu(gate) * up, perm, (1024, 512, 512), fp6="e2m3")
-    assert_same_bytes(got, want)
-
-
-def test_silu_mul_in_float32_is_close_and_rows_are_read_in_step(device: str) -> None:
-    both = torch.randn(5, 400, device=device)
-    gate, up = both[:, :192], both[:, 200:392]
-    perm = torch.arange(192, device=device)
-    got = launch_behind_silu_mul(gate, up, perm, 0, 0, 192, "e2m3", "rceil")
-    want = silu(gate) * up
-    amax = want.unflatten(1, (-1, BLOCK_SIZE)).abs().amax(2).repeat_interleave(BLOCK_SIZE, 1)
-    values = reference.dequantize_activation(*got)
-    assert bool(((values - want).abs() <= want.abs() * (2.0**-4 + 2.0**-20) + amax * 2.0**-15).all())

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.covering import part
+from support.folded_rows import assert_folds, check_fold
 from support.products import INTERPRETED, SEGMENTS, one_format
 from support.rows import (
     each_arrangement,
@@ -16,15 +17,16 @@ from support.rows import (
     rows_of_every_size,
     rows_with_an_exact_mean,
 )
-from support.strategies import ReorderCase, float_dtypes, index_dtypes, reorder_cases
+from support.strategies import ReorderCase, activation_formats, float_dtypes, index_dtypes, reorder_cases
 from torch import Tensor
 from torch.nn.functional import silu
 
 from micromix_compile import ops
-from micromix_compile.numerics import folding, reference
+from micromix_compile.numerics import folding
 from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.numerics.folding import FoldedActivation
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
+from micromix_compile.numerics.layout import ACTIVATIONS
 from micromix_compile.targets import quantizers
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90
 from micromix_compile.targets.hopper import TritonFolded, reorder_fold_call
@@ -40,43 +42,36 @@ Split = tuple[int, int, int]
 TOP = ReorderCase(torch.full((1, 32), 3.4e38), torch.arange(32), (32, 0, 0), "e2m3", ScaleRounding.RCEIL)
 
 
-def assert_folds(
-    got: FoldedActivation, y: Tensor, perm: Tensor, split: Split, fp6: str, rounding: str, *, w_fp4: bool
-) -> None:
-    """The same bytes and scales as in two steps from y.
-
-    In a row whose scale is NaN bytes may be anything, and a negative value that is rounded to zero may lose its sign.
-    """
-    quantized = reference.reorder_quantize(y, perm, split, fp6=fp6, scale_rounding=ScaleRounding(rounding))
-    want = folding.fold_activation(quantized, y.abs().amax(1), w_fp4=w_fp4)
-    assert (got.q.dtype, got.row_scale.dtype, got.locks.dtype) == (torch.uint8, torch.float32, torch.int32)
-    assert got.q.shape == want.q.shape
-    assert torch.equal(got.row_scale.cpu().isnan(), want.row_scale.isnan())
-    finite = want.row_scale.isfinite()
-    assert torch.equal(got.row_scale.cpu()[finite], want.row_scale[finite])
-    q = got.q.cpu()
-    same = (q == want.q) | ((q == 0) & (want.q == 0x80))
-    wrong = (~same & finite[:, None]).nonzero()
-    assert not len(wrong), f"q differs in {len(wrong)} bytes, first at {wrong[0].tolist()}"
-    if len(y):
-        assert torch.equal(got.locks.cpu(), want.locks)
-
-
-def check_fold(
-    device: str, x: Tensor, perm: Tensor, split: Split, fp6: str, rounding: str, *, w_fp4: bool = False
-) -> None:
-    got = TritonFolded().quantize("none", x.to(device), None, 0.0, perm.to(device), split, fp6, rounding, w_fp4=w_fp4)
-    assert_folds(got, x, perm, split, fp6, rounding, w_fp4=w_fp4)
-
-
-@settings(max_examples=40)
-@given(reorder_cases(), float_dtypes, index_dtypes, st.booleans())
-@example(TOP, torch.float32, torch.int64, False)
+@settings(max_examples=80)
+@given(reorder_cases(), float_dtypes, index_dtypes, st.booleans(), activation_formats, st.integers(0, 5))
+@example(TOP, torch.float32, torch.int64, False, "same", 0)
+@example(TOP, torch.float32, torch.int64, False, "fp8", 1)
 def test_activations_equal_the_two_steps(
-    device: str, case: ReorderCase, dtype: torch.dtype, index_dtype: torch.dtype, w_fp4: bool
+    device: str,
+    case: ReorderCase,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,
+    w_fp4: bool,
+    activations: str,
+    blocks: int,
 ) -> None:
-    perm = case.channel_perm.to(index_dtype)
-    check_fold(device, case.x.to(dtype), perm, case.split, case.fp6, case.scale_rounding, w_fp4=w_fp4)
+    perm, rotated = case.channel_perm.to(index_dtype), min(blocks * BLOCK_SIZE, len(case.channel_perm))
+    check_fold(
+        device, case.x.to(dtype), perm, case.split, case.fp6, case.scale_rounding, w_fp4=w_fp4,
+        activations=activations, rotated=rotated,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_every_format_of_activations_rotated_or_not(device: str, activations: str, dtype: torch.dtype) -> None:
+    """In all segments, of which that of MXFP6 has an odd number of blocks; rotation ends within any of them, too."""
+    x, perm = torch.randn(3, 352).to(dtype), torch.randperm(352)
+    for index, rotated in enumerate((0, 96, 256, 352)):
+        check_fold(
+            device, x, perm, (160, 96, 96), FP6_FORMATS[index % 2], "fit", w_fp4=index % 3 == 1,
+            activations=activations, rotated=rotated,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -88,6 +83,11 @@ def test_magnitudes_of_the_whole_range_with_specials_in_some_rows(
         x[:3] = torch.where(x[:3].abs().float() <= 2.0 ** min(center + 4, 127), x[:3], 0.0)
         x[3] = torch.where(x[3].isfinite(), x[3], 0.0)  # with the dtype's largest value
         check_fold(device, x, perm, (416, 352, 256), FP6_FORMATS[index % 2], scale_rounding, w_fp4=index % 3 == 1)
+        activations, rotated = (("same", 1024), ("fp8", 0), ("fp8", 416), ("mxfp6", 0), ("mxfp6", 416))[index % 5]
+        check_fold(
+            device, x, perm, (416, 352, 256), FP6_FORMATS[index % 2], scale_rounding, w_fp4=index % 3 == 1,
+            activations=activations, rotated=rotated,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("fp6", FP6_FORMATS)
@@ -226,7 +226,7 @@ def test_sum_norm_and_fold_equals_its_steps_where_the_mean_is_exact(
     x, residual = (torch.randint(-7, 8, (rows, channels + 8), device=device).to(dtype)[:, :channels] for _ in range(2))
     weight, perm = torch.randn(channels, device=device).to(dtype), torch.randperm(channels)
     split = (channels // 2, channels // 4, channels // 4)
-    layout = (perm.to(device), *split, "e2m3", "fit", False)
+    layout = (perm.to(device), *split, "e2m3", "fit", "same", 0, False)
     total, *folded = ops.add_rms_norm_reorder_fold(x, residual, weight, 1e-5, *layout)
     assert torch.equal(total, x + residual)
     want = ops.rms_norm(x + residual, weight, 1e-5).cpu()
@@ -254,7 +254,7 @@ def test_the_sum_rounds_as_eager_does(device: str, dtype: torch.dtype) -> None:
 
 def test_a_residual_of_another_shape_or_dtype_is_refused(device: str) -> None:
     x, weight, perm = torch.zeros(3, 64, device=device), torch.ones(64, device=device), torch.arange(64, device=device)
-    layout = (perm, 64, 0, 0, "e2m3", "fit", False)
+    layout = (perm, 64, 0, 0, "e2m3", "fit", "same", 0, False)
     with pytest.raises(ValueError, match=r"residual must have shape \(3, 64\), got \(1, 64\)"):
         ops.add_rms_norm_reorder_fold(x, x[:1], weight, 1e-5, *layout)
     with pytest.raises(TypeError, match=r"residual must have x's dtype torch.float32, got torch.bfloat16"):

@@ -34,9 +34,23 @@ def test_a_compiled_model_equals_its_fake_quantized_twin(weights: str, fp6: str)
         assert not close(compiled_with(net, recipe)(x), net(x))
 
 
-def test_a_compiled_model_gives_the_bits_of_eager_packed_modules() -> None:
+@pytest.mark.parametrize("rotate", ["none", "all"])
+@pytest.mark.parametrize("activations", ["same", "fp8", "mxfp6"])
+def test_activations_of_any_format_equal_the_fake_quantized_twins(activations: str, rotate: str) -> None:
+    net = make_net(layers=1)
+    config = MicroMixConfig(activations=activations, rotate=rotate, target_bits=5.0)
+    recipe = micromix.calibrate(net, batches(), config)
+    assert all((group.rotated > 0) == (rotate == "all") for group in recipe.groups.values())
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert close(compiled_with(net, recipe)(x), fake_quantized(net, recipe)(x))
+
+
+@pytest.mark.parametrize(("activations", "rotate"), [("same", "none"), ("fp8", "all"), ("mxfp6", "all")])
+def test_a_compiled_model_gives_the_bits_of_eager_packed_modules(activations: str, rotate: str) -> None:
     net = make_net(EXACT_DTYPE)
-    recipe = micromix.calibrate(net, [x.to(EXACT_DTYPE) for x in batches()])
+    config = MicroMixConfig(activations=activations, rotate=rotate)
+    recipe = micromix.calibrate(net, [x.to(EXACT_DTYPE) for x in batches()], config)
     packed = micromix.quantize_(copy.deepcopy(net), recipe)
     x = torch.randn(2, 9, 64).to(EXACT_DTYPE)
     with torch.no_grad():

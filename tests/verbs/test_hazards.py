@@ -54,13 +54,15 @@ def test_an_explicit_default_is_not_the_recipes_choice() -> None:
 
 def test_functions_over_different_models_calibrate_apart() -> None:
     inputs = [torch.randn(2, 5, 64) for _ in range(3)]
+    by_thresholds = {"policy": "mxfp8-anchor"}  # which measures the same in both ways
     for net in (make_net(layers=1), make_net(layers=1)):
         original = copy.deepcopy(net)
-        fast = torch.compile(lambda x, net=net: net(x), backend="micromix", options={"calibration_batches": 2})
+        options = {"calibration_batches": 2, **by_thresholds}
+        fast = torch.compile(lambda x, net=net: net(x), backend="micromix", options=options)
         with torch.no_grad():
             for x in inputs:
                 fast(x)
-            recipe = micromix.calibrate(original, inputs[:2])
+            recipe = micromix.calibrate(original, inputs[:2], MicroMixConfig(**by_thresholds))
             assert_close(fast(inputs[2]), fake_quantized(original, recipe)(inputs[2]))
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.versions
 
 def residual_program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
     """Two sums of one stream, each behind a quantizer; the first has a reader before it, the second is a result."""
-    layout = (perm, 32, 0, 32, "e2m3", "rceil", False)
+    layout = (perm, 32, 0, 32, "e2m3", "rceil", "same", 0, False)
     first = x + y
     before = first * 2
     folded = ops.rms_norm_reorder_fold(first.reshape(-1, 64), weight, 1e-6, *layout)
@@ -51,7 +51,7 @@ def test_a_sum_of_other_shapes_stays_and_leaves_sizes_free(
 
     def program(x: Tensor, y: Tensor, weight: Tensor, perm: Tensor) -> tuple[Tensor, ...]:
         rows = (x + y).reshape(-1, 64)
-        return ops.rms_norm_reorder_fold(rows, weight, 1e-6, perm, 32, 0, 32, "e2m3", "rceil", False)
+        return ops.rms_norm_reorder_fold(rows, weight, 1e-6, perm, 32, 0, 32, "e2m3", "rceil", "same", 0, False)
 
     gm = make_fx(program, tracing_mode="symbolic")(*inputs)
     environment = next(iter(gm.graph.nodes)).meta["val"].fake_mode.shape_env

@@ -28,7 +28,7 @@ def normed_and_quantized(dtype: torch.dtype, *, keep_rows: bool, widen: bool = T
         h = x.to(torch.float32) if widen else x
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
         y = weight * h.to(x.dtype)
-        quantized = ops.reorder_quantize(y.reshape(-1, 64), perm, 32, 0, 32, "e2m3", "rceil")
+        quantized = ops.reorder_quantize(y.reshape(-1, 64), perm, 32, 0, 32, "e2m3", "rceil", "fp8", 32)
         return (y, *quantized) if keep_rows else quantized
 
     inputs = (torch.randn(2, 3, 64).to(dtype), torch.rand(64).to(dtype), torch.arange(64, dtype=torch.int32))
@@ -42,6 +42,8 @@ def test_an_rms_norm_before_a_quantize_joins_it(dtype: torch.dtype) -> None:
     gm.graph.lint()
     targets = Counter(str(node.target) for node in gm.graph.nodes)
     assert targets["micromix.rms_norm_reorder_quantize.default"] == 1
+    (fused,) = (node for node in gm.graph.nodes if node.target is ops.rms_norm_reorder_quantize)
+    assert fused.args[-2:] == ("fp8", 32)
     assert targets["micromix.reorder_quantize.default"] == targets["aten.rsqrt.default"] == 0
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 import micromix_compile as micromix
 from micromix_compile import ops
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.lowering.torch_private.operators import arguments_of
+from micromix_compile.numerics.layout import ACTIVATIONS
 from micromix_compile.ops import prepared
 from micromix_compile.passes import (
     PassContext,
@@ -69,6 +71,25 @@ def test_products_of_one_activation_become_one_folded_product(bias: bool) -> Non
     assert [node.meta["example_value"].dtype for node in appended] == [torch.uint8, torch.float32] * 3
 
 
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("weights", ["same", "mxfp4"])
+def test_a_folded_quantize_takes_rows_as_the_exact_one_does(activations: str, weights: str) -> None:
+    model = Gated(torch.bfloat16, (False, False)).eval()
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    options = {"activations": activations, "weights": weights, "rotate": "all", "policy": "mxfp8-anchor"}
+    exact, _, _ = folded_graph(model, x, folds=False, **options)
+    folded, _, counts = folded_graph(model, x, **options)
+    assert counts["micromix.reorder_fold.default"] == 2
+    layouts = []
+    for gm, op in ((exact, ops.reorder_quantize), (folded, ops.reorder_fold)):
+        layouts.append([arguments_of(node) for node in gm.graph.nodes if node.target is op])
+    for before, after in zip(*layouts, strict=True):
+        names = before.keys() - {"x", "channel_perm"}
+        assert {name: before[name] for name in names} == {name: after[name] for name in names}
+        assert (before["activations"], before["rotated"]) == (activations, sum(before[k] for k in ("k4", "k6", "k8")))
+        assert after["w_fp4"] == (weights == "mxfp4" and before["k6"] + before["k8"] > 0)
+
+
 def test_a_packed_model_is_quantized_by_short_orders_once_for_each_activation() -> None:
     net = make_net(torch.bfloat16, layers=1)
     packed = micromix.quantize_(net, micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()]))
@@ -105,7 +126,7 @@ def test_nothing_folds_in(why: str) -> None:
 def test_a_quantize_with_another_reader_stays() -> None:
     graph = fx.Graph()
     x, perm = graph.placeholder("x"), graph.placeholder("perm")
-    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0))
     graph.output(graph.call_function(operator.getitem, (quantize, 3)))
     gm = fx.GraphModule({}, graph)
     context = context_with(target_of=lambda _: FOLDING)
@@ -113,12 +134,18 @@ def test_a_quantize_with_another_reader_stays() -> None:
     assert quantize in gm.graph.nodes
 
 
-@pytest.mark.parametrize("weights", ["same", "mxfp4"])
-def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(weights: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "activations", "rotate"),
+    [("same", "same", "none"), ("mxfp4", "same", "none"), ("same", "fp8", "all"), ("mxfp4", "mxfp6", "all")],
+)
+def test_a_folded_model_on_a_cpu_is_the_exact_one_where_folding_is_exact(
+    weights: str, activations: str, rotate: str
+) -> None:
     """SiLU is Inductor's in both, which in torch 2.11 rounds otherwise than eager: an ulp moves codes of the next."""
     target = dataclasses.replace(FOLDING, passes=FOLDED - {"fuse_silu_mul"})
     net = make_net(torch.bfloat16)
-    recipe = micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()], MicroMixConfig(weights=weights))
+    config = MicroMixConfig(weights=weights, activations=activations, rotate=rotate)
+    recipe = micromix.calibrate(net, [torch.randn(2, 7, 64).bfloat16()], config)
     x = torch.randn(3, 5, 64).bfloat16()
     outputs = []
     for folds in (False, True):
@@ -162,7 +189,7 @@ def product(graph: fx.Graph, device: str) -> fx.Node:
     weights = [graph.placeholder(f"{name}_{device}") for name in shapes]
     for node, shape in zip(weights, shapes.values(), strict=True):
         node.meta["example_value"] = torch.empty(shape, dtype=torch.uint8, device=device)
-    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0))
     parts = [graph.call_function(operator.getitem, (quantize, j)) for j in range(4)]
     return graph.call_function(ops.mixed_mx_mm, (*parts, *weights, None, "e2m3", torch.bfloat16))
 
@@ -190,7 +217,7 @@ def test_what_products_do_not_share_keeps_them_apart(change: str) -> None:
     graph = fx.Graph()
     x, perm = graph.placeholder("x"), graph.placeholder("perm")
     perm.meta["example_value"] = torch.empty(64, dtype=torch.int16)
-    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil"))
+    quantize = graph.call_function(ops.reorder_quantize, (x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0))
     examples = {
         "w4": torch.empty(8, 16),
         "w6": torch.empty(3, 8, 0),

@@ -29,17 +29,19 @@ def test_equal_quantizes_of_one_activation_become_one() -> None:
     assert len({user.args[1] for user in shared.users}) == 4
 
 
-def test_quantizes_in_different_orders_stay_apart() -> None:
+def test_quantizes_in_different_orders_or_formats_stay_apart() -> None:
     perm = torch.arange(64, dtype=torch.int32)
     other = perm.flip(0).contiguous()
 
-    def two(x: Tensor) -> tuple[Tensor, Tensor]:
-        first = torch.ops.micromix.reorder_quantize(x, perm, 64, 0, 0, "e2m3", "rceil")
-        second = torch.ops.micromix.reorder_quantize(x, other, 64, 0, 0, "e2m3", "rceil")
-        third = torch.ops.micromix.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil")
-        return first[0], second[0] + third[0].sum()
+    def several(x: Tensor) -> tuple[Tensor, ...]:
+        first = torch.ops.micromix.reorder_quantize(x, perm, 64, 0, 0, "e2m3", "rceil", "same", 0)
+        second = torch.ops.micromix.reorder_quantize(x, other, 64, 0, 0, "e2m3", "rceil", "same", 0)
+        third = torch.ops.micromix.reorder_quantize(x, perm, 32, 0, 32, "e2m3", "rceil", "same", 0)
+        fourth = torch.ops.micromix.reorder_quantize(x, perm, 64, 0, 0, "e2m3", "rceil", "same", 32)
+        fifth = torch.ops.micromix.reorder_quantize(x, perm, 64, 0, 0, "e2m3", "rceil", "fp8", 0)
+        return first[0], second[0] + third[0].sum(), fourth[0], fifth[2]
 
-    gm, context, _ = trace(two, torch.randn(3, 64), session=session_with())
+    gm, context, _ = trace(several, torch.randn(3, 64), session=session_with())
     assert share_activations(gm.graph, context) == 0
 
 

@@ -1,0 +1,261 @@
+"""Checkpoints that others quantized to MX become packed ones, with exactly the values that they hold.
+
+One format with the model's own order of channels is a packed linear of one segment and the identity as its order.
+Activations are quantized as the checkpoint says. Packed linears quantize them in the format of their weight: weights
+that are narrower than their activations are held in the activations' format, of the same values. Others than MX
+activations, or none, have no twin here: they are refused, unless the caller names what to round to instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.integrations import checkpoint
+from micromix_compile.integrations.mx_bytes import FP6, SCALE, THEIR_FORMATS, one_segment, packed_from
+from micromix_compile.integrations.schemes import Quantization, Scheme, modelopt_field, quantization_of
+from micromix_compile.integrations.tensor_files import FLOATS, TensorFiles, write_tensors
+from micromix_compile.linear.replacing import why_not_replaced
+from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
+from micromix_compile.recipe.schema import named, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+ACTIVATIONS: Final = ("same", "fp8", "mxfp6", "mxfp8")
+"""What a caller may name: formats of a row layout, or MXFP8 whatever the weights are, which are held so, too."""
+ROUNDINGS: Final = {"mxfp4": ScaleRounding.EVEN, "mxfp6": ScaleRounding.EVEN, "mxfp8": ScaleRounding.RCEIL}
+"""How those libraries choose the scales of activations, which no checkpoint says. compressed-tensors' MXFP8 takes twice
+the scale of RCEIL where a block's largest value is 448 times a power of two, which changes no value but what is below
+the normal range of E4M3."""
+_STORED: Final = {torch.uint8: ("U8",), torch.float8_e4m3fn: ("F8_E4M3",)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearPlan:
+    """What becomes of a linear (out_features, in_features). form, held: of `THEIR_FORMATS`, in the file and in ours."""
+
+    in_features: int
+    out_features: int
+    form: str
+    held: str
+    scale_rounding: ScaleRounding
+
+    def describe(self, config: MicroMixConfig) -> dict[str, Any]:
+        """Its entry in our quantization_config. Linears of as many channels and one format share an order."""
+        rounding = {} if self.scale_rounding == config.scale_rounding else {"scale_rounding": str(self.scale_rounding)}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "split": list(one_segment(self.held, self.in_features)),
+            "rotated": 0,
+            "group": f"{self.in_features} channels of {self.held}",
+            **rounding,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What was read, and what becomes of it. named: the activations that the caller named, if so."""
+
+    linears: Mapping[str, LinearPlan]
+    named: str | None
+
+    @property
+    def config(self) -> MicroMixConfig:
+        """Of the packed checkpoint. The scale rounding of most linears; others have their own."""
+        rounding = Counter(plan.scale_rounding for plan in self.linears.values()).most_common(1)[0][0]
+        held = {plan.held for plan in self.linears.values()}
+        return MicroMixConfig(
+            policy=held.pop() if len(held) == 1 else "budget",
+            activations="same" if self.named in (None, "mxfp8") else self.named,
+            rotate="none",
+            fp6=FP6,
+            scale_rounding=rounding,
+            weight_rounding="nearest",
+            scale_search=False,
+            uniform_order="model",
+        )
+
+    @property
+    def text(self) -> str:
+        """For people: formats, and what activations are."""
+        counts = Counter((plan.form, plan.held) for plan in self.linears.values())
+        formats = ", ".join(
+            f"{count} {form}" + ("" if form == held else f" held as {held}, of the same values")
+            for (form, held), count in sorted(counts.items())
+        )
+        said = "as the checkpoint says" if self.named is None else f"{self.named}, as was asked for"
+        return f"{len(self.linears)} linears, {formats}; activations {said}"
+
+
+def write_packed(source: Path, target: Path, activations: str | None) -> Conversion:
+    """Write the packed twin of a checkpoint of others into `target`, an empty directory.
+
+    activations: one of `ACTIVATIONS`, instead of what the checkpoint says of them. Raises FileNotFoundError, or
+    ValueError that names the file or the tensor, what it is and what is read.
+    """
+    config = checkpoint.read_config(source / "config.json")
+    quantization = _quantization(source, config)
+    files = TensorFiles(source)
+    model = _skeleton(source, config, len(files.described))
+    try:
+        conversion = Conversion(linears=_plans(model, quantization, activations), named=activations)
+        _check_tensors(model, conversion.linears, files)
+        write_tensors(target, _shards(files, conversion.linears), len(files.paths))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    described = {name: plan.describe(conversion.config) for name, plan in conversion.linears.items()}
+    fields = {"quant_method": checkpoint.QUANT_METHOD, "schema_version": checkpoint.SCHEMA_VERSION}
+    config["quantization_config"] = {**fields, "config": conversion.config.to_file(), "linears": described}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    checkpoint.seal(target)
+    return conversion
+
+
+def _quantization(source: Path, config: Mapping[str, Any]) -> Quantization:
+    path, said = source / "config.json", config.get("quantization_config")
+    try:
+        if said is None and (source / "hf_quant_config.json").is_file():
+            path = source / "hf_quant_config.json"
+            said = modelopt_field(checkpoint.read_config(path))
+        if not isinstance(said, dict):
+            raise ValueError(f"quantization_config must be a mapping, got {shown(said)}: it is not quantized")
+        return quantization_of(said)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _skeleton(source: Path, config: Mapping[str, Any], tensors: int) -> nn.Module:
+    """The model without weights. Raises ValueError where transformers can't make one."""
+    path, layers = source / "config.json", config.get("num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{path}: num_hidden_layers is {shown(layers)}, and there are {tensors} tensors")
+    try:
+        described = AutoConfig.from_pretrained(source, local_files_only=True)
+        if hasattr(described, "quantization_config"):
+            del described.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(described)
+        model.tie_weights()  # transformers 5.0 waits for the weights
+    except Exception as error:  # whatever its fields may lead to
+        raise ValueError(f"{path}: transformers makes no causal language model of it: {error!r}") from error
+    skeleton: nn.Module = model
+    return skeleton
+
+
+def _plans(model: nn.Module, quantization: Quantization, activations: str | None) -> dict[str, LinearPlan]:
+    """By name. Raises ValueError where the model has no such linear, or the activations no twin."""
+    modules = dict(model.named_modules())
+    plans = {}
+    for name, module in modules.items():
+        scheme = quantization.scheme_of(name, [one.__name__ for one in type(module).__mro__])
+        if scheme is None or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        if (reason := why_not_replaced(name, modules)) is not None:
+            raise ValueError(f"{name} is quantized, and cannot become a packed linear: {reason}")
+        plans[name] = _plan(name, module, scheme, activations)
+    if not plans:
+        raise ValueError(f"quantization_config names no linear of {type(model).__name__}")
+    return plans
+
+
+def _plan(name: str, module: nn.Module, scheme: Scheme, activations: str | None) -> LinearPlan:
+    n, channels = module.out_features, module.in_features
+    assert isinstance(n, int), "of a linear"
+    assert isinstance(channels, int), "of a linear"
+    if channels % BLOCK_SIZE:
+        raise ValueError(f"{name}.in_features must be a multiple of {BLOCK_SIZE}, got {channels}")
+    held = _held(name, scheme, activations)
+    rounding = ROUNDINGS[held] if activations is None else ScaleRounding.FIT
+    return LinearPlan(in_features=channels, out_features=n, form=scheme.weights, held=held, scale_rounding=rounding)
+
+
+def _held(name: str, scheme: Scheme, activations: str | None) -> str:
+    """The format in which a linear's weight is held, so that its activations are what they should be."""
+    if activations is not None:
+        return "mxfp8" if activations == "mxfp8" else scheme.weights
+    if scheme.activations is None:
+        raise ValueError(
+            f"{name}: the checkpoint says of its activations: {scheme.unlike}; packed linears round them to MX, or to "
+            f"E4M3 with one power of two a row. Name what they are to be, activations= or --activations: "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    if THEIR_FORMATS[scheme.activations].bits < THEIR_FORMATS[scheme.weights].bits:
+        raise ValueError(
+            f"{name}: {scheme.activations} activations of {scheme.weights} weights are not read; read are activations "
+            f"at least as wide as their weights. Name others, activations= or --activations: {', '.join(ACTIVATIONS)}"
+        )
+    return scheme.activations
+
+
+def _check_tensors(model: nn.Module, plans: Mapping[str, LinearPlan], files: TensorFiles) -> None:
+    """Raise ValueError unless the files hold the tensors of the model and of its quantized linears, and no others."""
+    wanted: dict[str, tuple[tuple[str, ...] | None, tuple[int, ...]]] = {
+        name: (FLOATS if tensor.is_floating_point() else None, tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+    }
+    for name, plan in plans.items():
+        del wanted[f"{name}.weight"]
+        shapes = THEIR_FORMATS[plan.form].shapes(plan.out_features, plan.in_features)
+        wanted |= {f"{name}.{part}": (_STORED[dtype], shape) for part, (dtype, shape) in shapes.items()}
+    for name, (dtype, shape) in files.described.items():
+        if name not in wanted:
+            raise ValueError(
+                f"tensor {named(name)} {dtype} {shape} belongs to nothing in {type(model).__name__}{_experts(name)}"
+            )
+        dtypes, right = wanted[name]
+        if shape != right or (dtypes is not None and dtype not in dtypes):
+            raise ValueError(f"tensor {name} must be {' or '.join(dtypes or ('any',))} {right}, got {dtype} {shape}")
+    for name in _missing(model, wanted, files):
+        raise ValueError(f"there is no tensor {name} {wanted[name][1]}")
+
+
+def _experts(name: str) -> str:
+    return ": weights of experts, one Parameter of the model, are not packed" if ".experts." in name else ""
+
+
+def _missing(model: nn.Module, wanted: Mapping[str, Any], files: TensorFiles) -> Iterator[str]:
+    """Names that the files lack, unless it is a tied weight that they have under another name."""
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    alike = {name: names for names in tied.values() for name in names}
+    for name in wanted:
+        if not any(one in files.described for one in (name, *alike.get(name, ()))):
+            yield name
+
+
+def _shards(files: TensorFiles, plans: Mapping[str, LinearPlan]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of our checkpoint, file by file: those of a linear where its codes were."""
+    codes = {f"{name}.{THEIR_FORMATS[plan.form].codes}": name for name, plan in plans.items()}
+    scales = {f"{name}.{SCALE}" for name in plans}
+    for names in files.names_in:
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            if name in codes:
+                shard |= _packed(files, codes[name], plans[codes[name]])
+            elif name not in scales:
+                shard[name] = files.read(name)
+        yield shard
+
+
+def _packed(files: TensorFiles, fqn: str, plan: LinearPlan) -> dict[str, Tensor]:
+    tensors = {part: files.read(f"{fqn}.{part}") for part in (THEIR_FORMATS[plan.form].codes, SCALE)}
+    try:
+        packed = packed_from(tensors, plan.form, plan.held)
+    except ValueError as error:
+        raise ValueError(f"{fqn}.{error}") from error
+    parts = zip(("weight_q4", "weight_q6", "weight_q8", "weight"), packed, strict=True)
+    order = torch.arange(plan.in_features, dtype=torch.int32)
+    return {**{f"{fqn}.{part}": tensor for part, tensor in parts}, f"{fqn}.order.channel_perm": order}
