@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from support.folded import assert_equal_but_for_one_rounding, exact_integers, folded_rows, integers, random_weight
+from support.folded import (
+    OnePlan,
+    assert_equal_but_for_one_rounding,
+    exact_integers,
+    folded_rows,
+    integers,
+    random_weight,
+)
 from support.gpu import FOLDS, compiled, launches, needs_folding
 from support.products import assert_folded_product_is_exact
 from torch import Tensor, nn
@@ -59,7 +66,7 @@ def plans(timed: TimedTile, rows: int, columns: Sequence[int], split: Split) -> 
 
 def multiply(x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, plan: Plan) -> Tensor:
     """The products side by side."""
-    outs = gluon.multiply(x, weights, fp6, plan)
+    outs = gluon.multiply(x, weights, fp6, torch.bfloat16, OnePlan(plan))
     assert outs is not None
     assert all(out.is_contiguous() for out in outs)
     assert not x.locks.any(), "locks are left"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "DisableTorchFunctionSubclass", "is_convolution", "is_fake", "make_wrapper", "memory_id", "raw_stream",
-    "tree_map_only",
+    "DisableTorchFunctionSubclass", "current_device", "is_convolution", "is_fake", "make_wrapper", "memory_id",
+    "raw_stream", "tree_map_only",
 ]  # fmt: skip
 
 _Wrapper = TypeVar("_Wrapper", bound=Tensor)
@@ -37,6 +37,11 @@ def make_wrapper(cls: type[_Wrapper], shape: Sequence[int], dtype: torch.dtype, 
 def memory_id(tensor: Tensor) -> int:
     """A number that tensors share whose elements lie in one piece of memory."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def current_device() -> int:
+    """The number of the current GPU; torch.cuda, which looks first whether it is initialized, takes longer to say."""
+    return int(torch._C._cuda_getDevice())
 
 
 def raw_stream(device: int) -> int:

@@ -93,10 +93,14 @@ def _folded_mm(
     q: Tensor, row_scale: Tensor, locks: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor],
     w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], fp6: str, out_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias)
-    parts = zip(w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4), strict=True)  # type: ignore[list-item]
-    weights = [FoldedWeight(*one) for one in parts]
-    return target_of(q.device).folded.multiply(FoldedActivation(q, row_scale, locks), weights, fp6, out_dtype)
+    kernels, x = target_of(q.device).folded, FoldedActivation(q, row_scale, locks)
+    parts = (*w4, *w6, *w8, *w_factor, *w_row_scale, *bias)
+    products = kernels.multiply_again(x, parts, fp6, out_dtype)
+    if products is None:
+        _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias)
+        weights = [*map(FoldedWeight, w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4))]  # type: ignore[list-item]
+        products = kernels.multiply(x, weights, fp6, out_dtype)
+    return products
 
 
 def _check_folded_mm(

@@ -1,8 +1,9 @@
 """Launches of the persistent Gluon kernel, which take some microseconds of the host's time: all of them is kept ready.
 
 A launch of a group of weights is 13 descriptors at most and some numbers. Those of the weights are made once and kept
-by where the weights lie. That of the activation is kept by where it lies, too, which torch's allocator repeats. Nothing
-is read of what the memory holds, so nothing here can be out of date.
+by where the weights lie, as is which plan serves which number of rows. The descriptor of the activation is kept by
+where it lies, too, which torch's allocator repeats. Nothing is read of what the memory holds, so nothing here can be
+out of date.
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ from __future__ import annotations
 import ctypes
 import logging
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from micromix_compile.lowering.torch_private.tensors import raw_stream
+from micromix_compile.lowering.torch_private.tensors import current_device, raw_stream
 from micromix_compile.numerics.folding import LOCKS
 from micromix_compile.numerics.layout import block_counts
 from micromix_compile.targets import cuda_driver
 from micromix_compile.targets.cuda_driver import MAP_BYTES
 from micromix_compile.targets.gluon_kernels import NUMBERS, TMA_ALIGNMENT, boxes_of, compile_kernel, parameters_of
 from micromix_compile.targets.gluon_tiles import GluonKernel
+from micromix_compile.targets.groups import MAX_GROUP
 from micromix_compile.targets.kernels import columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from micromix_compile.numerics.folding import FoldedActivation
     from micromix_compile.targets.gluon_kernels import Box
@@ -38,16 +40,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_KEPT: Final = 4096
-"""Launches, and descriptors of activations. A model of 80 layers has 320 groups of weights."""
+"""Groups of weights, and descriptors of activations. A model of 80 layers has 320 groups."""
+
+_dtype: Final = attrgetter("dtype")
+_shape: Final = attrgetter("shape")
 
 _WARP: Final = 32
 _LINE: Final = 64
 
 
-def _per_call(groups: int) -> tuple[tuple[str, ...], struct.Struct]:
-    """Names of what each call has of its own beside the descriptor of x, and how it lies: pointers, then numbers."""
-    pointers = ("x_row_scale", "partial", "locks", *(f"out_{i}" for i in range(groups)))
-    return (*pointers, "M", "whole"), struct.Struct("Q" * len(pointers) + "ii")
+class Planner(Protocol):
+    """Who says which products the kernel takes: `GluonTiles`."""
+
+    @property
+    def most_rows(self) -> int:
+        """The most that it takes."""
+
+    def plan_for(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> Plan | None:
+        """How the kernel computes a product of M = rows; None for what it does not take."""
 
 
 class Loaded(NamedTuple):
@@ -58,48 +68,113 @@ class Loaded(NamedTuple):
     shared_bytes: int
 
 
+class Ready(NamedTuple):
+    """How a product of some rows with a group is launched. partial: sums that programs leave for each other."""
+
+    launch: Launch
+    programs: int
+    whole: int
+    partial: int
+
+
+@dataclass(slots=True)
+class Group:
+    """Weights where they lie: what serves activations of which shapes, None for what goes another way, and launches."""
+
+    is_aligned: bool
+    by_shape: dict[tuple[Any, ...], Ready | None] = field(default_factory=dict)
+    launches: dict[GluonTile, Launch] = field(default_factory=dict)
+
+
 _loaded: dict[tuple[GluonKernel, int], Loaded] = {}
-_launches: dict[tuple[Any, ...], tuple[Launch | None]] = {}
-_maps: dict[tuple[Any, ...], bytes] = {}
+_groups: dict[tuple[Any, ...], Group] = {}
+_maps: dict[tuple[int, ...], bytes] = {}
 
 
-def multiply(x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, plan: Plan) -> list[Tensor] | None:
-    """The products in bfloat16, (M, N) of each weight; None if memory begins where TMA does not take it.
+def multiply_again(
+    x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype, planner: Planner
+) -> list[Tensor] | None:
+    """What `multiply` returns of operands of shapes and places that it met before; None of all others.
 
-    plan: of `GluonTiles.plan_for`. All tensors are contiguous and on one GPU.
+    parts: of all weights, `parts_of`. Nothing of them need have been checked.
     """
-    device = x.q.get_device()
-    if torch.cuda.current_device() != device:  # to ask takes half a microsecond, to set one three
-        with torch.cuda.device(device):
-            return multiply(x, weights, fp6, plan)
-    cuda_driver.ensure_context(device)
-    launch = _launch_of(weights, fp6, plan.tile, device)
-    if launch is None or any(part.data_ptr() % TMA_ALIGNMENT for part in x):
+    group = _groups.get(_key_of(parts, fp6, out_dtype, planner))
+    if group is None or not (x.q.is_contiguous() and x.row_scale.is_contiguous()):
         return None
-    outs = [x.q.new_empty((x.q.shape[0], n), dtype=torch.bfloat16) for n in launch.columns]
-    launch.run(x, outs, plan)
-    return outs
+    ready = group.by_shape.get((x.q.shape, x.row_scale.shape))
+    return None if ready is None else _run(x, ready)
 
 
-def _launch_of(weights: Sequence[FoldedWeight], fp6: str, tile: GluonTile, device: int) -> Launch | None:
-    """What is ready for such weights where they lie, or made so now; None if TMA does not take their memory."""
-    where = [part.data_ptr() for weight in weights for part in weight if part is not None]
-    shapes = [part.shape for weight in weights for part in weight[:3]]
-    key = (tile, fp6, device, *shapes, *where)
-    found = _launches.get(key)
-    if found is not None:
-        return found[0]
-    launch = None
-    if all(address % TMA_ALIGNMENT == 0 for address in where):
-        kernel = GluonKernel.of(tile, weights, fp6)
-        launch = Launch.of(kernel, weights, _load(kernel, device))
-    else:
+def multiply(
+    x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype, planner: Planner
+) -> list[Tensor] | None:
+    """The products, (M, N) bfloat16 of each weight.
+
+    None for what `planner` does not take, and where memory begins at no multiple of `TMA_ALIGNMENT`. All tensors are
+    contiguous, fit each other, and are on one GPU.
+    """
+    rows, device = x.q.shape[0], x.q.get_device()
+    if rows > planner.most_rows:
+        return None
+    if current_device() != device:
+        with torch.cuda.device(device):
+            return multiply(x, weights, fp6, out_dtype, planner)
+    parts = parts_of(weights)
+    key = _key_of(parts, fp6, out_dtype, planner)
+    if key not in _groups:
+        _keep(_groups, key, Group(not any(part.data_ptr() % TMA_ALIGNMENT for part in parts)))
+    group, shape = _groups[key], (x.q.shape, x.row_scale.shape)
+    if shape not in group.by_shape:
+        plan = planner.plan_for(rows, weights, out_dtype)
+        _keep(group.by_shape, shape, None if plan is None else _make_ready(group, rows, weights, fp6, plan, device))
+    ready = group.by_shape[shape]
+    return None if ready is None else _run(x, ready)
+
+
+def parts_of(weights: Sequence[FoldedWeight]) -> list[Tensor]:
+    """All w4, then all w6, and so on; biases, if there are any."""
+    return [part for same in zip(*weights, strict=True) for part in same if part is not None]
+
+
+def _key_of(parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype, planner: Planner) -> tuple[Any, ...]:
+    """What a launch depends on but for the activation. Memory that was freed may be given out again for others."""
+    where = map(Tensor.data_ptr, parts)
+    kinds = map(_dtype, parts[-MAX_GROUP:])  # biases, if there are any, may be of several
+    return (planner, fp6, out_dtype, all(map(Tensor.is_contiguous, parts)), *where, *map(_shape, parts), *kinds)
+
+
+def _make_ready(
+    group: Group, rows: int, weights: Sequence[FoldedWeight], fp6: str, plan: Plan, device: int
+) -> Ready | None:
+    """What a launch takes, on the current device, which is `device`; None if TMA does not take the weights' memory."""
+    if not group.is_aligned:
         logger.info("a weight begins at no multiple of %d bytes: another kernel multiplies with it", TMA_ALIGNMENT)
-    _keep(_launches, key, (launch,))
-    return launch
+        return None
+    tile = plan.tile
+    if tile not in group.launches:
+        cuda_driver.ensure_context(device)
+        kernel = GluonKernel.of(tile, weights, fp6)
+        group.launches[tile] = Launch.of(kernel, weights, _load(kernel, device))
+    is_shared = plan.whole < tile.count(rows, columns_of(weights))
+    assert not is_shared or plan.programs * tile.consumers <= LOCKS, f"no GPU runs {plan.programs} programs"
+    partial = plan.programs * tile.BLOCK_M * tile.BLOCK_N if is_shared else 0
+    return Ready(group.launches[tile], plan.programs, plan.whole, partial)
 
 
-def _keep(kept: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+def _run(x: FoldedActivation, ready: Ready) -> list[Tensor] | None:
+    """Launch on the current stream of the device; None where x begins where TMA does not take it."""
+    q, row_scale, locks = map(Tensor.data_ptr, x)
+    if (q | row_scale | locks) % TMA_ALIGNMENT:
+        return None
+    device = x.q.get_device()
+    if current_device() != device:
+        with torch.cuda.device(device):
+            return _run(x, ready)
+    cuda_driver.ensure_context(device)
+    return ready.launch.run(x, (q, row_scale, locks), ready, device)
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
     if len(kept) >= MOST_KEPT:
         kept.clear()
     kept[key] = value
@@ -113,6 +188,12 @@ def _load(kernel: GluonKernel, device: int) -> Loaded:
         function = cuda_driver.load_function(compiled.asm["cubin"], metadata.name, metadata.shared)
         _loaded[kernel, device] = Loaded(function, metadata.num_warps * _WARP, metadata.shared)
     return _loaded[kernel, device]
+
+
+def _per_call(groups: int) -> tuple[tuple[str, ...], struct.Struct]:
+    """Names of what each call has of its own beside the descriptor of x, and how it lies: pointers, then numbers."""
+    pointers = ("x_row_scale", "partial", "locks", *(f"out_{i}" for i in range(groups)))
+    return (*pointers, "M", "whole"), struct.Struct("Q" * len(pointers) + "ii")
 
 
 class Room(NamedTuple):
@@ -134,44 +215,50 @@ class Launch:
     x_box: Box
     room: Room
     config: Any
+    grid: Any
+    launch: Any
     function: int
-    lock: Lock
+    lock: Lock = field(default_factory=Lock)
 
     @classmethod
     def of(cls, kernel: GluonKernel, weights: Sequence[FoldedWeight], loaded: Loaded) -> Launch:
         """Encode the descriptors of the weights and place all arguments."""
         config = cuda_driver.launch_config(loaded.threads, loaded.shared_bytes)
         room = _room(kernel, _values_of(kernel, weights))
-        return cls(columns_of(weights), boxes_of(kernel)["x"], room, config, loaded.function, Lock())
+        launch = cuda_driver.driver().cuLaunchKernelEx
+        return cls(columns_of(weights), boxes_of(kernel)["x"], room, config, config.grid, launch, loaded.function)
 
-    def run(self, x: FoldedActivation, outs: Sequence[Tensor], plan: Plan) -> None:
-        """Launch on the current stream of the current device."""
-        (rows, width), tile = x.q.shape, plan.tile
-        is_shared = plan.whole < tile.count(rows, self.columns)
-        assert not is_shared or plan.programs * tile.consumers <= LOCKS, f"no GPU runs {plan.programs} programs"
-        partial = x.row_scale.new_empty(plan.programs * tile.BLOCK_M * tile.BLOCK_N if is_shared else 0)
-        pointers = [one.data_ptr() for one in (x.row_scale, partial, x.locks, *outs)]
-        x_map = _map_of(x.q, (rows, width), self.x_box)
+    def run(self, x: FoldedActivation, where: tuple[int, int, int], ready: Ready, device: int) -> list[Tensor]:
+        """Launch on the current stream of the current device, which is `device`. where: the parts of x lie."""
+        (q, row_scale, locks), (rows, width) = where, x.q.shape
+        x_map = _maps.get((q, rows, width, self.x_box.rows)) or self._new_map(x.q)
+        new_empty = x.q.new_empty
+        outs = [new_empty((rows, n), dtype=torch.bfloat16) for n in self.columns]
+        partial = x.row_scale.new_empty(ready.partial) if ready.partial else None
+        shared = row_scale if partial is None else partial.data_ptr()
+        memory, pointers, scalars = self.room
         with self.lock:
-            self.room.memory[:MAP_BYTES] = x_map
-            self.room.scalars.pack_into(self.room.memory, MAP_BYTES, *pointers, rows, plan.whole)
-            self.config.grid[0] = plan.programs
-            self.config.stream = raw_stream(x.q.get_device())
-            code = cuda_driver.driver().cuLaunchKernelEx(self.config, self.function, self.room.pointers, None)
-        cuda_driver.check(code, "launching a product")
+            memory[:MAP_BYTES] = x_map
+            scalars.pack_into(
+                memory, MAP_BYTES, row_scale, shared, locks, *map(Tensor.data_ptr, outs), rows, ready.whole
+            )
+            self.grid[0] = ready.programs
+            self.config.stream = raw_stream(device)
+            code = self.launch(self.config, self.function, pointers, None)
+        if code:
+            cuda_driver.check(code, "launching a product")
+        return outs
 
-
-def _map_of(tensor: Tensor, shape: tuple[int, int], box: Box) -> bytes:
-    """The descriptor of a contiguous matrix, of a shape in elements of the box's type."""
-    key = (tensor.data_ptr(), shape, box)
-    found = _maps.get(key)
-    if found is None:
-        found = _encode(tensor, shape, box)
-        _keep(_maps, key, found)
-    return found
+    def _new_map(self, q: Tensor) -> bytes:
+        """The descriptor of an activation, which is kept."""
+        rows, width = q.shape
+        made = _encode(q, (rows, width), self.x_box)
+        _keep(_maps, (q.data_ptr(), rows, width, self.x_box.rows), made)
+        return made
 
 
 def _encode(tensor: Tensor, shape: tuple[int, int], box: Box) -> bytes:
+    """The descriptor of a contiguous matrix, of a shape in elements of the box's type."""
     row_bytes = shape[1] * box.bits // 8
     if shape[0] == 1:  # any will do, but TMA wants a multiple
         row_bytes = -(-row_bytes // TMA_ALIGNMENT) * TMA_ALIGNMENT

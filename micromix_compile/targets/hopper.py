@@ -69,13 +69,13 @@ class TritonFolded:
         packed, of the persistent kernel on a GPU if it takes the product, else of `folded_mm_kernel`. tile, parts: of
         that one's, which then takes any number of rows. Raises ValueError for more shared tiles than locks.
         """
-        rows, columns, width = x.q.shape[0], columns_of(weights), x.q.shape[1]
         x = FoldedActivation(x.q.contiguous(), x.row_scale.contiguous(), x.locks)
         weights = [weight.contiguous() for weight in weights]
-        if tile is None and x.q.is_cuda and (plan := self.tiles.gluon_plan(rows, weights, out_dtype)):
-            products = gluon.multiply(x, weights, fp6, plan)
+        if tile is None and self.tiles.gluon is not None and x.q.is_cuda:
+            products = gluon.multiply(x, weights, fp6, out_dtype, self.tiles.gluon)
             if products is not None:
                 return products
+        rows, columns, width = x.q.shape[0], columns_of(weights), x.q.shape[1]
         if tile is None and self.tiles.uses_library(rows, weights, out_dtype):
             return self._expand_and_multiply(x, weights, fp6, out_dtype)
         outs = [x.q.new_empty((rows, n), dtype=out_dtype) for n in columns]
@@ -88,6 +88,13 @@ class TritonFolded:
         if rows * sum(columns):
             folded_mm_call(x, weights, outs, partial, fp6=fp6, tile=tile, parts=parts).launch_on(x.q)
         return outs
+
+    def multiply_again(
+        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype
+    ) -> list[Tensor] | None:
+        """See `FoldedKernels`: of the persistent kernel's products, in some microseconds of the host's time."""
+        planner = self.tiles.gluon
+        return None if planner is None else gluon.multiply_again(x, parts, fp6, out_dtype, planner)
 
     def _expand_and_multiply(
         self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype

@@ -95,6 +95,14 @@ class FoldedKernels(Protocol):
     ) -> list[Tensor]:
         """`folding.folded_mm` with weights that are packed: (M, N) of each."""
 
+    def multiply_again(
+        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype
+    ) -> list[Tensor] | None:
+        """The same of operands whose shapes and places in memory `multiply` met before, unchecked; None of others.
+
+        parts: all w4 of the weights, then all w6, and so on, as the fields of `FoldedWeight`.
+        """
+
 
 class PlainExact:
     """The reference itself."""
@@ -147,6 +155,12 @@ class PlainFolded:
         """See `FoldedKernels`."""
         folded = [(folding.fold_weight(w.w4, w.w6, w.w8, w.factor, fp6), w.row_scale) for w in weights]
         return folding.folded_mm(x.q, x.row_scale, folded, [w.bias for w in weights], out_dtype)
+
+    def multiply_again(
+        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype
+    ) -> list[Tensor] | None:
+        """See `FoldedKernels`: nothing is kept."""
+        return None
 
 
 PLAIN_EXACT: Final = PlainExact()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from micromix_compile import ops
 from micromix_compile.numerics import packing, reference, rotation
 from micromix_compile.numerics.layout import ACTIVATIONS
-from micromix_compile.ops import prepared
+from micromix_compile.ops import folded, prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,22 @@ def test_operands_of_a_folded_product_must_fit(place: int, wrong: Any, message: 
     operands = folded_operands()
     operands[place] = wrong
     with pytest.raises(ValueError, match=message):
+        ops.folded_mm(*operands)
+
+
+def test_operands_are_checked_unless_the_kernels_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a wrong operand, which only a check finds."""
+    operands, met = folded_operands(), []
+    operands[1] = torch.zeros(4)
+    kernels = SimpleNamespace(multiply_again=lambda *given: met.append(given) or [torch.ones(3, 40)])
+    monkeypatch.setattr(folded, "target_of", lambda device: SimpleNamespace(folded=kernels))
+    assert torch.equal(ops.folded_mm(*operands)[0], torch.ones(3, 40))
+    ((x, parts, fp6, out_dtype),) = met
+    assert [part.shape for part in x] == [part.shape for part in operands[:3]]
+    assert [part.shape for part in parts] == [one.shape for given in operands[3:9] for one in given]
+    assert (fp6, out_dtype) == tuple(operands[9:])
+    kernels.multiply_again = lambda *_: None
+    with pytest.raises(ValueError, match=r"row_scale must have shape"):
         ops.folded_mm(*operands)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from micromix_compile.numerics.folding import FoldedActivation
+    from micromix_compile.targets.gluon_tiles import Plan
 
 Split = tuple[int, int, int]
 
@@ -79,6 +81,18 @@ def multiply(
     assert all(out.dtype == out_dtype and out.is_contiguous() for out in outs)
     assert not x.locks.any(), "locks are left"
     return torch.cat(outs, 1)
+
+
+@dataclass(frozen=True)
+class OnePlan:
+    """Says that the persistent kernel takes all products, in one way."""
+
+    plan: Plan
+    most_rows: int = 1 << 30
+
+    def plan_for(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> Plan:
+        """As `GluonTiles.plan_for`."""
+        return self.plan
 
 
 def folded_rows(rows: int, split: Split, fp6: str, *, w_fp4: bool = False, device: str = "cpu") -> FoldedActivation:

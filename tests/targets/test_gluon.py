@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.folded import folded_rows, random_weight
+from support.folded import OnePlan, folded_rows, random_weight
 
 from micromix_compile.targets import cuda_driver, gluon
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTiles
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from micromix_compile.numerics.folding import FoldedActivation
+    from micromix_compile.targets.gluon import Planner
 
 TILE = gluon_sm_90(132).tiles[1]
 SPLIT = (96, 64, 32)
@@ -79,13 +80,13 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
-    for kept in ("_launches", "_maps", "_loaded"):
+    for kept in ("_groups", "_maps", "_loaded"):
         monkeypatch.setattr(gluon, kept, {})
     monkeypatch.setattr(cuda_driver, "driver", lambda: made)
     monkeypatch.setattr(cuda_driver, "_thread", SimpleNamespace(has_context=True))
     monkeypatch.setattr(gluon, "_load", lambda kernel, device: Loaded(FUNCTION, 256, 1000))
     monkeypatch.setattr(gluon, "raw_stream", lambda device: STREAM)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what get_device() of a CPU's tensor says
+    monkeypatch.setattr(gluon, "current_device", lambda: -1)  # what get_device() of a CPU's tensor says
     return made
 
 
@@ -94,7 +95,7 @@ def multiply(
 ) -> dict[str, Any]:
     """What the launch was passed, and what its outputs were."""
     driver.kernel = GluonKernel.of(plan.tile, weights, fp6)
-    outs = gluon.multiply(x, weights, fp6, plan)
+    outs = gluon.multiply(x, weights, fp6, torch.bfloat16, OnePlan(plan))
     assert outs is not None
     assert all(out.dtype == torch.bfloat16 and out.is_contiguous() for out in outs)
     grid, arguments = driver.launches[-1]
@@ -166,11 +167,11 @@ def test_memory_where_tma_does_not_take_it_is_refused(driver: Driver) -> None:
     x, weight = folded_rows(65, SPLIT, "e3m2"), random_weight(16, SPLIT, "e3m2")
     room = torch.empty(weight.w8.numel() + 8, dtype=torch.uint8)
     odd = room[8:].view_as(weight.w8).copy_(weight.w8)
-    plan = Plan(TILE, 1, 1)
+    planner = OnePlan(Plan(TILE, 1, 1))
     for _ in range(2):
-        assert gluon.multiply(x, [weight._replace(w8=odd)], "e3m2", plan) is None
+        assert gluon.multiply(x, [weight._replace(w8=odd)], "e3m2", torch.bfloat16, planner) is None
     scales = torch.empty(66)[1:].copy_(x.row_scale)
-    assert gluon.multiply(x._replace(row_scale=scales), [weight], "e3m2", plan) is None
+    assert gluon.multiply(x._replace(row_scale=scales), [weight], "e3m2", torch.bfloat16, planner) is None
     assert driver.launches == []
 
 
@@ -183,7 +184,7 @@ def test_sums_of_parts_have_room_of_their_own_where_tiles_are_shared(
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *a, **k: sizes.append(a[0]) or new_empty(t, *a, **k))
     multiply(driver, x, [weight], Plan(TILE, 1, 1))
     multiply(driver, x, [weight], Plan(TILE, 3, 0))
-    assert [size for size in sizes if isinstance(size, int)] == [0, 3 * 128 * 64]
+    assert [size for size in sizes if isinstance(size, int)] == [3 * 128 * 64]
     too_many = Plan(GluonTile(64, 64, 2, 2, 32, 64, 24), 2000, 0)
     with pytest.raises(AssertionError, match="no GPU runs 2000 programs"):
         multiply(driver, x, [weight], too_many)
@@ -196,7 +197,7 @@ def test_what_is_kept_does_not_grow_without_end(driver: Driver, monkeypatch: pyt
         multiply(driver, folded_rows(65, SPLIT, "e3m2"), weights, Plan(TILE, 1, 1))
         multiply(driver, folded_rows(65, SPLIT, "e3m2"), [random_weight(16, SPLIT, "e3m2")], Plan(TILE, 1, 1))
         assert len(gluon._maps) <= 3
-        assert len(gluon._launches) <= 3
+        assert len(gluon._groups) <= 3
 
 
 def test_a_failure_says_what_the_driver_says(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,24 +238,65 @@ def test_a_thread_without_a_context_enters_the_device_s_once(monkeypatch: pytest
     assert calls == [("current", 0), *entering]
 
 
-def test_the_operation_asks_for_the_kernel_first_and_goes_on_where_memory_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_operation_asks_for_the_kernel_first_and_goes_on_where_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that is made up: nothing runs."""
     tiles = replace(FOLDED_SM_90, gluon=gluon_sm_90(132))
     x, weights = folded_rows(300, SPLIT, "e3m2"), [random_weight(64, SPLIT, "e3m2")]
     answers: list[Any] = ["products", None]
-    asked: list[Plan] = []
+    asked: list[Any] = []
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(gluon, "multiply", lambda x, w, fp6, plan: asked.append(plan) or answers[len(asked) - 1])
+    monkeypatch.setattr(gluon, "multiply", lambda *given: asked.append(given[2:]) or answers[len(asked) - 1])
     monkeypatch.setattr(TritonFolded, "_expand_and_multiply", lambda *_: "expanded")
     kernels = TritonFolded(tiles)
     assert kernels.multiply(x, weights, "e3m2", torch.bfloat16) == "products"
     monkeypatch.setattr(FoldedTiles, "uses_library", lambda *_: True)
     assert kernels.multiply(x, weights, "e3m2", torch.bfloat16) == "expanded"
-    assert asked == [tiles.gluon_plan(300, weights, torch.bfloat16)] * 2
-    assert kernels.multiply(x, weights, "e3m2", torch.float32) == "expanded"
-    assert len(asked) == 2
+    assert asked == [("e3m2", torch.bfloat16, tiles.gluon)] * 2
+
+
+def again(x: FoldedActivation, weights: Sequence[FoldedWeight], planner: Planner, **changes: Any) -> bool:
+    """Whether the launch is ready."""
+    asked = {"fp6": "e3m2", "out_dtype": torch.bfloat16, "planner": planner} | changes
+    return gluon.multiply_again(x, gluon.parts_of(weights), **asked) is not None
+
+
+def test_what_was_multiplied_once_is_multiplied_again_without_a_question(driver: Driver) -> None:
+    x, weights = folded_rows(70, SPLIT, "e3m2"), [random_weight(n, SPLIT, "e3m2", bias=True) for n in (136, 64)]
+    planner = OnePlan(Plan(TILE, 6, 6))
+    driver.kernel = GluonKernel.of(TILE, weights, "e3m2")
+    assert not again(x, weights, planner)
+    assert gluon.multiply(x, weights, "e3m2", torch.bfloat16, planner) is not None
+    assert again(x, weights, planner)
+    moved = x._replace(q=x.q.clone())
+    assert again(moved, weights, planner)
+    first, *_, last = ({k: v for k, v in passed.items() if not k.startswith("out")} for _, passed in driver.launches)
+    assert {**last, "x": 0} == {**first, "x": 0}
+    assert last["x"] == (moved.q.data_ptr(), *first["x"][1:])
+    assert len(driver.launches) == 3
+
+
+def test_only_the_same_is_multiplied_again(driver: Driver) -> None:
+    """Whatever else has its place in memory is checked anew."""
+    x, weights = folded_rows(70, SPLIT, "e3m2"), [random_weight(136, SPLIT, "e3m2", bias=True)]
+    planner, (weight,) = OnePlan(Plan(TILE, 6, 6)), weights
+    driver.kernel = GluonKernel.of(TILE, weights, "e3m2")
+    gluon.multiply(x, weights, "e3m2", torch.bfloat16, planner)
+    for name, part in weight._asdict().items():
+        for other in (part.clone(), part[:1], part[:1].expand(part.shape)):
+            assert not again(x, [weight._replace(**{name: other})], planner), name
+    assert weight.bias is not None
+    assert not again(x, [weight._replace(bias=weight.bias.view(torch.float16))], planner)
+    assert not again(x, [weight, weight], planner)
+    assert not again(x, [weight._replace(bias=None)], planner)
+    assert not again(x._replace(q=x.q[:69]), weights, planner)
+    assert not again(x._replace(row_scale=x.row_scale[:69]), weights, planner)
+    assert not again(x._replace(q=x.q[:1].expand(x.q.shape)), weights, planner)
+    assert not again(x._replace(row_scale=x.row_scale[:1].expand(70)), weights, planner)
+    assert not again(x._replace(row_scale=torch.empty(71)[1:]), weights, planner)
+    for change in ({"fp6": "e2m3"}, {"out_dtype": torch.float32}):
+        assert not again(x, weights, planner, **change)
+    assert not again(x, weights, gluon_sm_90(132))
+    assert again(x, weights, planner)
 
 
 def test_arguments_lie_apart() -> None:
