@@ -1,14 +1,14 @@
 """Whole models on a GPU: tokens and logits against the eager packed model, launches, speed and memory beside BF16, FP8.
 
     python bench/bench_gpu_model.py [--part PART] [--tokens 64] [--contender NAME] [--batch B]
-                                     [--cache LENGTH] [--mode MODE] [--json FILE]
+                                     [--cache LENGTH] [--length TOKENS] [--mode MODE] [--json FILE]
 
 smollm2 is the default model with real weights: greedy tokens of the compiled model, with a static cache, beside those
 of the eager packed model, in float32 and in bfloat16, which sm_90 folds where it is compiled only.
 llama-8b has Llama-3.1-8B's shape, random weights made on the device, and 75/20/5 of its channels in MXFP4, 6 and 8:
-launches a layer, a forward pass of 2,048 tokens, decoding with a static cache in a CUDA graph, memory. FP8 there is
-rows of E4M3 with a scale each, quantized by Inductor's code, on both sides. Every part prints its results when it is
-done.
+launches a layer, a forward pass of 2,048 tokens, decoding with a static cache in a CUDA graph, memory. lengths are 8
+layers of it, a forward pass of 64 to 8,192 tokens in CUDA graphs. FP8 there is rows of E4M3 with a scale each,
+quantized by Inductor's code, on both sides. Every part prints its results when it is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,11 +24,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fp8_linears import with_fp8_linears
 from launch_counts import launches
+from llama_8b import (
+    CONTENDERS,
+    CUDA,
+    LENGTHS,
+    MAX_LENGTH,
+    contender_of,
+    first_call,
+    forward_ms,
+    forward_ms_by_length,
+    median_ms,
+    print_lengths,
+    random_llama_8b,
+    random_llama_8b_and_recipe,
+)
 from rich.console import Console
 from rich.table import Table
-from shares import with_activations, with_shares
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import StaticCache
 
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
@@ -41,15 +53,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-CUDA = torch.device("cuda")
 PROMPT, STEPS = 128, 24
 SHORTEST_CACHE = PROMPT + 4 + STEPS + 5 * 8 + 1
 """Tokens of a prompt, and of all steps of `decode_ms` behind it."""
 
 AS_EAGER = {"fallback_by_default": True, "exact": True}
 """All operations but ours are called as eager does, and ours are those of the eager packed model."""
-
-CONTENDERS = ("micromix", "micromix-fp8", "micromix-fp8-rotated", "fp8", "bf16-max-autotune", "bf16")
 
 
 class Arguments(argparse.Namespace):
@@ -60,30 +69,9 @@ class Arguments(argparse.Namespace):
     contender: list[str] | None
     batch: list[int] | None
     cache: int
+    length: list[int] | None
     mode: str
     json: Path | None
-
-
-def first_call(run: Callable[[], object]) -> float:
-    """Seconds of a call that compiles."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """Of the calls' times on the GPU; `run` is warm."""
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
 
 
 def decode_ms(model: nn.Module, keywords: dict[str, Any], batch: int, cache_length: int) -> dict[str, Any]:
@@ -230,17 +218,6 @@ def smollm2_launches(arguments: Arguments) -> dict[str, Any]:
     return compare_launches(model, recipe, windows[:1], arguments.mode)
 
 
-def random_llama_8b() -> nn.Module:
-    """Llama-3.1-8B's shape, random bfloat16 weights."""
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
-    )  # fmt: skip
-    with CUDA:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    return model
-
-
 def llama_8b_calibration(_: Arguments) -> dict[str, Any]:
     """Calibration with everything at its default: 32 windows of 512 tokens, here random ones."""
     model = random_llama_8b()
@@ -259,32 +236,28 @@ def llama_8b(arguments: Arguments) -> dict[str, Any]:
     model, recipe, ids = random_llama_8b_and_recipe()
     fp8 = with_fp8_linears(copy.deepcopy(model))
     result = compare_launches(model, recipe, ids, arguments.mode, logits_to_keep=1)  # packs the model
-    return result | {"fp8_forward_ms": forward_ms(fp8, ids, arguments.mode)}
+    return result | {"fp8_forward_ms": forward_ms(fp8, ids, mode=arguments.mode)}
 
 
 def llama_8b_decode(arguments: Arguments) -> dict[str, Any]:
     """The 8B shape: decoding. The first contender of a process pays for the start of Inductor's workers, too."""
     model, recipe, _ = random_llama_8b_and_recipe()
-    contenders: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-        **{
-            name: (
-                lambda variant=variant: micromix.quantize_(copy.deepcopy(model), variant),
-                {"backend": "micromix", "mode": "reduce-overhead"},
-            )
-            for name, variant in variants_of(recipe).items()
-        },
-        "fp8": (lambda: with_fp8_linears(copy.deepcopy(model)), {"mode": "reduce-overhead"}),
-        "bf16-max-autotune": (lambda: model, {"mode": "max-autotune"}),
-        "bf16": (lambda: model, {"mode": "reduce-overhead"}),
-    }
-    models = {name: contenders[name][0]() for name in arguments.contender or CONTENDERS}
+    contenders = {name: contender_of(name, model, recipe) for name in arguments.contender or CONTENDERS}
     result: dict[str, Any] = {}
     for batch in arguments.batch or (1, 16):
-        for name, contender in models.items():
+        for name, (contender, keywords) in contenders.items():
             key = f"{name}, batch {batch}"
-            result[key] = decode_ms(contender, contenders[name][1], batch, arguments.cache)
+            result[key] = decode_ms(contender, keywords, batch, arguments.cache)
             print(key, json.dumps(result[key]), flush=True)
     return result
+
+
+def lengths(arguments: Arguments) -> dict[str, Any]:
+    """The 8B shape, 8 layers: a forward pass by the prompt's length."""
+    names = arguments.contender or ("micromix", "micromix-fp8", "fp8", "bf16")
+    found = forward_ms_by_length(8, arguments.length or LENGTHS, names)
+    print_lengths(found, Console(width=None if sys.stdout.isatty() else 160))
+    return dict(found)
 
 
 def llama_8b_memory(_: Arguments) -> dict[str, Any]:
@@ -299,34 +272,6 @@ def llama_8b_memory(_: Arguments) -> dict[str, Any]:
     result["micromix, weights and what is kept of them"] = torch.cuda.memory_allocated() / 2**30
     result["micromix, peak"] = peak_gib(lambda: fast(ids, use_cache=False, logits_to_keep=1))
     return result | {"ratio of peaks": result["micromix, peak"] / result["bf16, peak"]}
-
-
-def random_llama_8b_and_recipe() -> tuple[nn.Module, micromix.Recipe, Tensor]:
-    """The model, a recipe of the usual shares, and 2,048 tokens."""
-    model = random_llama_8b()
-    ids = torch.randint(0, model.config.vocab_size, (1, 2048), device=CUDA)
-    plain = micromix.MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
-    recipe = micromix.calibrate(model, [{"input_ids": ids[:, :256], "use_cache": False}], plain, progress=False)
-    return model, with_shares(recipe, (0.75, 0.2, 0.05)), ids
-
-
-def variants_of(recipe: micromix.Recipe) -> dict[str, micromix.Recipe]:
-    """The recipe, whose activations are as its weights, and others of the same weights' formats."""
-    fp8 = with_activations(recipe, "fp8", rotate=False)
-    return {
-        "micromix": recipe,
-        "micromix-fp8": fp8,
-        "micromix-fp8-rotated": with_activations(fp8, "fp8", rotate=True),
-    }
-
-
-def forward_ms(model: nn.Module, ids: Tensor, mode: str) -> float:
-    """Milliseconds of a forward pass without a cache, as in `llama_8b`, compiled by Inductor."""
-    torch.compiler.reset()
-    fast = torch.compile(model, mode=mode)
-    for _ in range(2):  # compiles; records, where there are CUDA graphs
-        fast(ids, use_cache=False, logits_to_keep=1)
-    return median_ms(lambda: fast(ids, use_cache=False, logits_to_keep=1), 5)
 
 
 def peak_gib(run: Callable[[], object]) -> float:
@@ -346,6 +291,7 @@ PARTS: dict[str, Callable[[Arguments], dict[str, Any]]] = {
     "llama-8b": llama_8b,
     "llama-8b-decode": llama_8b_decode,
     "llama-8b-memory": llama_8b_memory,
+    "lengths": lengths,
 }
 
 
@@ -354,9 +300,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; all by default")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--contender", choices=CONTENDERS, action="append", help="of decoding; may be repeated")
+    parser.add_argument(
+        "--contender", choices=CONTENDERS, action="append", help="of decoding and lengths; may be repeated"
+    )
     parser.add_argument("--batch", type=int, action="append", help="of decoding; may be repeated, 1 and 16 by default")
     parser.add_argument("--cache", type=int, default=256, metavar="LENGTH", help="tokens of the cache in decoding")
+    parser.add_argument("--length", type=int, action="append", metavar="TOKENS", help="of prompts; may be repeated")
     parser.add_argument("--mode", choices=("default", "reduce-overhead"), default="default", help="of a forward pass")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(namespace=Arguments())
@@ -364,6 +313,8 @@ def main() -> None:
         parser.error(
             f"--cache must hold {PROMPT} tokens and those decoded, {SHORTEST_CACHE} together, got {arguments.cache}"
         )
+    if not all(1 <= length <= MAX_LENGTH for length in arguments.length or ()):
+        parser.error(f"--length must be from 1 to {MAX_LENGTH}, got {arguments.length}")
     results: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "target": target_of(CUDA).name}
     with torch.no_grad():
         for part in arguments.part or PARTS:
