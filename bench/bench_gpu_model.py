@@ -254,7 +254,7 @@ def llama_8b_decode(arguments: Arguments) -> dict[str, Any]:
 
 def lengths(arguments: Arguments) -> dict[str, Any]:
     """The 8B shape, 8 layers: a forward pass by the prompt's length."""
-    names = arguments.contender or ("micromix", "micromix-fp8", "fp8", "bf16")
+    names = arguments.contender or ("micromix-fp8", "micromix-fp8-kept", "fp8", "bf16")
     found = forward_ms_by_length(8, arguments.length or LENGTHS, names)
     print_lengths(found, Console(width=None if sys.stdout.isatty() else 160))
     return dict(found)
@@ -271,6 +271,9 @@ def llama_8b_memory(_: Arguments) -> dict[str, Any]:
     result["micromix, peak of the first call"] = peak_gib(lambda: fast(ids, use_cache=False, logits_to_keep=1))
     result["micromix, weights and what is kept of them"] = torch.cuda.memory_allocated() / 2**30
     result["micromix, peak"] = peak_gib(lambda: fast(ids, use_cache=False, logits_to_keep=1))
+    kept = torch.compile(model, backend="micromix", options={"keep_expanded": True})
+    kept(ids, use_cache=False, logits_to_keep=1)
+    result["micromix, weights kept expanded, too"] = torch.cuda.memory_allocated() / 2**30
     return result | {"ratio of peaks": result["micromix, peak"] / result["bf16, peak"]}
 
 

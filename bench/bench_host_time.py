@@ -89,7 +89,7 @@ def operands(rows: int, weights: int, device: torch.device, *, bias: bool) -> li
         factor = folding.weight_factor(*packed, w.scale, row_scale)
         group.append((*packed, factor, row_scale))
     biases = [torch.randn(COLUMNS, device=device).bfloat16() for _ in range(weights)] if bias else []
-    return [*activation, *map(list, zip(*group, strict=True)), biases, FP6, torch.bfloat16]
+    return [*activation, *map(list, zip(*group, strict=True)), biases, [], FP6, torch.bfloat16]
 
 
 def measure(rows: int, weights: int, device: torch.device, *, bias: bool) -> dict[str, float]:

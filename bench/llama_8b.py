@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 CUDA: Final = torch.device("cuda")
 
-CONTENDERS: Final = ("micromix", "micromix-fp8", "micromix-fp8-rotated", "fp8", "bf16-max-autotune", "bf16")
+CONTENDERS: Final = (
+    "micromix", "micromix-fp8", "micromix-fp8-rotated", "micromix-fp8-kept", "fp8", "bf16-max-autotune", "bf16",
+)  # fmt: skip
 
 MAX_LENGTH: Final = 8192
 """Positions of the model."""
@@ -84,15 +86,15 @@ def variants_of(recipe: micromix.Recipe) -> dict[str, micromix.Recipe]:
     }
 
 
-def contender_of(name: str, model: nn.Module, recipe: micromix.Recipe) -> tuple[nn.Module, dict[str, str]]:
+def contender_of(name: str, model: nn.Module, recipe: micromix.Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """What a contender of `CONTENDERS` makes of the model, and what `torch.compile` then takes, with CUDA graphs.
 
     All but BF16 are copies.
     """
-    variants = variants_of(recipe)
-    if name in variants:
-        packed = micromix.quantize_(copy.deepcopy(model), variants[name])
-        return packed, {"backend": "micromix", "mode": "reduce-overhead"}
+    if name.startswith("micromix"):
+        packed = micromix.quantize_(copy.deepcopy(model), variants_of(recipe)[name.removesuffix("-kept")])
+        options = {"mode": "reduce-overhead", "keep_expanded": name.endswith("-kept")}
+        return packed, {"backend": "micromix", "options": options}
     if name == "fp8":
         return with_fp8_linears(copy.deepcopy(model)), {"mode": "reduce-overhead"}
     return model, {"mode": "max-autotune" if name == "bf16-max-autotune" else "reduce-overhead"}

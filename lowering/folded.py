@@ -111,21 +111,21 @@ _call_folded_mm = fallback_handler(ops.folded_mm, add_to_fallback_set=False)
 @register_lowering(ops.folded_mm, type_promotion_kind=None)
 def _lower_folded_mm(
     q: Any, row_scale: Any, locks: Any, w4: Any, w6: Any, w8: Any, w_factor: Any, w_row_scale: Any, bias: Any,
-    fp6: str, out_dtype: torch.dtype,
+    expanded: Any, fp6: str, out_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
     tiles, (rows, width) = _tiles(q), Operand(q).shape
     columns = [Operand(node).shape[0] for node in w_row_scale]
     if tiles is None:
-        return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
+        return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, expanded, fp6, out_dtype)
     tensors = zip(w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4), strict=True)
     weights: Any = [
         FoldedWeight(*(None if node is None else Operand(_operand(node)) for node in one))  # type: ignore[arg-type]
         for one in tensors
     ]
-    if _asks_library(tiles, rows, weights, out_dtype):
-        return _library_mm(tiles, q, row_scale, weights, fp6, out_dtype)
+    if _asks_library(tiles, rows, weights, out_dtype, is_expanded=bool(expanded)):
+        return _library_mm(tiles, q, row_scale, weights, expanded, fp6, out_dtype)
     if not isinstance(rows, int) or tiles.gluon_plan(rows, weights, out_dtype) is not None:
-        return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
+        return _call_folded_mm(q, row_scale, locks, w4, w6, w8, w_factor, w_row_scale, bias, expanded, fp6, out_dtype)
     x: Any = FoldedActivation(*(Operand(contiguous(node)) for node in (q, row_scale, locks)))  # type: ignore[arg-type]
     outs = [empty([rows, n], out_dtype, q.get_device()) for n in columns]
     tile = tiles.tile_for(rows, columns, width)
@@ -137,27 +137,32 @@ def _lower_folded_mm(
     return outs
 
 
-def _asks_library(tiles: FoldedTiles, rows: Any, weights: Any, out_dtype: torch.dtype) -> bool:
+def _asks_library(tiles: FoldedTiles, rows: Any, weights: Any, out_dtype: torch.dtype, *, is_expanded: bool) -> bool:
     """`FoldedTiles.uses_library`, for a symbolic number of rows, too, which then is guarded."""
     if isinstance(rows, int):
-        return tiles.uses_library(rows, weights, out_dtype)
-    fits = tiles.fits_library(weights, out_dtype)
-    return bool(fits and is_at_least(V.graph.sizevars, rows, tiles.all_expand_from))
+        return tiles.uses_library(rows, weights, out_dtype, is_expanded=is_expanded)
+    least = tiles.expand_from if is_expanded else tiles.all_expand_from
+    return bool(tiles.fits_library(weights, out_dtype) and is_at_least(V.graph.sizevars, rows, least))
 
 
 _scaled_mm = fallback_handler(torch.ops.aten._scaled_mm.default, add_to_fallback_set=False)
 
 
 def _library_mm(
-    tiles: FoldedTiles, q: Any, row_scale: Any, weights: Any, fp6: str, out_dtype: torch.dtype
+    tiles: FoldedTiles, q: Any, row_scale: Any, weights: Any, kept: Any, fp6: str, out_dtype: torch.dtype
 ) -> list[Any]:
     """Launches that expand the weights and products of the library's, each of as many weights as are expanded together.
 
-    Of a product's columns each weight's are a view; if one must lie in memory as eager has it, each has its own.
+    Of a product's columns each weight's are a view; if one must lie in memory as eager has it, each has its own. kept:
+    the weights expanded, if they are there already: each has a product of its own then.
     """
     columns, width = columns_of(weights), Operand(q).shape[1]
     separate = any(_needs_own_memory(output) for output in V.graph.current_node.users)
     x = _as_e4m3(contiguous(q)), _call(torch.ops.aten.unsqueeze.default, contiguous(row_scale), 1)
+    if kept:
+        biases = [None if weight.bias is None else weight.bias.node for weight in weights]
+        each = zip(map(contiguous, kept), [weight.row_scale.node for weight in weights], biases, strict=True)
+        return [_multiply(x, ExpandedWeights(*one), out_dtype) for one in each]
     outs = []
     for run in tiles.expansion_runs(columns, width):
         expanded = _expand(weights[run], width, fp6, out_dtype)

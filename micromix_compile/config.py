@@ -185,6 +185,8 @@ class MicroMixConfig:
     skip: fnmatch patterns of module names that stay as they are.
     strict: an emulated or plain-PyTorch path is an error instead of a warning.
     exact: never the folded FP8 product of sm_90, which is faster and not exact (see `folding`).
+    keep_expanded: on sm_90, keep each weight as E4M3, too, a byte for each of its channels beside the packed 4 to 8
+        bits: products of more than 256 rows are the library's then, and expand nothing.
     seed: of the random output directions in which "budget" measures how much each channel matters.
     calibration_batches, calibration_tokens: the one-line form converts itself after so many batches or tokens,
         whichever comes first.
@@ -222,6 +224,7 @@ class MicroMixConfig:
     )
     strict: bool = field(default=False, metadata=_takes(_is_flag))
     exact: bool = field(default=False, metadata=_takes(_is_flag))
+    keep_expanded: bool = field(default=False, metadata=_takes(_is_flag))
     seed: int = field(default=0, metadata=_takes(_is_seed))
     calibration_batches: int = field(default=32, metadata=_takes(_is_count))
     calibration_tokens: int = field(default=65_536, metadata=_takes(_is_count))

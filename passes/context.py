@@ -93,6 +93,7 @@ class PassContext:
     unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
     inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
     target_of: who computes on a device.
+    keeps_expanded: whether folded products get their weights as E4M3, too.
     folded: filled by fold_products: for one or more appended inputs, in order, the inputs that they are made from, and
         the function that makes them, anew when the last changes.
     """
@@ -106,6 +107,7 @@ class PassContext:
     unopened: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
     target_of: Callable[[torch.device], Target] = target_of
+    keeps_expanded: bool = False
     folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)
 
     def after_autograd(self) -> PassContext:

@@ -62,6 +62,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("strict", "yes", TypeError, "strict must be True or False, got {}"),
     ("strict", 1, TypeError, "strict must be True or False, got {}"),
     ("exact", "no", TypeError, "exact must be True or False, got {}"),
+    ("keep_expanded", 1, TypeError, "keep_expanded must be True or False, got {}"),
     ("calibration_batches", 0, ValueError, "calibration_batches must be a positive integer, got {}"),
     ("calibration_batches", 2.5, TypeError, "calibration_batches must be a positive integer, got {}"),
     ("calibration_batches", True, TypeError, "calibration_batches must be a positive integer, got {}"),

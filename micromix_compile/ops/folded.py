@@ -6,12 +6,13 @@
     micromix::add_rms_norm_reorder_fold(x, residual, weight, eps, channel_perm, ...)
         -> (x + residual, q, row_scale, locks)
     micromix::silu_mul_reorder_fold(gate, up, channel_perm, ...) -> (q, row_scale, locks)
-    micromix::folded_mm(q, row_scale, locks, w4[], w6[], w8[], w_factor[], w_row_scale[], bias[], fp6, out_dtype)
-        -> (M, N)[]
+    micromix::folded_mm(q, row_scale, locks, w4[], w6[], w8[], w_factor[], w_row_scale[], bias[], expanded[], fp6,
+        out_dtype) -> (M, N)[]
 
 channel_perm holds every channel of x. The lists have an entry for each weight that reads the activation; `bias` may
-be empty. `locks` is scratch memory: zeros before a product and after it. The device's target computes them: plain
-PyTorch where it has nothing better.
+be empty, and so may `expanded`, the weights as E4M3 (`folding.fold_weight`), which many rows are multiplied by. `locks`
+is scratch memory: zeros before a product and after it. The device's target computes them: plain PyTorch where it has
+nothing better.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _lib.define(
 _lib.define(f"silu_mul_reorder_fold(Tensor gate, Tensor up, {_LAYOUT_ARGS}) -> {_FOLDED}")
 _lib.define(
     "folded_mm(Tensor q, Tensor row_scale, Tensor locks, Tensor[] w4, Tensor[] w6, Tensor[] w8, Tensor[] w_factor, "
-    "Tensor[] w_row_scale, Tensor[] bias, str fp6, ScalarType out_dtype) -> Tensor[]"
+    "Tensor[] w_row_scale, Tensor[] bias, Tensor[] expanded, str fp6, ScalarType out_dtype) -> Tensor[]"
 )
 
 reorder_fold: Callable[..., Folded] = torch.ops.micromix.reorder_fold.default
@@ -91,25 +92,28 @@ def _silu_mul_reorder_fold(gate: Tensor, up: Tensor, *layout: Any) -> Folded:
 
 def _folded_mm(
     q: Tensor, row_scale: Tensor, locks: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor],
-    w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], fp6: str, out_dtype: torch.dtype,
+    w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], expanded: list[Tensor], fp6: str,
+    out_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     kernels, x = target_of(q.device).folded, FoldedActivation(q, row_scale, locks)
     parts = (*w4, *w6, *w8, *w_factor, *w_row_scale, *bias)
-    products = kernels.multiply_again(x, parts, fp6, out_dtype)
+    products = kernels.multiply_again(x, parts, fp6, out_dtype, has_expanded=bool(expanded))
     if products is None:
-        _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias)
+        _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias, expanded)
         weights = [*map(FoldedWeight, w4, w6, w8, w_factor, w_row_scale, bias or [None] * len(w4))]  # type: ignore[list-item]
-        products = kernels.multiply(x, weights, fp6, out_dtype)
+        products = kernels.multiply(x, weights, fp6, out_dtype, expanded=expanded)
     return products
 
 
 def _check_folded_mm(
     q: Tensor, row_scale: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor], w_factor: list[Tensor],
-    w_row_scale: list[Tensor], bias: list[Tensor],
+    w_row_scale: list[Tensor], bias: list[Tensor], expanded: list[Tensor],
 ) -> None:  # fmt: skip
     """Raise ValueError unless the operands fit each other; only shapes are read."""
     if not 1 <= len(w4) <= MAX_GROUP or len(bias) not in (0, len(w4)):
         raise ValueError(f"w4 must list 1 to {MAX_GROUP} weights, bias as many or none, got {len(w4)} and {len(bias)}")
+    if len(expanded) not in (0, len(w4)):
+        raise ValueError(f"expanded must list as many weights as w4, {len(w4)}, or none, got {len(expanded)}")
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"row_scale": (row_scale, (q.shape[0],))}
     first = split_of_weight(w4[0], w6[0], w8[0])
     for i, parts in enumerate(zip(w4, w6, w8, w_factor, w_row_scale, strict=True)):
@@ -124,6 +128,8 @@ def _check_folded_mm(
             shapes[f"{name}[{i}]"] = (part, shape)
         if bias:
             shapes[f"bias[{i}]"] = (bias[i], (columns,))
+        if expanded:
+            shapes[f"expanded[{i}]"] = (expanded[i], (columns, width))
     for name, (tensor, shape) in shapes.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
@@ -159,9 +165,10 @@ def _fake_silu_mul_fold(gate: Tensor, up: Tensor, *layout: object) -> Folded:
 
 def _fake_folded_mm(
     q: Tensor, row_scale: Tensor, locks: Tensor, w4: list[Tensor], w6: list[Tensor], w8: list[Tensor],
-    w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], fp6: str, out_dtype: torch.dtype,
+    w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], expanded: list[Tensor], fp6: str,
+    out_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias)
+    _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias, expanded)
     return [q.new_empty((q.shape[0], w.shape[0]), dtype=out_dtype) for w in w4]
 
 

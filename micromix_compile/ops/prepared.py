@@ -10,6 +10,8 @@ from micromix_compile.changes.adapters import watch_merges
 from micromix_compile.changes.versions import Snapshot
 from micromix_compile.numerics import folding
 from micromix_compile.numerics.layout import order_dtype
+from micromix_compile.targets.kernels import FoldedWeight
+from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,13 +44,19 @@ class Kept(Generic[_Value]):
         return last[1]
 
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By scales or orders: what was made from them, which all graphs share."""
+_kept: dict[Callable[..., Any], WeakTensorKeyDictionary] = {}
+"""By what makes it, then by scales or orders: what was made from them, which all graphs share."""
 
 
 def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, *, fp6: str) -> tuple[Tensor, Tensor]:
     """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change."""
     made: tuple[Tensor, Tensor] = _kept_for(w_scale, _make_factors).of([w_scale], w4, w6, w8, w_scale, fp6)
+    return made
+
+
+def expanded_weight(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, *, fp6: str) -> tuple[Tensor]:
+    """(`folding.fold_weight` of a packed weight,), kept as its factors are: a byte for each of its channels."""
+    made: tuple[Tensor] = _kept_for(w_scale, _expand).of([w_scale], w4, w6, w8, w_scale, fp6)
     return made
 
 
@@ -59,13 +67,18 @@ def short_order(channel_perm: Tensor) -> tuple[Tensor]:
 
 
 def _kept_for(key: Tensor, make: Callable[..., Any]) -> Kept[Any]:
-    kept: Kept[Any] = _kept.setdefault(key, Kept(make))
+    kept: Kept[Any] = _kept.setdefault(make, WeakTensorKeyDictionary()).setdefault(key, Kept(make))
     return kept
 
 
 def _make_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> tuple[Tensor, Tensor]:
     row_scale = folding.weight_row_scale(w4, w6, w8, w_scale, fp6)
     return folding.weight_factor(w4, w6, w8, w_scale, row_scale), row_scale
+
+
+def _expand(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> tuple[Tensor]:
+    factors = folded_factors(w4, w6, w8, w_scale, fp6=fp6)
+    return (target_of(w4.device).folded.expand(FoldedWeight(w4, w6, w8, *factors), fp6),)
 
 
 def _shorten(channel_perm: Tensor) -> tuple[Tensor]:

@@ -32,7 +32,10 @@ def open_graph(
         if isinstance(value, nn.Parameter) and value.dim() >= 2 and not session.knows(value):
             session.adopt(value, parameter_name(node))
     config = session.config
-    return gm, PassContext(owner=session, example_inputs=example_inputs, dump=config.dump, dump_dir=config.dump_dir)
+    return gm, PassContext(
+        owner=session, example_inputs=example_inputs, dump=config.dump, dump_dir=config.dump_dir,
+        keeps_expanded=config.keep_expanded,
+    )  # fmt: skip
 
 
 def close_graph(session: Session, context: PassContext) -> None:

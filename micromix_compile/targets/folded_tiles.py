@@ -202,10 +202,13 @@ class FoldedTiles:
         """Rows from which on every product that the library fits goes through expanded weights."""
         return self.expand_from if self.gluon is None else max(self.expand_from, self.gluon.most_rows + 1)
 
-    def uses_library(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> bool:
-        """Whether a product of M = rows goes through expanded weights."""
-        is_wanted = rows >= self.expand_from and self.gluon_plan(rows, weights, out_dtype) is None
-        return is_wanted and self.fits_library(weights, out_dtype)
+    def uses_library(
+        self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype, *, is_expanded: bool = False
+    ) -> bool:
+        """Whether a product of M = rows goes through expanded weights. is_expanded: whether they are there already."""
+        if rows < self.expand_from or not self.fits_library(weights, out_dtype):
+            return False
+        return is_expanded or self.gluon_plan(rows, weights, out_dtype) is None
 
     def fits_library(self, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> bool:
         """Whether the library takes such weights, expanded: it wants bfloat16 and whole groups of 16 columns."""

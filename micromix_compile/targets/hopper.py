@@ -61,7 +61,7 @@ class TritonFolded:
 
     def multiply(
         self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype, *,
-        tile: FoldedTile | None = None, parts: Parts | None = None,
+        expanded: Sequence[Tensor] = (), tile: FoldedTile | None = None, parts: Parts | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """See `FoldedKernels`, for up to `MAX_GROUP` weights with one activation.
 
@@ -71,6 +71,11 @@ class TritonFolded:
         """
         x = FoldedActivation(x.q.contiguous(), x.row_scale.contiguous(), x.locks)
         weights = [weight.contiguous() for weight in weights]
+        if expanded and tile is None and self.tiles.uses_library(x.q.shape[0], weights, out_dtype, is_expanded=True):
+            return [
+                library_mm(x, ExpandedWeights(w.contiguous(), weight.row_scale, weight.bias), out_dtype)
+                for w, weight in zip(expanded, weights, strict=True)
+            ]
         if tile is None and self.tiles.gluon is not None and x.q.is_cuda:
             products = gluon.multiply(x, weights, fp6, out_dtype, self.tiles.gluon)
             if products is not None:
@@ -90,11 +95,19 @@ class TritonFolded:
         return outs
 
     def multiply_again(
-        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype
+        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype, *, has_expanded: bool
     ) -> list[Tensor] | None:
         """See `FoldedKernels`: of the persistent kernel's products, in some microseconds of the host's time."""
         planner = self.tiles.gluon
-        return None if planner is None else gluon.multiply_again(x, parts, fp6, out_dtype, planner)
+        if planner is None or (has_expanded and x.q.shape[0] >= self.tiles.expand_from):
+            return None
+        return gluon.multiply_again(x, parts, fp6, out_dtype, planner)
+
+    def expand(self, weight: FoldedWeight, fp6: str) -> Tensor:
+        """See `FoldedKernels`, in one launch."""
+        room = ExpandedWeights.empty([weight], weight.w4)
+        expand_weights([weight.contiguous()], room, fp6=fp6)
+        return room.w
 
     def _expand_and_multiply(
         self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype

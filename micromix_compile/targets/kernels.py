@@ -91,16 +91,21 @@ class FoldedKernels(Protocol):
         """What `ExactKernels.quantize` returns, folded by `folding`. Adds the residual to x before all else."""
 
     def multiply(
-        self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype
-    ) -> list[Tensor]:
-        """`folding.folded_mm` with weights that are packed: (M, N) of each."""
+        self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype, *,
+        expanded: Sequence[Tensor] = (),
+    ) -> list[Tensor]:  # fmt: skip
+        """`folding.folded_mm` with weights that are packed: (M, N) of each. expanded: `expand` of each, or none."""
+
+    def expand(self, weight: FoldedWeight, fp6: str) -> Tensor:
+        """`folding.fold_weight`: (N, `folding.fold_width`) uint8."""
 
     def multiply_again(
-        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype
+        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype, *, has_expanded: bool
     ) -> list[Tensor] | None:
         """The same of operands whose shapes and places in memory `multiply` met before, unchecked; None of others.
 
-        parts: all w4 of the weights, then all w6, and so on, as the fields of `FoldedWeight`.
+        parts: all w4 of the weights, then all w6, and so on, as the fields of `FoldedWeight`. has_expanded: whether
+        `multiply` would get the weights expanded, too.
         """
 
 
@@ -150,14 +155,20 @@ class PlainFolded:
         return folding.fold_activation(quantized, amax, w_fp4=w_fp4, w_split=split)
 
     def multiply(
-        self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype
-    ) -> list[Tensor]:
+        self, x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, out_dtype: torch.dtype, *,
+        expanded: Sequence[Tensor] = (),
+    ) -> list[Tensor]:  # fmt: skip
         """See `FoldedKernels`."""
-        folded = [(folding.fold_weight(w.w4, w.w6, w.w8, w.factor, fp6), w.row_scale) for w in weights]
-        return folding.folded_mm(x.q, x.row_scale, folded, [w.bias for w in weights], out_dtype)
+        folded = expanded or [self.expand(weight, fp6) for weight in weights]
+        operands = [(w, weight.row_scale) for w, weight in zip(folded, weights, strict=True)]
+        return folding.folded_mm(x.q, x.row_scale, operands, [w.bias for w in weights], out_dtype)
+
+    def expand(self, weight: FoldedWeight, fp6: str) -> Tensor:
+        """See `FoldedKernels`."""
+        return folding.fold_weight(weight.w4, weight.w6, weight.w8, weight.factor, fp6)
 
     def multiply_again(
-        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype
+        self, x: FoldedActivation, parts: Sequence[Tensor], fp6: str, out_dtype: torch.dtype, *, has_expanded: bool
     ) -> list[Tensor] | None:
         """See `FoldedKernels`: nothing is kept."""
         return None

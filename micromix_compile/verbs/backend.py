@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("micromix_compile")
 
-PACKED_OPTIONS = frozenset({"strict", "exact", "dump", "dump_dir", "calibration_batches", "calibration_tokens"})
+PACKED_OPTIONS = frozenset(
+    {"strict", "exact", "keep_expanded", "dump", "dump_dir", "calibration_batches", "calibration_tokens"}
+)
 """Those of ours that a model that is packed already may get: the others ask for another one."""
 
 

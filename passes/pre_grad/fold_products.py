@@ -5,6 +5,7 @@ Linears that read one activation become one product with several results: q, k a
 
 from __future__ import annotations
 
+import logging
 import operator
 from functools import partial
 from itertools import groupby
@@ -14,7 +15,7 @@ import torch
 
 from micromix_compile import ops
 from micromix_compile.lowering.torch_private.operators import arguments_of
-from micromix_compile.numerics.folding import factor_shape
+from micromix_compile.numerics.folding import factor_shape, fold_width
 from micromix_compile.numerics.layout import order_dtype, split_of_weight, weight_split
 from micromix_compile.ops import prepared
 from micromix_compile.passes.graph import call, calls, copy_meta
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torch import fx
 
     from micromix_compile.passes.context import PassContext
+
+logger = logging.getLogger("micromix_compile")
 
 ACTIVATION: Final = ("x4", "x6", "x8", "x_scale")
 WEIGHT: Final = ("w4", "w6", "w8", "w_scale")
@@ -44,7 +47,17 @@ def fold_products(graph: fx.Graph, context: PassContext) -> int:
         if products and context.target_of(_device(products[0])).wants("fold_products"):
             _rewrite(graph, context, quantize, products, folded)
             rewritten += 1
+    if context.keeps_expanded and rewritten:
+        _say_kept(graph)
     return rewritten
+
+
+def _say_kept(graph: fx.Graph) -> None:
+    """The memory of the weights that are kept expanded."""
+    products = [node for node in graph.nodes if calls(node, ops.folded_mm)]
+    kept = {weight for product in products for weight in arguments_of(product)["expanded"]}
+    size = sum(_example(weight).numel() for weight in kept)
+    logger.info("%d weights are kept as E4M3 beside their packed form, %.2f GiB", len(kept), size / 2**30)
 
 
 def _device(product: fx.Node) -> torch.device:
@@ -112,13 +125,14 @@ def _joint_product(
     """One folded product of an activation's `parts` with the weights of all products of a group."""
     given = [arguments_of(product) for product in group]
     made = [_folded_inputs(graph, context, one, folded) for one in given]
+    expanded = [_expanded_input(graph, context, one) for one in given] if context.keeps_expanded else []
     q, row_scale, locks = parts
     with graph.inserting_before(group[0]):
         joint = call(
             graph, ops.folded_mm, q=q, row_scale=row_scale, locks=locks, w4=[one["w4"] for one in given],
             w6=[one["w6"] for one in given], w8=[one["w8"] for one in given], w_factor=[factor for factor, _ in made],
             w_row_scale=[row for _, row in made], bias=[one["bias"] for one in given if one["bias"] is not None],
-            fp6=given[0]["fp6"], out_dtype=given[0]["out_dtype"],
+            expanded=expanded, fp6=given[0]["fp6"], out_dtype=given[0]["out_dtype"],
         )  # fmt: skip
     return copy_meta(group[0], joint)
 
@@ -169,3 +183,13 @@ def _folded_inputs(
         )
         context.folded.append((weight, partial(prepared.folded_factors, fp6=product["fp6"])))
     return folded[w_scale]
+
+
+def _expanded_input(graph: fx.Graph, context: PassContext, product: dict[str, Any]) -> fx.Node:
+    """A graph input with the weight of a product with these arguments as E4M3."""
+    weight = tuple(product[name] for name in WEIGHT)
+    w4, w6, w8, w_scale = (_example(part) for part in weight)
+    width = fold_width(split_of_weight(w4, w6, w8), w_fp4=False)
+    name = f"micromix_folded_{len(context.folded)}_expanded"
+    context.folded.append((weight, partial(prepared.expanded_weight, fp6=product["fp6"])))
+    return context.owner.add_input(graph, name, w_scale.new_empty((w_scale.shape[0], width)))

@@ -19,7 +19,16 @@ COMMANDS = ("calibrate", "quantize", "eval", "generate")
 
 
 def test_commands_take_what_decides_numbers_but_for_the_seed() -> None:
-    others = {"strict", "exact", "seed", "calibration_batches", "calibration_tokens", "dump", "dump_dir"}
+    others = {
+        "strict",
+        "exact",
+        "keep_expanded",
+        "seed",
+        "calibration_batches",
+        "calibration_tokens",
+        "dump",
+        "dump_dir",
+    }
     assert list(CONFIG_OPTIONS) == [name for name in MicroMixConfig.option_names() if name not in others]
 
 

@@ -243,6 +243,15 @@ def test_products_of_many_rows_are_one_unless_one_must_lie_in_memory_as_in_eager
     assert len(others) == 2 + pointwise  # and no copies
 
 
+@pytest.mark.parametrize(("rows", "dynamic"), [(257, False), (300, True), (256, False)])
+def test_weights_that_are_kept_expanded_are_multiplied_by_the_library_as_they_are(rows: int, dynamic: bool) -> None:
+    """But by few rows, which are a call of the operation, or of the packed weights' kernel."""
+    launches = generated("fork of kept", (9, 0), rows=rows, dynamic=dynamic)["launches"]
+    kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
+    products = ["torch.ops.aten._scaled_mm"] * 3 if rows > 256 else ["torch.ops.micromix.folded_mm"]
+    assert kinds == ["reorder_fold", *products]
+
+
 def test_a_folded_product_of_any_rows_is_the_library_s_if_it_is_compiled_for_many() -> None:
     launches = generated("folded", (9, 0), rows=1100, dynamic=True)["launches"]
     assert launches == generated("folded", (9, 0), rows=1100)["launches"]

@@ -13,7 +13,7 @@ from support.products import assert_within_folding, folded_weight, pack_activati
 from torch import Tensor
 
 from micromix_compile import ops
-from micromix_compile.numerics import packing, reference, rotation
+from micromix_compile.numerics import folding, packing, reference, rotation
 from micromix_compile.numerics.layout import ACTIVATIONS
 from micromix_compile.ops import folded, prepared
 
@@ -27,7 +27,7 @@ def folded_operands(columns: int = 40) -> list[Any]:
         reference.reorder_quantize(torch.randn(columns, 96), torch.arange(96), (32, 32, 32), fp6="e2m3"), "e2m3"
     )
     parts = (weight.w4, weight.w6, weight.w8, weight.factor, weight.row_scale)
-    return [*x, *([part] for part in parts), [torch.randn(columns)], "e2m3", torch.float32]
+    return [*x, *([part] for part in parts), [torch.randn(columns)], [], "e2m3", torch.float32]
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -69,7 +69,7 @@ def test_a_folded_linear_is_near_the_exact_one(activations: str, rotated: int) -
         *ops.reorder_quantize(x, *layout), weight.w4, weight.w6, weight.w8, packed.scale, None, "e2m3", torch.float32
     )
     (got,) = ops.folded_mm(
-        *ops.reorder_fold(x, *layout, False), *([part] for part in weight[:5]), [], "e2m3", torch.float32
+        *ops.reorder_fold(x, *layout, False), *([part] for part in weight[:5]), [], [], "e2m3", torch.float32
     )
     left = reference.dequantize_activation(*ops.reorder_quantize(x, *layout))
     right = reference.dequantize_activation(*packed)
@@ -85,6 +85,8 @@ def test_a_folded_linear_is_near_the_exact_one(activations: str, rotated: int) -
         (6, [torch.zeros(40, 3, dtype=torch.uint8)], r"w_factor\[0\] must have shape \(3, 40, 4\), got \(40, 3\)"),
         (8, [torch.zeros(39)], r"bias\[0\] must have shape \(40,\), got \(39,\)"),
         (8, [torch.zeros(40)] * 2, r"w4 must list 1 to 3 weights, bias as many or none, got 1 and 2"),
+        (9, [torch.zeros(40, 64)], r"expanded\[0\] must have shape \(40, 128\), got \(40, 64\)"),
+        (9, [torch.zeros(40, 128)] * 2, r"expanded must list as many weights as w4, 1, or none, got 2"),
     ],
 )
 def test_operands_of_a_folded_product_must_fit(place: int, wrong: Any, message: str) -> None:
@@ -98,24 +100,24 @@ def test_operands_are_checked_unless_the_kernels_know_them(monkeypatch: pytest.M
     """Of a wrong operand, which only a check finds."""
     operands, met = folded_operands(), []
     operands[1] = torch.zeros(4)
-    kernels = SimpleNamespace(multiply_again=lambda *given: met.append(given) or [torch.ones(3, 40)])
+    kernels = SimpleNamespace(multiply_again=lambda *given, has_expanded: met.append(given) or [torch.ones(3, 40)])
     monkeypatch.setattr(folded, "target_of", lambda device: SimpleNamespace(folded=kernels))
     assert torch.equal(ops.folded_mm(*operands)[0], torch.ones(3, 40))
     ((x, parts, fp6, out_dtype),) = met
     assert [part.shape for part in x] == [part.shape for part in operands[:3]]
     assert [part.shape for part in parts] == [one.shape for given in operands[3:9] for one in given]
-    assert (fp6, out_dtype) == tuple(operands[9:])
-    kernels.multiply_again = lambda *_: None
+    assert (fp6, out_dtype) == tuple(operands[10:])
+    kernels.multiply_again = lambda *_, **__: None
     with pytest.raises(ValueError, match=r"row_scale must have shape"):
         ops.folded_mm(*operands)
 
 
 def test_weights_of_one_product_must_be_split_alike() -> None:
-    *x, w4, w6, w8, factor, row_scale, _, fp6, out_dtype = folded_operands()
+    *x, w4, w6, w8, factor, row_scale, _, expanded, fp6, out_dtype = folded_operands()
     other = [torch.zeros(40, 32), torch.zeros(3, 40, 0), torch.zeros(40, 64), torch.zeros(2, 40, 4)]
     lists = [[*first, part.to(torch.uint8)] for first, part in zip((w4, w6, w8, factor), other, strict=True)]
     with pytest.raises(ValueError, match=r"split like the first, \(\d+, \d+, \d+\), weight 1 is split \(64, 0, 64\)"):
-        ops.folded_mm(*x, *lists, row_scale * 2, [], fp6, out_dtype)
+        ops.folded_mm(*x, *lists, row_scale * 2, [], expanded, fp6, out_dtype)
 
 
 def kept(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -141,6 +143,33 @@ def test_factors_follow_their_scales(keep: Callable[..., Callable[..., tuple[Ten
     assert torch.equal(factors()[1], 4 * first[1])
     assert torch.equal(of(q.q4, w6, q.q8, scale + 1)[1], 8 * first[1])
     assert torch.equal(factors()[1], 4 * first[1])
+
+
+def test_an_expanded_weight_follows_its_scales_and_is_made_once() -> None:
+    q = reference.reorder_quantize(torch.randn(5, 96), torch.arange(96), (32, 32, 32), fp6="e2m3")
+    w6, scale = packing.pack_fp6(q.q6, "e2m3"), q.scale.clone()
+
+    def expanded() -> tuple[Tensor, Tensor]:
+        (w,) = prepared.expanded_weight(q.q4, w6, q.q8, scale, fp6="e2m3")
+        factor, row_scale = prepared.folded_factors(q.q4, w6, q.q8, scale, fp6="e2m3")
+        assert torch.equal(w, folding.fold_weight(q.q4, w6, q.q8, factor, "e2m3"))
+        return w, row_scale
+
+    first = expanded()[0]
+    assert expanded()[0] is first
+    scale[0, 0] += 3
+    assert expanded()[0] is not first
+
+
+def test_a_product_with_expanded_weights_is_that_of_the_packed() -> None:
+    operands = folded_operands()
+    want = ops.folded_mm(*operands)[0]
+    w = folding.fold_weight(*(operands[i][0] for i in (3, 4, 5, 6)), "e2m3")
+    operands[9] = [w]
+    assert torch.equal(ops.folded_mm(*operands)[0], want)
+    operands[9] = [torch.zeros_like(w)]
+    assert torch.equal(ops.folded_mm(*operands)[0], operands[8][0].expand(3, 40)), "they are what is read"
+    torch.library.opcheck(ops.folded_mm, tuple(operands))
 
 
 def test_what_a_graph_keeps_is_let_go_before_it_is_made_anew() -> None:

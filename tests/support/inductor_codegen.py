@@ -87,19 +87,19 @@ def folded_mlp(x: Tensor, norm: Tensor, perm: Tensor, hidden_perm: Tensor, *weig
         gate, up, down = weights[:5], weights[5:10], weights[10:15]
         q = ops.reorder_fold(ops.rms_norm(x, norm, 1e-6), perm, *row_layout(split), False)
         lists = [list(pair) for pair in zip(gate, up, strict=True)]
-        g, u = ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
+        g, u = ops.folded_mm(*q, *lists, [], [], LAYOUT[0], x.dtype)
         act = torch.nn.functional.silu(g) * u
         q = ops.reorder_fold(act, hidden_perm, *row_layout(SPLITS[2]), False)
-        x = x + ops.folded_mm(*q, *([part] for part in down), [], LAYOUT[0], x.dtype)[0]
+        x = x + ops.folded_mm(*q, *([part] for part in down), [], [], LAYOUT[0], x.dtype)[0]
         weights = weights[15:]
     return (x,)
 
 
 def folded_fork(x: Tensor, perm: Tensor, *weights: Tensor) -> list[Tensor]:
-    """Three products of one activation."""
+    """Three products of one activation. weights: five parts of each, then each expanded, if they are kept so."""
     q = ops.reorder_fold(x, perm, *SPLITS[0], *LAYOUT, False)
-    lists = [list(column) for column in zip(weights[:5], weights[5:10], weights[10:], strict=True)]
-    return ops.folded_mm(*q, *lists, [], LAYOUT[0], x.dtype)
+    lists = [list(column) for column in zip(weights[:5], weights[5:10], weights[10:15], strict=True)]
+    return ops.folded_mm(*q, *lists, [], list(weights[15:]), LAYOUT[0], x.dtype)
 
 
 def folded_fork_in_use(*args: Tensor) -> tuple[Tensor, ...]:
@@ -195,6 +195,7 @@ PRODUCERS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
 
 FORKS = {
     "fork": folded_fork,
+    "fork of kept": folded_fork,
     "fork in use": folded_fork_in_use,
     "fork of views": folded_fork_of_views,
     "fork of pieces": folded_fork_of_pieces,
@@ -211,7 +212,11 @@ def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callab
         return gelu, specs + weight_specs(HIDDEN, SPLITS[0], fp4=fp4)
     if name in FORKS:
         specs = [((rows, C), dtype), ((C,), torch.int16)]
-        return FORKS[name], specs + [spec for n in (HIDDEN, 64, 64) for spec in folded_specs(n, SPLITS[0])]
+        specs += [spec for n in (HIDDEN, 64, 64) for spec in folded_specs(n, SPLITS[0])]
+        if name == "fork of kept":
+            width = folding.fold_width(SPLITS[0], w_fp4=False)
+            specs += [((n, width), torch.uint8) for n in (HIDDEN, 64, 64)]
+        return FORKS[name], specs
     if name == "folded":
         specs = [((rows, C), dtype), ((C,), dtype), ((C,), torch.int16), ((HIDDEN,), torch.int16)]
         for split in SPLITS[:2]:

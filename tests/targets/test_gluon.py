@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.folded import OnePlan, folded_rows, random_weight
 
-from micromix_compile.targets import cuda_driver, gluon
+from micromix_compile.targets import cuda_driver, gluon, hopper
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTiles
 from micromix_compile.targets.gluon import Loaded
 from micromix_compile.targets.gluon_kernels import boxes_of, parameters_of, refusal
@@ -252,6 +252,25 @@ def test_the_operation_asks_for_the_kernel_first_and_goes_on_where_it_refuses(mo
     monkeypatch.setattr(FoldedTiles, "uses_library", lambda *_: True)
     assert kernels.multiply(x, weights, "e3m2", torch.bfloat16) == "expanded"
     assert asked == [("e3m2", torch.bfloat16, tiles.gluon)] * 2
+
+
+def test_kept_weights_are_multiplied_by_the_library_before_the_kernel_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = TritonFolded(replace(FOLDED_SM_90, gluon=gluon_sm_90(132)))
+    weights = [random_weight(64, SPLIT, "e3m2", bias=True), random_weight(32, SPLIT, "e3m2", bias=True)]
+    kept = [torch.full((len(one.row_scale), 192), 7, dtype=torch.uint8) for one in weights]
+    given: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(gluon, "multiply", lambda *_: "packed")
+    monkeypatch.setattr(gluon, "multiply_again", lambda *_: "packed again")
+    monkeypatch.setattr(hopper, "library_mm", lambda *one: given.append(one) or len(given))
+    for rows, products, repeated in ((256, "packed", "packed again"), (257, [1, 2], None)):
+        x = folded_rows(rows, SPLIT, "e3m2")
+        assert kernels.multiply(x, weights, "e3m2", torch.bfloat16, expanded=kept) == products
+        found = kernels.multiply_again(x, gluon.parts_of(weights), "e3m2", torch.bfloat16, has_expanded=True)
+        assert found == repeated
+    for (x, expanded, _), weight, w in zip(given, weights, kept, strict=True):
+        assert len(x.q) == 257
+        assert (expanded.w is w, expanded.row_scale is weight.row_scale, expanded.bias is weight.bias) == (True,) * 3
 
 
 def again(x: FoldedActivation, weights: Sequence[FoldedWeight], planner: Planner, **changes: Any) -> bool:

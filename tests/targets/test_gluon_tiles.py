@@ -123,6 +123,13 @@ def test_the_library_takes_over_where_the_kernel_ends() -> None:
         assert replace(tiles, gluon=wide).uses_library(rows, weights_of([64]), BF16) == of_narrow
 
 
+def test_what_is_expanded_already_is_the_librarys_from_its_first_row_on() -> None:
+    tiles = replace(FOLDED_SM_90, gluon=TILES)
+    for rows, of_expanded in ((256, False), (257, True), (1024, True), (1025, True)):
+        assert tiles.uses_library(rows, weights_of([64]), BF16, is_expanded=True) == of_expanded
+        assert not tiles.uses_library(rows, weights_of([8]), BF16, is_expanded=True)
+
+
 def test_each_kernel_is_for_one_kind_of_rows() -> None:
     tile = TILES.tiles[0]
     for columns, align in (([4096, 1024], 8), ([4096, 1028], 4), ([4098], 2), ([4096, 7], 1)):

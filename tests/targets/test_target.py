@@ -161,7 +161,7 @@ def test_kernels_from_outside_compute_the_folded_operations() -> None:
         results = [*q, *ops.rms_norm_reorder_fold(x, weight, 1e-6, *LAYOUT, False)]
         results += ops.add_rms_norm_reorder_fold(x, y, weight, 1e-6, *LAYOUT, False)
         results += ops.silu_mul_reorder_fold(x, y, *LAYOUT, False)
-        return results + ops.folded_mm(*q, *([part] for part in w[:5]), [], "e2m3", torch.float32)
+        return results + ops.folded_mm(*q, *([part] for part in w[:5]), [], [], "e2m3", torch.float32)
 
     want, kernels = run(), RecordingFolded()
     with served_by(Target(name="somebody's", folded=kernels)):

@@ -106,6 +106,37 @@ def test_a_packed_model_is_quantized_by_short_orders_once_for_each_activation() 
     assert made.count(prepared.short_order) == counts["micromix.reorder_fold.default"] == 2
 
 
+def test_weights_are_inputs_as_e4m3_too_if_they_are_to_be_kept_and_the_log_says_their_size(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Gated(torch.bfloat16, (False, False)).eval()
+    caplog.set_level("INFO", "micromix_compile")
+    gm, context, _ = folded_graph(model, torch.randn(2, 3, 64).bfloat16(), keep_expanded=True, policy="mxfp4")
+    products = [arguments_of(node) for node in gm.graph.nodes if node.target is ops.folded_mm]
+    shapes = [[tuple(node.meta["example_value"].shape) for node in one["expanded"]] for one in products]
+    assert shapes == [[(96, 64), (48, 64)], [(64, 64)]]
+    assert len(context.folded) == 6
+    assert "3 weights are kept as E4M3 beside their packed form, 0.00 GiB" in caplog.text
+
+
+def test_a_compiled_model_multiplies_by_what_is_kept_and_keeps_it_until_a_weight_changes() -> None:
+    model, x = Gated(torch.bfloat16, (True, True)).eval(), torch.randn(2, 3, 64).bfloat16()
+    recipe = micromix.calibrate(model, [x], MicroMixConfig(skip=(), weight_rounding="nearest", scale_search=False))
+    outputs = []
+    with torch.no_grad(), served_by(FOLDING):
+        for keeps in (False, True):
+            torch._dynamo.reset()
+            options = {"recipe": recipe, "keep_expanded": keeps}
+            fast = torch.compile(model, backend="micromix", options=options)
+            outputs.append([fast(x)])
+            model.down.weight.mul_(2)
+            outputs[-1].append(fast(x))
+            model.down.weight.mul_(0.5)
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert torch.equal(outputs[0][1], outputs[1][1])
+    assert torch.equal(outputs[1][1], 2 * outputs[1][0])
+
+
 def test_products_with_and_without_a_bias_stay_apart() -> None:
     model = Gated(torch.bfloat16, (True, False)).eval()
     _, _, counts = folded_graph(model, torch.randn(2, 3, 64, dtype=torch.bfloat16))
