@@ -128,6 +128,26 @@ def test_folded_models_take_any_rows_on_two_streams() -> None:
 
 
 @needs_folding
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_weights_that_are_kept_expanded_are_never_expanded_again_until_they_change(mode: str) -> None:
+    net = norm_free(make_net(torch.bfloat16)).cuda()
+    recipe = micromix.calibrate(net, [torch.randn(1, 64, 64, dtype=torch.bfloat16, device="cuda")])
+    other = copy.deepcopy(net)
+    usual = compiled(other, recipe, exact=False)
+    kept = compiled(net, recipe, exact=False, keep_expanded=True, mode=mode)
+    with torch.no_grad():
+        for rows in (1300, 257, 16, 1300):
+            if rows == 16:
+                for parameter in (*net.parameters(), *other.parameters()):
+                    parameter.mul_(0.5)
+            x = torch.randn(1, rows, 64, dtype=torch.bfloat16, device="cuda")
+            got, want = kept(x).clone(), usual(x)
+            assert (got - want).float().abs().mean() <= 0.02 * want.float().abs().max()
+        assert not any("expand_weights" in name for name in launches(lambda: kept(x)))
+        assert any("expand_weights" in name for name in launches(lambda: usual(x)))
+
+
+@needs_folding
 def test_many_rows_of_any_number_are_one_graph_and_few_another() -> None:
     net = norm_free(make_net(torch.bfloat16)).cuda()
     recipe = micromix.calibrate(net, [torch.randn(1, 64, 64, dtype=torch.bfloat16, device="cuda")])
