@@ -7,8 +7,9 @@
 A linear is quantize, product and bias, with q, k and v as one, gate and up as one. A time is that of a CUDA graph of
 launches over copies of the weights, over 200 MB together, so that L2 does not serve them: median and 20/80 % of replays
 per launch. Competitors run in the same process: cuBLAS in BF16; FP8 with a scale a row, quantized by compiled PyTorch,
-with fast accumulation; weight-only int4 for few rows; torchao's FP8 and emulated MX, if it is installed; and a kernel
-that only reads the packed bytes. Before anything is timed the products of a small case must be right.
+with fast accumulation; weight-only int4 for few rows; torchao's FP8 and emulated MX and Humming's MXFP4, if they are
+installed; and a kernel that only reads the packed bytes. Before anything is timed the products of a small case must be
+right.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fp8_linears import (
     fp8_quantize,
 )
 from gpu_timing import Times, copies, measure, read_all, read_sums, size
+from humming_linears import humming_contenders
 from linear_cases import (
     BF16,
     CUDA,
@@ -39,6 +41,7 @@ from linear_cases import (
     MODELS,
     SPLITS,
     Case,
+    Contender,
     Mode,
     cases_of,
     modes_of,
@@ -48,7 +51,7 @@ from linear_cases import (
 from linear_rows import Row, plot, print_summary, print_table, write_csv
 from rich.console import Console
 from rich.progress import track
-from torchao_linears import torchao_configs, torchao_linear
+from torchao_linears import torchao_contenders
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation.machine import hardware, versions
@@ -85,10 +88,10 @@ QUANTIZED_ROWS, QUANTIZED_CHANNELS = 8192, (4096, 14336)
 class Linears:
     """One case in all variants; operands live as long as this does."""
 
-    def __init__(self, case: Case, torchao: Mapping[str, Any], scale_rounding: str) -> None:
+    def __init__(self, case: Case, others: Mapping[str, Contender], scale_rounding: str) -> None:
         self._case = case
         self._scale_rounding = scale_rounding
-        self._torchao_configs = torchao
+        self._others_by_name = others
         self._bf16: dict[int, Times] = {}
         self._fp8: dict[int, Times] = {}
 
@@ -126,17 +129,21 @@ class Linears:
             found.append(case.row("fp8 product", rows, product, size(q, xq) + 2 * rows * case.N))
             found.append(case.row("fp8 linear", rows, self._fp8[rows], self._floor(rows, size(q))))
         del weights
-        return found + self._int4([rows for rows in every_m if rows <= INT4_ROWS]) + self._torchao(every_m)
+        return found + self._int4([rows for rows in every_m if rows <= INT4_ROWS]) + self._others(every_m)
 
-    def _torchao(self, every_m: Sequence[int]) -> list[Row]:
-        """torchao's FP8 and emulated MX, where it is installed."""
+    def _others(self, every_m: Sequence[int]) -> list[Row]:
+        """torchao's FP8 and emulated MX, Humming's MXFP4, where they are installed, and how far they are off."""
         case, found = self._case, []
-        for name, config in self._torchao_configs.items():
+        for name, (bits, make) in self._others_by_name.items():
             first = torch.randn(case.N, case.K, device=CUDA, dtype=BF16)
             bias = torch.randn(case.N, device=CUDA, dtype=BF16)
-            packed = case.N * case.K // (2 if name.endswith("4") else 1)  # without scales
+            packed = case.N * case.K * bits // 8  # without scales
             try:
-                linears = [torchao_linear(first, bias, config) for _ in range(copies(packed))]
+                linears = [make(first, bias) for _ in range(copies(packed))]
+                x = self._activation(64)
+                want = torch.nn.functional.linear(x, first, bias).double()
+                error = float((linears[0](x).double() - want).norm() / want.norm())
+                print(f"{name} of {case.name}: {error:.4f} of BF16's norm off")
                 for rows in every_m:
                     x = self._activation(rows)
                     times = measure([lambda f=f, x=x: f(x) for f in linears])
@@ -313,11 +320,11 @@ def run(
     *, only_ours: bool,
 ) -> list[Row]:  # fmt: skip
     """Everything, a case after the other."""
-    rows, torchao = [], {} if only_ours else torchao_configs()
+    rows, others = [], {} if only_ours else torchao_contenders() | humming_contenders()
     for channels in () if only_ours else QUANTIZED_CHANNELS:
         rows += quantizers(channels, scale_rounding, modes)
     for case in track(cases, "linears", transient=True, console=Console(stderr=True)):
-        linears = Linears(case, torchao, scale_rounding)
+        linears = Linears(case, others, scale_rounding)
         found = [] if only_ours else linears.competitors(every_m)
         for split in splits:
             found += linears.folded(every_m, split, modes)

@@ -13,9 +13,10 @@ from linear_rows import Row
 from micromix_compile.numerics.formats import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gpu_timing import Times
+    from torch import Tensor
 
     from micromix_compile.numerics.layout import Split
 
@@ -84,6 +85,13 @@ def split_argument(text: str) -> str:
     if len(shares) != 3 or not all(share.isdecimal() for share in shares) or sum(map(int, shares)) != 100:
         raise argparse.ArgumentTypeError(f"three shares like 75/20/5 that add up to 100, got {text!r}")
     return text
+
+
+class Contender(NamedTuple):
+    """Another project's linear. bits: of a weight, without scales. make: from a weight (N, K) and a bias, in BF16."""
+
+    bits: int
+    make: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 
 class Mode(NamedTuple):

@@ -7,9 +7,11 @@ MMA: weights and activations are dequantized to bfloat16 at every call.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from linear_cases import Contender
 from torch import nn
 
 if TYPE_CHECKING:
@@ -18,13 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def torchao_configs() -> dict[str, Any]:
-    """torchao's configs by what they are called here; none, and why on standard error, where there is no such version.
+def torchao_contenders() -> dict[str, Contender]:
+    """torchao's by what they are called here; none, and why on standard error, where there is no such version.
 
     Without their settings of Inductor, which would change what the competitors' code is.
     """
     try:
-        return _configs()
+        return {
+            name: Contender(4 if name.endswith("4") else 8, partial(torchao_linear, config=config))
+            for name, config in _configs().items()
+        }
     except Exception as error:  # whatever a version's import or signature says
         print(f"torchao is not measured: {error}", file=sys.stderr)
         return {}
