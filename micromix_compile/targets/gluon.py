@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 MOST_KEPT: Final = 4096
 """Groups of weights, and descriptors of activations. A model of 80 layers has 320 groups."""
 
+MOST_SHAPES: Final = 256
+"""Of activations, that are kept with a group."""
+
 _dtype: Final = attrgetter("dtype")
 _shape: Final = attrgetter("shape")
 
@@ -98,6 +101,8 @@ def multiply_again(
 
     parts: of all weights, `parts_of`. Nothing of them need have been checked.
     """
+    if x.q.shape[0] > planner.most_rows:
+        return None
     group = _groups.get(_key_of(parts, fp6, out_dtype, planner))
     if group is None or not (x.q.is_contiguous() and x.row_scale.is_contiguous()):
         return None
@@ -119,15 +124,17 @@ def multiply(
     if current_device() != device:
         with torch.cuda.device(device):
             return multiply(x, weights, fp6, out_dtype, planner)
-    parts = parts_of(weights)
+    parts, shape = parts_of(weights), (x.q.shape, x.row_scale.shape)
     key = _key_of(parts, fp6, out_dtype, planner)
-    if key not in _groups:
-        _keep(_groups, key, Group(not any(part.data_ptr() % TMA_ALIGNMENT for part in parts)))
-    group, shape = _groups[key], (x.q.shape, x.row_scale.shape)
-    if shape not in group.by_shape:
+    group = _groups.get(key)  # other threads may let go of what is kept
+    if group is None:
+        group = Group(not any(part.data_ptr() % TMA_ALIGNMENT for part in parts))
+        _keep(_groups, key, group, MOST_KEPT)
+    ready = group.by_shape.get(shape)
+    if ready is None and shape not in group.by_shape:
         plan = planner.plan_for(rows, weights, out_dtype)
-        _keep(group.by_shape, shape, None if plan is None else _make_ready(group, rows, weights, fp6, plan, device))
-    ready = group.by_shape[shape]
+        ready = None if plan is None else _make_ready(group, rows, weights, fp6, plan, device)
+        _keep(group.by_shape, shape, ready, MOST_SHAPES)
     return None if ready is None else _run(x, ready)
 
 
@@ -174,8 +181,8 @@ def _run(x: FoldedActivation, ready: Ready) -> list[Tensor] | None:
     return ready.launch.run(x, (q, row_scale, locks), ready, device)
 
 
-def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(kept) >= MOST_KEPT:
+def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    if len(kept) >= most:
         kept.clear()
     kept[key] = value
 
@@ -229,7 +236,7 @@ class Launch:
         return cls(columns_of(weights), boxes_of(kernel)["x"], room, config, config.grid, launch, loaded.function)
 
     def run(self, x: FoldedActivation, where: tuple[int, int, int], ready: Ready, device: int) -> list[Tensor]:
-        """Launch on the current stream of the current device, which is `device`. where: the parts of x lie."""
+        """Launch on the current stream of the current device, which is `device`. where: its parts lie."""
         (q, row_scale, locks), (rows, width) = where, x.q.shape
         x_map = _maps.get((q, rows, width, self.x_box.rows)) or self._new_map(x.q)
         new_empty = x.q.new_empty
@@ -253,7 +260,7 @@ class Launch:
         """The descriptor of an activation, which is kept."""
         rows, width = q.shape
         made = _encode(q, (rows, width), self.x_box)
-        _keep(_maps, (q.data_ptr(), rows, width, self.x_box.rows), made)
+        _keep(_maps, (q.data_ptr(), rows, width, self.x_box.rows), made, MOST_KEPT)
         return made
 
 

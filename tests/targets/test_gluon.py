@@ -192,12 +192,16 @@ def test_sums_of_parts_have_room_of_their_own_where_tiles_are_shared(
 
 def test_what_is_kept_does_not_grow_without_end(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon, "MOST_KEPT", 3)
+    monkeypatch.setattr(gluon, "MOST_SHAPES", 2)
     weights = [random_weight(16, SPLIT, "e3m2")]
     for _ in range(9):
         multiply(driver, folded_rows(65, SPLIT, "e3m2"), weights, Plan(TILE, 1, 1))
         multiply(driver, folded_rows(65, SPLIT, "e3m2"), [random_weight(16, SPLIT, "e3m2")], Plan(TILE, 1, 1))
         assert len(gluon._maps) <= 3
         assert len(gluon._groups) <= 3
+    for rows in range(65, 72):
+        multiply(driver, folded_rows(rows, SPLIT, "e3m2"), weights, Plan(TILE, 1, 1))
+        assert all(len(group.by_shape) <= 2 for group in gluon._groups.values())
 
 
 def test_a_failure_says_what_the_driver_says(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
