@@ -141,7 +141,7 @@ def _asks_library(tiles: FoldedTiles, rows: Any, weights: Any, out_dtype: torch.
     """`FoldedTiles.uses_library`, for a symbolic number of rows, too, which then is guarded."""
     if isinstance(rows, int):
         return tiles.uses_library(rows, weights, out_dtype, is_expanded=is_expanded)
-    least = tiles.expand_from if is_expanded else tiles.all_expand_from
+    least = tiles.library_from(is_expanded=is_expanded)
     return bool(tiles.fits_library(weights, out_dtype) and is_at_least(V.graph.sizevars, rows, least))
 
 

@@ -202,6 +202,10 @@ class FoldedTiles:
         """Rows from which on every product that the library fits goes through expanded weights."""
         return self.expand_from if self.gluon is None else max(self.expand_from, self.gluon.most_rows + 1)
 
+    def library_from(self, *, is_expanded: bool) -> int:
+        """Rows from which on every product that it fits is the library's. is_expanded: as of `uses_library`."""
+        return self.expand_from if is_expanded else self.all_expand_from
+
     def uses_library(
         self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype, *, is_expanded: bool = False
     ) -> bool:

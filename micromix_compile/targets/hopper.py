@@ -99,7 +99,7 @@ class TritonFolded:
     ) -> list[Tensor] | None:
         """See `FoldedKernels`: of the persistent kernel's products, in some microseconds of the host's time."""
         planner = self.tiles.gluon
-        if planner is None or (has_expanded and x.q.shape[0] >= self.tiles.expand_from):
+        if planner is None or (has_expanded and x.q.shape[0] >= self.tiles.library_from(is_expanded=True)):
             return None
         return gluon.multiply_again(x, parts, fp6, out_dtype, planner)
 

@@ -147,9 +147,9 @@ class RecordingFolded(PlainFolded):
         self.calls.append(f"{producer}{' and a sum' * (options['residual'] is not None)}")
         return super().quantize(producer, *args, **options)
 
-    def multiply(self, *args: Any) -> list[Tensor]:
+    def multiply(self, *args: Any, **options: Any) -> list[Tensor]:
         self.calls.append("multiply")
-        return super().multiply(*args)
+        return super().multiply(*args, **options)
 
 
 def test_kernels_from_outside_compute_the_folded_operations() -> None:
@@ -283,7 +283,8 @@ OWNERS = {
     "get_device_capability": {"micromix_compile/targets/target.py"},
     "multi_processor_count": {"micromix_compile/targets/target.py"},
     "expand_from": {"micromix_compile/targets/folded_tiles.py"},
-    "all_expand_from": {"lowering/folded.py"},  # to guard symbolic rows
+    "all_expand_from": {"micromix_compile/targets/folded_tiles.py"},
+    "library_from": {"lowering/folded.py", "micromix_compile/targets/hopper.py"},  # to guard symbolic rows, to be quick
     "max_expanded": {"micromix_compile/targets/folded_tiles.py"},
     "processors": {
         "micromix_compile/targets/folded_tiles.py",
