@@ -216,7 +216,7 @@ def test_a_folded_mlp_has_activations_of_their_own_format_and_rotates_them(
 
 @pytest.mark.parametrize(("case", "products"), [("fork in use", 2), ("fork", 3)])
 def test_some_of_the_weights_of_one_activation_are_expanded_together(case: str, products: int) -> None:
-    launches = generated(case, (9, 0), rows=1100, max_expanded=(352 + 64) * C)["launches"]
+    launches = generated(case, (9, 0), rows=300, max_expanded=(352 + 64) * C)["launches"]
     kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
     assert kinds[:2] == ["reorder_fold", "expand_weights"]
     assert kinds.count("expand_weights") == 2
@@ -236,10 +236,10 @@ def test_some_of_the_weights_of_one_activation_are_expanded_together(case: str, 
 def test_products_of_many_rows_are_one_unless_one_must_lie_in_memory_as_in_eager(
     case: str, products: int, pointwise: int
 ) -> None:
-    launches = generated(case, (9, 0), rows=1100)["launches"]
+    launches = generated(case, (9, 0), rows=300)["launches"]
     others = [name for name in launches if "_scaled_mm" not in name]
     assert len(launches) - len(others) == products
-    assert {name.rpartition("_kernel_")[0] for name in others[:2]} == {"reorder_fold", "expand_weights"}
+    assert [name.rpartition("_kernel_")[0] for name in others[:2]] == ["reorder_fold", "expand_weights"]
     assert len(others) == 2 + pointwise  # and no copies
 
 
@@ -257,11 +257,11 @@ def test_a_folded_product_of_any_rows_is_the_library_s_if_it_is_compiled_for_man
     assert launches == generated("folded", (9, 0), rows=1100)["launches"]
 
 
-@pytest.mark.parametrize(("rows", "dynamic", "widen"), [(16, True, 1), (300, True, 2), (300, False, 1)])
+@pytest.mark.parametrize(("rows", "dynamic", "widen"), [(16, True, 1), (300, True, 2), (300, False, 2)])
 def test_a_folded_product_is_decided_when_it_runs_if_rows_may_be_few_or_the_persistent_kernel_takes_it(
     rows: int, dynamic: bool, widen: int
 ) -> None:
-    """Some of the weights have an odd number of MXFP6 blocks."""
+    """The forks above have an odd number of MXFP6 blocks, which it does not take: their 300 rows are the library's."""
     launches = generated("folded", (9, 0), rows=rows, dynamic=dynamic, widen=widen)["launches"]
     assert launches.count("torch.ops.micromix.folded_mm") == 4
     assert not any(name.startswith(("folded_mm_kernel", "expand_weights")) for name in launches)
