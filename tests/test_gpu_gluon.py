@@ -80,10 +80,7 @@ def multiply(x: FoldedActivation, weights: Sequence[FoldedWeight], fp6: str, pla
         (1, [16], (0, 64, 0), "e2m3", False), (65, [272], (0, 0, 160), "e2m3", False),
         (513, [264], (256, 0, 0), "e2m3", False), (300, [400], SPLIT, "e2m3", False),
         (130, [8], (32, 64, 32), "e2m3", False), (70, [136, 64, 8], (32, 128, 32), "e3m2", True),
-        (259, [264, 512, 40], (288, 64, 96), "e3m2", True), (131, [264, 80], (288, 96, 64), "e2m3", True),
-        (66, [130, 12, 64], (32, 160, 32), "e3m2", True), (257, [520], (0, 224, 0), "e2m3", False),
-        (300, [196, 68], SPLIT, "e2m3", True), (131, [262], (288, 96, 64), "e3m2", False),
-        (70, [133, 7, 65], (288, 64, 96), "e2m3", True), (513, [1], (256, 64, 32), "e2m3", True),
+        (259, [264, 512, 40], (288, 64, 96), "e3m2", True),
     ],
 )  # fmt: skip
 def test_products_of_integers_are_exact_however_tiles_are_shared(

@@ -24,7 +24,7 @@ from micromix_compile.numerics.folding import LOCKS
 from micromix_compile.numerics.layout import block_counts
 from micromix_compile.targets import cuda_driver
 from micromix_compile.targets.cuda_driver import MAP_BYTES
-from micromix_compile.targets.gluon_kernels import NUMBERS, TMA_ALIGNMENT, boxes_of, compile_kernel, parameters_of
+from micromix_compile.targets.gluon_kernels import NUMBERS, boxes_of, compile_kernel, parameters_of
 from micromix_compile.targets.gluon_tiles import GluonKernel
 from micromix_compile.targets.groups import MAX_GROUP
 from micromix_compile.targets.kernels import columns_of
@@ -47,6 +47,9 @@ MOST_SHAPES: Final = 256
 
 _dtype: Final = attrgetter("dtype")
 _shape: Final = attrgetter("shape")
+
+TMA_ALIGNMENT: Final = 16
+"""Bytes at a multiple of which all memory must begin that a descriptor is of."""
 
 _WARP: Final = 32
 _LINE: Final = 64
@@ -266,11 +269,8 @@ class Launch:
 
 def _encode(tensor: Tensor, shape: tuple[int, int], box: Box) -> bytes:
     """The descriptor of a contiguous matrix, of a shape in elements of the box's type."""
-    row_bytes = shape[1] * box.bits // 8
-    if shape[0] == 1:  # any will do, but TMA wants a multiple
-        row_bytes = -(-row_bytes // TMA_ALIGNMENT) * TMA_ALIGNMENT
     return cuda_driver.encode_map(
-        tensor.data_ptr(), cuda_driver.DATA_TYPES[box.dtype], shape, row_bytes, (box.rows, box.columns),
+        tensor.data_ptr(), cuda_driver.DATA_TYPES[box.dtype], shape, shape[1] * box.bits // 8, (box.rows, box.columns),
         cuda_driver.SWIZZLES[box.swizzle],
     )  # fmt: skip
 
@@ -288,9 +288,8 @@ def _values_of(kernel: GluonKernel, weights: Sequence[FoldedWeight]) -> dict[str
     numbers |= dict(zip(("blocks4", "blocks6", "blocks8"), blocks, strict=True))
     values = {name: struct.pack("i", number) for name, number in numbers.items()}
     for i, (weight, n) in enumerate(zip(weights, columns, strict=True)):
-        words = (weight.factor.shape[0], n) if boxes["w_factor"].rows > 1 else (1, weight.factor.shape[0] * n)
-        pair = 2 if kernel.ODD_FP6 else 1  # rows that are one to TMA
-        shapes = {"w4": (n, 4 * blocks[0]), "w6": (3 * n // pair, 2 * blocks[1] * pair), "w8": (n, 8 * blocks[2])}
+        words = (weight.factor.shape[0], n)
+        shapes = {"w4": (n, 4 * blocks[0]), "w6": (3 * n, 2 * blocks[1]), "w8": (n, 8 * blocks[2])}
         for name, part in zip(shapes, (weight.w4, weight.w6, weight.w8), strict=True):
             tensor, shape = (part, shapes[name]) if shapes[name][1] else (weight.factor, words)
             values[f"{name}_{i}"] = _encode(tensor, shape, boxes[name])

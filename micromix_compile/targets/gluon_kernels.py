@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     from micromix_compile.targets.gluon_tiles import GluonKernel
 
 CONSUMER_WARPS: Final = 4
-TMA_ALIGNMENT: Final = 16
-"""Bytes at a multiple of which memory must begin that a descriptor is of, and each of its rows."""
-
 CAPABILITY: Final = 90
 FIRST_TRITON: Final = (3, 6)
 LAST_TRITON: Final = (3, 8)
@@ -50,9 +47,9 @@ def boxes_of(kernel: GluonKernel) -> dict[str, Box]:
     return {
         "x": Box("fp8e4nv", tile.BLOCK_M, 128, 128),
         "w4": Box("i32", tile.BLOCK_N, 32, 128),
-        "w6": Box("i32", tile.BLOCK_N // (2 if kernel.ODD_FP6 else 1), 8, 32),
+        "w6": Box("i32", tile.BLOCK_N, 8, 32),
         "w8": Box("i32", tile.BLOCK_N, 32, 128),
-        "w_factor": Box("i32", 2 if kernel.ALIGN_N * 4 % TMA_ALIGNMENT == 0 else 1, tile.BLOCK_N, 0),
+        "w_factor": Box("i32", 2, tile.BLOCK_N, 0),
     }
 
 

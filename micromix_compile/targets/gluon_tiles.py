@@ -7,7 +7,6 @@ today's other ways, a launch that reads packed weights or the library behind an 
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -32,7 +31,7 @@ REGISTERS: Final = 65536
 """Of a processor."""
 
 LINE: Final = 8
-"""Columns that a thread stores at a time, as far as rows of outputs are multiples of them: 16 bytes."""
+"""Columns that are the 16 bytes of which outputs, stored in whole lines, have a multiple in each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +75,22 @@ class GluonTile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GluonKernel:
-    """All that one compilation of the kernel depends on.
-
-    GROUPS: weights. ALIGN_N: the largest part of `LINE` that divides the columns of each. ODD_FP6: whether the number
-    of MXFP6 blocks is odd, of which rows begin at half of the 16 bytes that TMA counts in.
-    """
+    """All that one compilation of the kernel depends on. GROUPS: weights."""
 
     tile: GluonTile
     FP6: str
     GROUPS: int
     HAS_BIAS: bool
-    ALIGN_N: int = LINE
-    ODD_FP6: bool = False
 
     @classmethod
     def of(cls, tile: GluonTile, weights: Sequence[FoldedWeight], fp6: str) -> GluonKernel:
         """For some weights. Where they have no MXFP6 its format makes no difference."""
-        blocks6 = block_counts(weights[0].split)[1]
+        has_fp6 = weights[0].split[1] > 0
         return cls(
             tile=tile,
-            FP6=fp6 if blocks6 else "e2m3",
+            FP6=fp6 if has_fp6 else "e2m3",
             GROUPS=len(weights),
             HAS_BIAS=weights[0].bias is not None,
-            ALIGN_N=math.gcd(LINE, *columns_of(weights)),
-            ODD_FP6=blocks6 % 2 == 1,
         )
 
 
@@ -196,14 +187,21 @@ class GluonTiles:
         return [one for one in self.table if product.rows in one.rows and columns >= one.columns]
 
     def refusal(self, product: Product) -> str | None:
-        """Why the kernel doesn't take a product, or None if it does."""
+        """Why the kernel doesn't take a product, or None if it does.
+
+        Odd numbers of MXFP6 blocks, two rows as one to TMA, and numbers of columns that are no multiple of 4, factors
+        as one line to it, were tried and taken out: on an H200 such products ended in "an illegal instruction", which
+        is probably TMA's answer to places in rows that are not whole 16 bytes.
+        """
         blocks6, dtypes = block_counts(product.split)[1], (product.out_dtype, *product.biases)
         if not self.considered(product):
             return f"other kernels are faster for {product.rows} rows of {sum(product.columns)} columns"
         if any(dtype != torch.bfloat16 for dtype in dtypes):
             return f"outputs and biases must be bfloat16, got {', '.join(map(str, dtypes))}"
-        if blocks6 % 2 and any(n % 2 for n in product.columns):
-            return f"{blocks6} blocks of MXFP6, an odd number, want an even number of columns, got {product.columns}"
+        if blocks6 % 2:
+            return f"TMA wants places in rows that are whole 16 bytes, {blocks6} blocks of MXFP6 are an odd number of 8"
+        if any(n % LINE for n in product.columns):
+            return f"columns must be a multiple of {LINE}, for lines of whole 16 bytes, got {product.columns}"
         return None if sum(product.split) and all(product.columns) else "there is nothing to multiply"
 
     def plan_for(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> Plan | None:

@@ -99,9 +99,9 @@ def _store_rows(acc, out, ring, m, n, M, N, C: gl.constexpr, ME: gl.constexpr, I
         barrier()
         row = m + gl.arange(0, C.CHUNK, gl.SliceLayout(1, layout))[:, None]
         column = n + gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
-        parts = N // C.ALIGN_N  # whole ones, by which a thread's columns are stored
-        inside = (row < M) & (column // C.ALIGN_N < parts)
-        gl.store(out + row.to(gl.int64) * (parts * C.ALIGN_N) + column, buffer.load(layout), mask=inside)
+        lines = N // 8  # whole ones: the refusal of all else is `targets.gluon_tiles`'s
+        inside = (row < M) & (column // 8 < lines)
+        gl.store(out + row.to(gl.int64) * (lines * 8) + column, buffer.load(layout), mask=inside)
 
 
 @gluon.jit

@@ -54,34 +54,11 @@ def load_x(args, C: gl.constexpr):
 
 
 @gluon.jit
-def _load_fp6(w6_desc, n, N, slot, blocks6, packed, landed, C: gl.constexpr):
-    """Three planes of a slot. N: rows of a plane.
-
-    An odd number of blocks is 8 bytes too long or too short for rows of TMA's. Two rows are one to it then: of a tile
-    first all even ones are copied, then all odd ones. What it copies behind an even row's end is of the odd one, and
-    counts nothing: its factors are zeros.
-    """
-    if C.ODD_FP6:
-        halves = packed._reinterpret(gl.int32, [8, C.BLOCK_N // 2, 8], PLANE)
-        for plane in gl.static_range(3):
-            for odd in gl.static_range(2):
-                where = [(plane * N + n) // 2, odd * 2 * blocks6 + slot * 8]
-                tma.async_copy_global_to_shared(w6_desc, where, landed, halves.index(2 * plane + odd))
-    else:
-        planes = packed._reinterpret(gl.int32, [4, C.BLOCK_N, 8], PLANE)
-        for plane in gl.static_range(3):
-            tma.async_copy_global_to_shared(w6_desc, [plane * N + n, slot * 8], landed, planes.index(plane))
-
-
-@gluon.jit
-def _load_factors(f_desc, word, n, N, factors, landed, C: gl.constexpr):
-    """Two words of each row. Where N is no multiple of 4, words of all rows and places are one line to TMA."""
-    if C.ALIGN_N < 4:
-        lines = factors._reinterpret(gl.int32, [2, 1, C.BLOCK_N], f_desc.layout)
-        for i in gl.static_range(2):
-            tma.async_copy_global_to_shared(f_desc, [0, (word + i) * N + n], landed, lines.index(i))
-    else:
-        tma.async_copy_global_to_shared(f_desc, [word, n], landed, factors)
+def _load_fp6(w6_desc, n, N, slot, packed, landed, C: gl.constexpr):
+    """Three planes of a slot. N: rows of a plane."""
+    planes = packed._reinterpret(gl.int32, [4, C.BLOCK_N, 8], PLANE)
+    for plane in gl.static_range(3):
+        tma.async_copy_global_to_shared(w6_desc, [plane * N + n, slot * 8], landed, planes.index(plane))
 
 
 @gluon.jit
@@ -96,11 +73,11 @@ def _load_slot(descs, n, N, slot, sizes, packed, factors, landed, C: gl.constexp
         tma.async_copy_global_to_shared(w4_desc, [n, slot * 32], landed, packed)
     elif slot < slots4 + slots6:
         mbarrier.expect(landed, (24 + 2) * LINE)
-        _load_fp6(w6_desc, n, N, slot - slots4, blocks6, packed, landed, C)
+        _load_fp6(w6_desc, n, N, slot - slots4, packed, landed, C)
     else:
         mbarrier.expect(landed, (32 + 2) * LINE)
         tma.async_copy_global_to_shared(w8_desc, [n, (slot - slots4 - slots6) * 32], landed, packed)
-    _load_factors(f_desc, word, n, N, factors, landed, C)
+    tma.async_copy_global_to_shared(f_desc, [word, n], landed, factors)
 
 
 @gluon.jit

@@ -39,14 +39,6 @@ WORDS8 = gl.constexpr(gl.DistributedLinearLayout([[8, 0], [0, 4]], LANES, WARPS,
 WORDS16 = gl.constexpr(gl.DistributedLinearLayout([[8, 0], [0, 4], [0, 8]], LANES, WARPS, [], [64, 16]))
 WORDS32 = gl.constexpr(gl.DistributedLinearLayout([[8, 0], [0, 4], [0, 8], [0, 16]], LANES, WARPS, [], [64, 32]))
 PLANE = gl.constexpr(gl.NVMMASharedLayout(32, 32, rank=2))
-# The same where even rows lie before odd ones: (2, rows, words).
-PAIRS = gl.constexpr(gl.NVMMASharedLayout(32, 32, rank=3))
-WORDS8_OF_PAIRS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 4, 0], [0, 0, 4]], [[0, 0, 1], [0, 0, 2], [1, 0, 0], [0, 1, 0], [0, 2, 0]], [[0, 8, 0], [0, 16, 0]], [],
-        [2, 32, 8],
-    )
-)  # fmt: skip
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -113,23 +105,13 @@ def fold_fp4(packed, rows):
 
 
 @gluon.jit
-def _plane_of(packed, INDEX: gl.constexpr, C: gl.constexpr, ME: gl.constexpr):
-    """(64, 8) words of a plane, which lie as `load` says."""
-    if C.ODD_FP6:
-        pairs = packed._reinterpret(gl.int32, [4, 2, C.BLOCK_N // 2, 8], PAIRS).index(INDEX).slice(32 * ME, 32, 1)
-        words = gl.permute(pairs.load(WORDS8_OF_PAIRS), [1, 0, 2])
-        return gl.convert_layout(gl.reshape(words, [64, 8]), WORDS8, assert_trivial=True)
-    planes = packed._reinterpret(gl.int32, [4, C.BLOCK_N, 8], PLANE)
-    return planes.index(INDEX).slice(64 * ME, 64, 0).load(WORDS8)
-
-
-@gluon.jit
 def fold_fp6(p_ring, f_ring, bars, at, C: gl.constexpr, ME: gl.constexpr):
     """A slot, one step: (64, 32) words of E4M3."""
     stage = _wait(bars, at, C)
-    plane0 = _plane_of(p_ring.index(stage), 0, C, ME)
-    plane1 = _plane_of(p_ring.index(stage), 1, C, ME)
-    plane2 = _plane_of(p_ring.index(stage), 2, C, ME)
+    planes = p_ring.index(stage)._reinterpret(gl.int32, [4, C.BLOCK_N, 8], PLANE)
+    plane0 = planes.index(0).slice(64 * ME, 64, 0).load(WORDS8)
+    plane1 = planes.index(1).slice(64 * ME, 64, 0).load(WORDS8)
+    plane2 = planes.index(2).slice(64 * ME, 64, 0).load(WORDS8)
     factor = _factors_of(_rows_of(f_ring, stage, 0, WORDS8, C, ME), WORDS8, 8)
     _give_back(bars, stage)
     a, b, c, d = gl.inline_asm_elementwise(

@@ -148,21 +148,6 @@ def test_a_segment_without_channels_has_a_descriptor_that_is_valid(driver: Drive
     assert [got[name] for name in ("blocks4", "blocks6", "blocks8")] == [0, 0, 2]
 
 
-def test_two_rows_are_one_where_a_row_of_mxfp6_is_no_multiple_of_16_bytes(driver: Driver) -> None:
-    x, weight = folded_rows(65, (32, 96, 32), "e3m2"), random_weight(24, (32, 96, 32), "e3m2")
-    got = multiply(driver, x, [weight], Plan(TILE, 1, 1))
-    assert got["w6_0"] == (weight.w6.data_ptr(), 3, 12, 36, 48, 8, 32, 1)
-
-
-@pytest.mark.parametrize("columns", [10, 7])
-def test_factors_of_all_rows_are_one_line_where_rows_are_no_multiple_of_4(driver: Driver, columns: int) -> None:
-    x, weight = folded_rows(65, (96, 0, 64), "e3m2"), random_weight(columns, (96, 0, 64), "e3m2")
-    got = multiply(driver, x, [weight], Plan(TILE, 1, 1), "e2m3")
-    place, words = weight.factor.data_ptr(), 2 * columns
-    assert got["w_factor_0"] == (place, 3, words, 1, -(-4 * words // 16) * 16, 64, 1, 0)
-    assert got["w6_0"] == (place, 3, words, 1, -(-4 * words // 16) * 16, 8, 64, 1)
-
-
 def test_memory_where_tma_does_not_take_it_is_refused(driver: Driver) -> None:
     x, weight = folded_rows(65, SPLIT, "e3m2"), random_weight(16, SPLIT, "e3m2")
     room = torch.empty(weight.w8.numel() + 8, dtype=torch.uint8)

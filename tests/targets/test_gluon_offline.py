@@ -17,7 +17,7 @@ from micromix_compile.numerics.formats import FP6_FORMATS
 from micromix_compile.targets import cuda_driver, gluon_offline
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, PROCESSORS
 from micromix_compile.targets.gluon_kernels import boxes_of, parameters_of
-from micromix_compile.targets.gluon_tiles import LINE, GluonKernel, gluon_sm_90
+from micromix_compile.targets.gluon_tiles import GluonKernel, gluon_sm_90
 from micromix_compile.targets.groups import MAX_GROUP
 
 if TYPE_CHECKING:
@@ -32,28 +32,19 @@ KERNELS = [
     for tile in gluon_sm_90(PROCESSORS).tiles
     for fp6 in FP6_FORMATS
     for groups, bias in ((1, False), (2, False), (MAX_GROUP, False), (MAX_GROUP, True))
-] + [
-    GluonKernel(tile=tile, FP6="e2m3", GROUPS=MAX_GROUP, HAS_BIAS=True, ALIGN_N=align, ODD_FP6=odd)
-    for tile in gluon_sm_90(PROCESSORS).tiles
-    for align, odd in ((LINE, True), (4, False), (2, True), (1, False))
 ]
 
 
 def name(kernel: GluonKernel) -> str:
-    """Such as `256x128-e2m3-3-bias`, and `128x64-e2m3-3-bias-2-odd` where columns or blocks are not as they use to."""
+    """Such as `256x128-e2m3-3-bias`."""
     tile = f"{kernel.tile.BLOCK_M}x{kernel.tile.BLOCK_N}"
-    others = f"-{kernel.ALIGN_N}" * (kernel.ALIGN_N < LINE) + "-odd" * kernel.ODD_FP6
-    return f"{tile}-{kernel.FP6}-{kernel.GROUPS}{'-bias' * kernel.HAS_BIAS}{others}"
+    return f"{tile}-{kernel.FP6}-{kernel.GROUPS}{'-bias' * kernel.HAS_BIAS}"
 
 
 def properties(kernel: GluonKernel) -> tuple[object, ...]:
-    """Of every run's: each tile with the most that it has, each format once, and the rarest of rows once."""
-    if kernel.GROUPS < MAX_GROUP or not kernel.HAS_BIAS:
-        return ()
-    if kernel.ALIGN_N == LINE and not kernel.ODD_FP6:
-        return kernel.tile, ("FP6", kernel.FP6)
-    is_rarest = kernel.ALIGN_N < 4 and kernel.ODD_FP6 and kernel.tile.BLOCK_N == 64
-    return ("rarest",) if is_rarest else ()
+    """Of every run's: each tile with the most that it has, each format once."""
+    has_most = kernel.GROUPS == MAX_GROUP and kernel.HAS_BIAS
+    return (kernel.tile, ("FP6", kernel.FP6)) if has_most else ()
 
 
 QUICK = cover(KERNELS, properties)
@@ -102,12 +93,11 @@ def test_loops_of_steps_neither_spill_nor_count_in_vector_registers(
     compiled: dict[str, GluonCompiled], kernel: GluonKernel
 ) -> None:
     """Outside of them a few words are spilled: what a piece of work begins with. With three weights of five descriptors
-    each the loops counted stages in vector registers: 67 to 71 us for 2 x 14336 x 4096 at 256 rows instead of 60. So
-    they do where columns are no multiple of 4 and two consumers share a tile."""
+    each the loops counted stages in vector registers: 67 to 71 us for 2 x 14336 x 4096 at 256 rows instead of 60."""
     result = compiled[name(kernel)]
     assert result.spills_in_loops == ()
-    assert result.vector_counting == () or (kernel.ALIGN_N < 4 and kernel.tile.consumers == 2)
-    assert result.compiled.spilled_bytes <= (256 if kernel.ALIGN_N >= 4 else 512)
+    assert result.vector_counting == ()
+    assert result.compiled.spilled_bytes <= 256
 
 
 @each_kernel
