@@ -19,7 +19,14 @@ from micromix_compile.targets import cpu
 from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, PROCESSORS
 from micromix_compile.targets.hopper import TritonFolded
-from micromix_compile.targets.kernels import PLAIN_EXACT, PLAIN_FOLDED, ExactKernels, FoldedKernels
+from micromix_compile.targets.kernels import (
+    PLAIN_EXACT,
+    PLAIN_FOLDED,
+    PLAIN_GROUPED,
+    ExactKernels,
+    FoldedKernels,
+    GroupedKernels,
+)
 from micromix_compile.targets.rounding import TRITON_STEPS
 from micromix_compile.targets.tiles import BF16, SM_90, SM_100, SM_120, MixedTiles
 
@@ -36,17 +43,18 @@ class Target:
     """What serves the ops on one device, and all that differs by it.
 
     name: for people. emulated: why the work runs as plain PyTorch tensor operations, or None if it doesn't. exact,
-    folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. steps: who rounds a
-    block of weights. passes: which it has of the graph passes that not every device has, pre-grad and post-grad, by
-    name. activations: what calibration there rounds activations to if nobody says (`layout.ACTIVATIONS`): 8 bits, but
-    "same" where MXFP4 is multiplied faster than FP8. Rows that differ by whether products must be exact differ by
-    passes only: operations ask by their device.
+    folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. grouped: who computes
+    those of `ops.grouped`. steps: who rounds a block of weights. passes: which it has of the graph passes that not
+    every device has, pre-grad and post-grad, by name. activations: what calibration there rounds activations to if
+    nobody says (`layout.ACTIVATIONS`): 8 bits, but "same" where MXFP4 is multiplied faster than FP8. Rows that differ
+    by whether products must be exact differ by passes only: operations ask by their device.
     """
 
     name: str
     emulated: str | None = None
     exact: ExactKernels = PLAIN_EXACT
     folded: FoldedKernels = PLAIN_FOLDED
+    grouped: GroupedKernels = PLAIN_GROUPED
     steps: BlockSteps = PLAIN_STEPS
     passes: frozenset[str] = EVERYWHERE
     activations: str = "fp8"
