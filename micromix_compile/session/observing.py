@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import torch
+
+from micromix_compile.calibration.experts import ExpertObserver, Routed
 from micromix_compile.calibration.observer import ChannelObserver
 from micromix_compile.calibration.policies import policy_of
 from micromix_compile.calibration.sensitivity import CostProbe
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.session.names import Names
     from micromix_compile.session.state import LinearState
+
+    RoutingTensors = Sequence[Tensor | None]
+    """(offs, rows, tokens) of a `passes.context.Routing`."""
 
 
 class Observation:
@@ -59,24 +65,63 @@ class Observation:
         self._pass.token_mask = mask
 
     def input(
-        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None
-    ) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
+        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None,
+        routings: Sequence[RoutingTensors | None],
+    ) -> None:  # fmt: skip
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
+
+        routings: for each weight that is of experts the tensors of its `passes.context.Routing`, None for others.
+        """
         with self.lock:
             for state, flipped in zip(states, transposed, strict=True):
                 state.transposed = flipped
             observer = self._observer(states, x)
+            sorted_by = next((routing for routing in routings if routing is not None and routing[1] is None), None)
+            if sorted_by is None:
+                kept, tokens = observer.kept(x, self.token_mask, source), None
+            else:
+                kept, tokens = _of_sorted_rows(x, sorted_by, observer.kept_tokens(self.token_mask))
             if self.takes_statistics:
-                observer.update(x, self.token_mask, source)
+                if sorted_by is None:
+                    observer.update(x, self.token_mask, source)
+                else:
+                    observer.update(x[kept])
+            self._route(x, states, routings, kept, tokens)
             if self.takes_costs:
-                kept = observer.kept(x, self.token_mask, source)
-                self._probe(states, x).watch_input(x, observer.order(), kept)
+                self._probe(states, x).watch_input(x, observer.order(), kept, tokens)
 
-    def output(self, y: Tensor, state: LinearState) -> None:
+    def _route(
+        self, x: Tensor, states: Sequence[LinearState], routings: Sequence[RoutingTensors | None], kept: Tensor | None,
+        tokens: int | None,
+    ) -> None:  # fmt: skip
+        """Note which rows of `x` reach which expert. kept: which of them count. tokens: how many tokens they are of."""
+        for state, routing in zip(states, routings, strict=True):
+            if routing is None:
+                continue
+            offs, rows, _ = routing
+            assert offs is not None, "a grouped product knows where rows end"
+            routed = self._routed[state] = Routed.of(offs, rows, kept)
+            if state.experts is None:
+                state.experts = ExpertObserver(len(offs), with_moment=self.rounds_weights)
+            if self.takes_statistics:
+                counted = x.shape[0] if kept is None else int(kept.sum())
+                state.experts.update(x, routed, counted if tokens is None else tokens)
+
+    def output(self, y: Tensor, state: LinearState, routing: RoutingTensors | None) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
         with self.lock:
-            if self.takes_costs and state.probe is not None and state.observer is not None:
+            if not self.takes_costs or state.probe is None or state.observer is None:
+                return
+            if routing is None:
                 state.probe.watch_output(state.name, y, state.observer.kept(y, self.token_mask))
+            else:
+                state.probe.watch_expert_outputs(state.name, y, self._routed[state])
+
+    @property
+    def _routed(self) -> dict[LinearState, Routed]:
+        """By weight: how its last input in this thread was routed."""
+        routed: dict[LinearState, Routed] = vars(self._pass).setdefault("routed", {})
+        return routed
 
     def _observer(self, states: Sequence[LinearState], x: Tensor) -> ChannelObserver:
         """The one that these linears share."""
@@ -121,7 +166,8 @@ class Observation:
         for probe in self.probes():
             probe.release()
         for state in self._names:
-            state.observer = state.probe = None
+            state.observer = state.experts = state.probe = None
+        self._routed.clear()
 
     @property
     def batches(self) -> int:
@@ -152,3 +198,15 @@ class Observation:
             and state.name not in self._names.refusals
             and not state.was_observed
         ]
+
+
+def _of_sorted_rows(x: Tensor, routing: RoutingTensors, kept_tokens: Tensor | None) -> tuple[Tensor, int]:
+    """(which rows of x (R, C), sorted by expert, count: bool (R,); how many tokens those are of)."""
+    offs, _, tokens = routing
+    assert offs is not None, "a grouped product knows where rows end"
+    kept = torch.arange(x.shape[0], device=x.device) < offs[-1]
+    if tokens is None:
+        return kept, int(kept.sum())
+    if kept_tokens is not None and bool((tokens < len(kept_tokens)).all()):
+        kept &= kept_tokens.to(x.device)[tokens.to(torch.int64)]
+    return kept, len(tokens[kept].unique())

@@ -181,14 +181,18 @@ class Session:
         )
 
     def observe(
-        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None
-    ) -> None:
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None,
+        routings: Sequence[Sequence[Tensor | None] | None] | None = None,
+    ) -> None:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
-        self.observation.input(x, [self.state(parameter) for parameter in parameters], transposed, source)
+        states = [self.state(parameter) for parameter in parameters]
+        self.observation.input(x, states, transposed, source, routings or [None] * len(states))
 
-    def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
+    def observe_output(
+        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None = None
+    ) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
-        self.observation.output(y, self.state(parameter))
+        self.observation.output(y, self.state(parameter), routing)
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""

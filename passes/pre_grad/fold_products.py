@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from micromix_compile.numerics.folding import factor_shape
 from micromix_compile.numerics.layout import order_dtype, split_of_weight, weight_split
 from micromix_compile.ops import prepared
 from micromix_compile.passes.graph import call, calls, copy_meta
+from micromix_compile.passes.pre_grad.rewrite_linears import ACTIVATION, WEIGHT
 from micromix_compile.targets.groups import MAX_GROUP
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from torch import fx
 
     from micromix_compile.passes.context import PassContext
-
-ACTIVATION: Final = ("x4", "x6", "x8", "x_scale")
-WEIGHT: Final = ("w4", "w6", "w8", "w_scale")
-"""What a product reads of either side, in the order of a quantizer's results."""
 
 
 def fold_products(graph: fx.Graph, context: PassContext) -> int:
