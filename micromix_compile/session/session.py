@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING
 
+from micromix_compile.linear.experts import MicroMixExperts
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
@@ -68,7 +69,7 @@ class Session:
         check_not_distributed(model)
         self.names.belong_to(model)
         self.names.take_in(model, self._decide)
-        self.is_packed = any(isinstance(module, MicroMixLinear) for module in model.modules())
+        self.is_packed = any(isinstance(module, MicroMixLinear | MicroMixExperts) for module in model.modules())
         if self.is_packed:
             return
         if not self.has_candidates:

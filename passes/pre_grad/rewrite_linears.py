@@ -7,7 +7,7 @@ constant would be silently wrong.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -65,7 +65,7 @@ def _replace(
         rows = add(aten.reshape.default, x, [-1, site.in_features])
         quantized = copy_meta(node, _quantize(graph, rows, perm, plan))
         parts = [add(operator.getitem, quantized, i) for i in range(4)]
-        operands = dict(zip((*ACTIVATION, *WEIGHT), (*parts, *weights), strict=True))
+        operands: dict[str, Any] = dict(zip((*ACTIVATION, *WEIGHT), (*parts, *weights), strict=True))
         operands |= {"bias": site.bias, "fp6": plan.layout.fp6, "out_dtype": example.dtype}
         if site.routing is None:
             product = copy_meta(node, call(graph, ops.mixed_mx_mm, **operands))
