@@ -1,4 +1,4 @@
-"""The part of `hf` that is about experts: empty packed ones for a checkpoint to fill, and the names they are saved by."""
+"""The part of `hf` that is about experts: empty packed ones for a checkpoint to fill, and the names for saving them."""
 
 from __future__ import annotations
 
