@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.grouped import packed_experts
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
 from support.rows import each_arrangement, rows_of_every_size, rows_with_an_exact_mean
 from support.strategies import activation_formats, fp6_formats, hostile_rows, scale_roundings
@@ -30,7 +31,7 @@ VARIANTS = {
     "micromix_avx512": ("-DMICROMIX_NO_AMX", "-DMICROMIX_NAMESPACE=micromix_avx512"),
     "micromix_portable": ("-DMICROMIX_PORTABLE", "-DMICROMIX_NAMESPACE=micromix_portable"),
 }
-OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm")
+OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm", "grouped_mx_mm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -365,7 +366,38 @@ def test_product_refuses_operands_of_different_k() -> None:
         ops.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32)
 
 
-@pytest.mark.parametrize("op", [*OP_NAMES, "silu_mul_reorder_quantize", "dequantize_weight"])
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_every_variant_computes_each_experts_rows_as_a_product_of_their_own(
+    variant: Any, fp6: str, out_dtype: torch.dtype
+) -> None:
+    """Experts with no row, with few, which are multiplied as they are read, and with many."""
+    split, counts = (64, 96, 32), (3, 0, 40, 1)
+    x, w, bias = (
+        quantized_rows(20, split, fp6),
+        packed_experts(len(counts), 37, split, fp6),
+        torch.randn(len(counts), 37),
+    )
+    rows = torch.randint(0, 20, (sum(counts) + 2,), dtype=torch.int32)
+    offs = torch.tensor(counts).cumsum(0).int()
+    got = variant.grouped_mx_mm(*x, rows, offs, *w, bias, fp6, out_dtype)
+    for expert, run in enumerate(rows[:-2].split(counts)):
+        part = [one[run] for one in x]
+        want = variant.mixed_mx_mm(*part, *(one[expert] for one in w), bias[expert], fp6, out_dtype)
+        assert torch.equal(got[offs[expert] - len(run) : offs[expert]], want)
+    assert not got[-2:].any()
+
+
+def test_a_row_that_there_is_not_is_named() -> None:
+    x, w = quantized_rows(4, (32, 32, 32), "e2m3"), packed_experts(2, 5, (32, 32, 32), "e2m3")
+    rows, offs = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([1, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="rows must be from 0 to 3, got 4"):
+        ops.grouped_mx_mm(*x, rows, offs, *w, None, "e2m3", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "op", [*(name for name in OP_NAMES if name != "grouped_mx_mm"), "silu_mul_reorder_quantize", "dequantize_weight"]
+)
 @pytest.mark.parametrize(("activations", "rotated"), [("same", 0), ("same", 96), ("fp8", 32), ("mxfp6", 0)])
 def test_opcheck_finds_nothing(op: str, activations: str, rotated: int) -> None:
     perm, split = torch.arange(96, dtype=torch.int32), (32, 32, 32)

@@ -108,7 +108,7 @@ def test_experts_of_plain_torch_run_quantized_when_compiled_exact_and_folded() -
             folded = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
     scale = want.float().norm()
     assert 0 < (exact - want).float().norm() / scale < 0.1
-    assert 0 < (folded - exact).float().norm() / scale < 0.02
+    assert (folded - exact).float().norm() / scale < 0.02
     micromix.quantize_(model, recipe)
     reason = "it is a Parameter that GroupedExperts reads directly"
     assert all(why.startswith(reason) for why in model.micromix_refused.values())  # type: ignore[union-attr]
