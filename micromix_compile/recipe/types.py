@@ -227,6 +227,12 @@ class Recipe:
         turned = f", blocks rotated in {rotated} of {len(groups)} groups" if rotated else ""
         return f"activations {self.config.activations}{turned}"
 
+    @property
+    def starved(self) -> dict[str, tuple[int, ...]]:
+        """Weights of which some experts are rounded to nearest, for too few tokens reached them: name -> which."""
+        linears = self.linears.items() if self.config.rounds_weights else ()
+        return {fqn: linear.starved for fqn, linear in linears if linear.starved}
+
     def stored_bytes_of(self, linear: LinearRecipe) -> int:
         """Bytes of one linear's packed weight with scales and padding."""
         split = weight_split(linear.split, self.config.weights)

@@ -162,17 +162,16 @@ def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool
 
 def _say_starved(recipe: Recipe) -> None:
     """Name the experts whose weights are rounded to nearest, for too few tokens reached them."""
-    for name, linear in recipe.linears.items():
-        if linear.starved and recipe.config.rounds_weights:
-            logger.warning(
-                "%d of %d experts of %s saw fewer than %d calibration tokens and are rounded to nearest: %s; take more "
-                "or other batches",
-                len(linear.starved),
-                linear.experts,
-                name,
-                FEW_TOKENS,
-                ", ".join(map(str, linear.starved)),
-            )
+    for name, starved in recipe.starved.items():
+        logger.warning(
+            "%d of %d experts of %s saw fewer than %d calibration tokens and are rounded to nearest: %s; take more or "
+            "other batches",
+            len(starved),
+            recipe.linears[name].experts,
+            name,
+            FEW_TOKENS,
+            ", ".join(map(str, starved)),
+        )
 
 
 def _matrices(members: Sequence[LinearState]) -> dict[str, Tensor]:

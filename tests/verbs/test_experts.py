@@ -12,6 +12,7 @@ from support.experts import MODELS, GroupedExperts, model_of_experts
 from support.targets import FOLDING, served_by
 
 import micromix_compile as micromix
+from micromix_compile.cli.show import summary
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.experts import MicroMixExperts
 
@@ -114,13 +115,18 @@ def test_experts_of_plain_torch_run_quantized_when_compiled_exact_and_folded() -
     assert all(why.startswith(reason) for why in model.micromix_refused.values())  # type: ignore[union-attr]
 
 
-def test_experts_that_no_token_reaches_are_named_and_run() -> None:
+def test_experts_that_no_token_reaches_are_named_and_run(caplog: pytest.LogCaptureFixture) -> None:
     model, tokens = model_of_experts("mixtral"), torch.randint(0, 96, (1, 40))
     with torch.no_grad():
         model.model.layers[0].mlp.gate.weight[2] = -100 * model.model.layers[0].mlp.gate.weight[0]
     recipe = micromix.calibrate(model, [tokens], MicroMixConfig(policy="mxfp6"), progress=False)
     linear = recipe.linears["model.layers.0.mlp.experts.down_proj"]
     assert linear.starved
+    assert recipe.starved["model.layers.0.mlp.experts.down_proj"] == linear.starved
+    named = ", ".join(map(str, linear.starved))
+    said = f"experts of {linear.fqn} saw fewer than 32 calibration tokens and are rounded to nearest: {named}"
+    assert said in caplog.text
+    assert f"{2 * len(linear.starved)} matrices of experts rounded to nearest" in summary(recipe)
     packed = micromix.quantize_(copy.deepcopy(model), recipe)
     with torch.no_grad():
         want, got = model(tokens).logits, packed(tokens).logits
