@@ -132,7 +132,7 @@ def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bo
 
 def _refused(names: Names, linears: Mapping[str, LinearRecipe]) -> dict[str, str]:
     """Name -> why it is no linear of the recipe."""
-    own = {s.name: names.why_not(s) for s in names if s.name not in linears and s.looks_linear}
+    own = {s.name: names.why_not(s) for s in names if s.name not in linears and (s.looks_linear or s.may_be_experts)}
     return {**{name: reason for name, reason in names.refusals.items() if name not in linears}, **own}
 
 

@@ -65,6 +65,12 @@ class LinearState:
         return self.names[-1]
 
     @property
+    def may_be_experts(self) -> bool:
+        """Whether it may be of experts, though only a product that uses it so would say it is a linear."""
+        parameter = self.parameter()
+        return self.refusal is None and not self.looks_linear and parameter is not None and parameter.dim() == 3
+
+    @property
     def recipe_digest(self) -> str:
         """Of the recipe's file as it is now."""
         return "" if self.file is None else self.file.digest
