@@ -98,6 +98,33 @@ def test_what_goes_to_no_expert_is_zero_under_autocast_too() -> None:
     assert "2 x (192, mxfp4=32, mxfp6=0 (e2m3), mxfp8=32" in repr(made)
 
 
+def test_experts_without_a_gate_apply_their_activation_function_and_their_norm() -> None:
+    """Against the sum over each token's experts, of what the operations give for it alone."""
+    original = Experts(has_gate=False, has_post_expert_norm=True, has_bias=True)
+    del original.gate_up_proj
+    original.up_proj = nn.Parameter(torch.randn(2, 96, 64))
+    original.up_proj_bias, original.down_proj_bias = nn.Parameter(torch.randn(2, 96)), nn.Parameter(torch.randn(2, 64))
+    original.act_fn, original.post_expert_norm = nn.Tanh(), nn.LayerNorm(64)
+    weights = {"up_proj": ExpertsWeight(96, 64, SPLIT), "down_proj": WEIGHTS["down_proj"]}
+    made = MicroMixExperts(original, weights, CONFIG)
+    for name, weight in weights.items():
+        packed = packed_experts(2, weight.out_features, weight.split, "e2m3")
+        made.load_packed(name, packed, torch.arange(weight.in_features).int())
+    x, index, share = torch.randn(3, 64), torch.tensor([[0, 1], [1, 0], [1, 1]]), torch.rand(3, 2)
+    with torch.no_grad():
+        got, want = made(x, index, share), torch.zeros(3, 64)
+        for token, expert, weight in zip([0, 0, 1, 1, 2, 2], index.flatten(), share.flatten(), strict=True):
+            one = x[token : token + 1]
+            for name in weights:
+                layout, packed = made.layouts[name], expert_of(made.packed(name), int(expert))
+                quantized = ops.reorder_quantize(one, torch.arange(one.shape[1]), *layout)
+                bias = made.get_parameter(f"{name}_bias")[expert]
+                one = ops.mixed_mx_mm(*quantized, *packed, bias, "e2m3", torch.float32)
+                one = original.act_fn(one) if name == "up_proj" else original.post_expert_norm(one)
+            want[token] += weight * one[0]
+    torch.testing.assert_close(got, want)
+
+
 def test_experts_are_known_by_their_attributes_and_refused_by_name() -> None:
     experts = Experts()
     assert is_experts(experts)

@@ -81,3 +81,35 @@ class GroupedExperts(nn.Module):
         inner = torch.nn.functional.silu(GROUPED_MM(x[rows], self.w_in, offs=offs))
         out = GROUPED_MM(inner, self.w_out.transpose(-2, -1), offs=offs)
         return out[order.argsort()].view(*x.shape[:1], 2, -1).sum(1)
+
+
+class Expert(nn.Module):
+    """One of `ListedExperts`."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, inner), nn.Linear(inner, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, 64) -> (T, 64)."""
+        return self.down(torch.nn.functional.silu(self.up(x)))
+
+
+class ListedExperts(nn.Module):
+    """Experts as modules of their own, of unequal sizes, each called with the tokens that were sent to it.
+
+    Nobody sends a token to the last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(map(Expert, (96, 64, 32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, 64) -> (T, 64)."""
+        chosen, out = (x[:, 0] > 0).int(), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == index)
+            if len(rows):
+                out[rows] = expert(x[rows])
+        return out

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.experts import MODELS, GroupedExperts, model_of_experts
+from support.experts import MODELS, GroupedExperts, ListedExperts, model_of_experts
 from support.targets import FOLDING, served_by
 
 import micromix_compile as micromix
@@ -131,3 +131,34 @@ def test_experts_that_no_token_reaches_are_named_and_run(caplog: pytest.LogCaptu
     with torch.no_grad():
         want, got = model(tokens).logits, packed(tokens).logits
     assert (got - want).norm() < 0.1 * want.norm()
+
+
+def test_padding_reaches_no_expert() -> None:
+    model, tokens = model_of_experts("mixtral"), torch.randint(0, 96, (2, 24))
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, 15:] = 0
+    recipe = micromix.calibrate(model, [{"input_ids": tokens, "attention_mask": mask}], QUICK, progress=False)
+    up, down = (linear for linear in recipe.linears.values() if linear.experts)
+    assert up.group.statistics.tokens == 39
+    assert down.group.statistics.tokens == 2 * 39
+    assert up.expert_tokens == down.expert_tokens
+    assert sum(up.expert_tokens or ()) == 2 * 39
+    assert up.runs == down.runs == 2
+    assert recipe.macs < recipe.parameters
+
+
+def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None:
+    torch.manual_seed(0)
+    model, x = ListedExperts().eval(), torch.randn(40, 64)
+    recipe = micromix.calibrate(model, [x], MicroMixConfig(policy="mxfp8"), progress=False)
+    assert set(recipe.linears) == {f"experts.{expert}.{layer}" for expert in (0, 1) for layer in ("up", "down")}
+    assert recipe.refused == {f"experts.2.{layer}": "calibration did not reach it" for layer in ("up", "down")}
+    assert [recipe.linears[f"experts.{e}.up"].group.statistics.tokens for e in (0, 1)] == [
+        int((x[:, 0] <= 0).sum()), int((x[:, 0] > 0).sum()),
+    ]  # fmt: skip
+    with torch.no_grad():
+        want = model(x)
+        compiled = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
+        packed = micromix.quantize_(copy.deepcopy(model), recipe)(x)
+    torch.testing.assert_close(compiled, packed)
+    assert 0 < (packed - want).norm() < 0.1 * want.norm()
