@@ -127,6 +127,7 @@ def grouped_folded_mm_call(
             "SEGMENT_START": tile.SEGMENT_START,
             "STAGES8": tile.stages8(w.split, 1),
             "LAUNCH_PDL": True,
+            "SHORT_X": q.numel() < 1 << 31,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -67,11 +67,12 @@ def grouped_folded_mm_kernel(
     column_tiles, tiles,  # in a row of tiles, and the most that there can be
     FP6: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, COPIED: tl.constexpr, SUM_STEPS: tl.constexpr,
-    SEGMENT_START: tl.constexpr, STAGES8: tl.constexpr, LAUNCH_PDL: tl.constexpr,
+    SEGMENT_START: tl.constexpr, STAGES8: tl.constexpr, LAUNCH_PDL: tl.constexpr, SHORT_X: tl.constexpr,
 ):  # fmt: skip
     """out = (x[rows] @ w.T) * x_row_scale * w_row_scale + bias with the weight of each row's expert, rounded once.
 
-    Rows that no expert has become zeros. Grid: SPLIT_K programs for each of `tiles`, first parts first.
+    Rows that no expert has become zeros. SHORT_X: x is less than 2 GiB; short offsets save registers. Grid: SPLIT_K
+    programs for each of `tiles`, first parts first.
     """
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles
@@ -90,13 +91,15 @@ def grouped_folded_mm_kernel(
             bias += expert.to(tl.int64) * N
         start = n_first.to(tl.int64)
         from_row = rows_of_tile(rows, m, inside, BLOCK_M)
+        row = from_row + tl.arange(0, BLOCK_M)
+        if not SHORT_X:
+            from_row = from_row.to(tl.int64)
         acc = folded_mm_tile(
-            x + from_row.to(tl.int64)[:, None] * (row_blocks(blocks4, blocks6, blocks8) * 32), inside,
+            x + from_row[:, None] * (row_blocks(blocks4, blocks6, blocks8) * 32), inside,
             w4 + start * (blocks4 * 16), w6 + start * (blocks6 * 8), w8 + start * (blocks8 * 32), w_factor + start * 4,
             tl.cast(N, tl.int64) * (blocks6 * 8), tl.minimum(n, N - 1) - n_first, N * 4, blocks4, blocks6, blocks8,
             part, SPLIT_K, FP6, BLOCK_M, BLOCK_N, BLOCK_K, COPIED, SUM_STEPS, SEGMENT_START, STAGES8,
         )  # fmt: skip
-        row = from_row + tl.arange(0, BLOCK_M)
         if SPLIT_K == 1:
             _store_scaled(acc, out, x_row_scale, w_row_scale, bias, row, m, inside, n, N, HAS_BIAS)
         else:
