@@ -9,7 +9,7 @@ that of a CUDA graph of runs with other routings, each with other tokens, so tha
 and 20/80 % of replays per run. Before anything is timed, a small layer with other weights in each expert must be near
 the same in BF16, and so must each layer that is timed.
 
---parts: the steps one by one, too. --sweep: our products alone with each tile of the tables and some others.
+--parts: the steps one by one, too. --sweep: our products alone with tiles of the table and others.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from triton.runtime.errors import OutOfResources
 from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.lowering.torch_private.dynamo import dynamo_settings
 from micromix_compile.targets.folded_tiles import FoldedTile
-from micromix_compile.targets.grouped_tiles import GROUPED_SM_90
+from micromix_compile.targets.grouped_tiles import GROUPED_SM_90, rows_to_hold
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -132,34 +132,47 @@ def row_of(name: str, tokens: int, what: str, times: Times, num_bytes: int, erro
     return row
 
 
+def tile_name(tile: FoldedTile, split: int) -> str:
+    """Rows x columns x channels a step, warps and stages, "+" with a sum a step, programs that share one."""
+    text = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}-{tile.num_warps}w{tile.num_stages}s{'+' * tile.SUM_STEPS}"
+    return f"{text} in {split}"
+
+
+def ways_of(layer: OurLayer, which: int, shape: Shape, tokens: int) -> dict[str, Callable[[Routing], object]]:
+    """Tiles that hold the rows of an expert or half of them, or up to four times as many; by way of the library."""
+    count = tokens if which == 0 else tokens * shape.active
+    values = torch.randn(count, shape.hidden if which == 0 else shape.inner, device=CUDA, dtype=BF16)
+    x, hold = layer.fold("none", values, None, which), rows_to_hold(tokens * shape.active, shape.experts)
+
+    def arguments(one: Routing) -> tuple[Tensor, Tensor]:
+        return one.rows if which == 0 else one.own, one.offs
+
+    def way(tile: FoldedTile, split: int) -> Callable[[Routing], object]:
+        return lambda one: layer.kernels.multiply_folded(
+            x.q, x.row_scale, *arguments(one), layer.weights[which], FP6, BF16, tile=tile, split=split
+        )
+
+    tiles = [(tile, 1) for tile in (*(tile for _, tile in GROUPED_SM_90.whole), *CANDIDATES)]
+    tiles += [(tile, split) for _, tile in GROUPED_SM_90.shared for split in (2, 3, 4) if tokens == 1]
+    low, high = min(hold / 2, 128), max(4 * hold, 32)
+    ways = {tile_name(*one): way(*one) for one in tiles if low <= one[0].BLOCK_M <= high}
+    if hold > 64:
+        ways["expanded"] = lambda one: layer.multiply_expanded(x, *arguments(one), which)
+    return ways
+
+
 def sweep(name: str, layer: Layer, arguments: argparse.Namespace) -> list[Row]:
     """Our products with each tile."""
     assert isinstance(layer, OurLayer)
     shape, rows = SHAPES[name], []
-    tiles = [(tile, 1) for _, tile in GROUPED_SM_90.whole] + [(tile, 1) for tile in CANDIDATES]
-    tiles += [(tile, split) for _, tile in GROUPED_SM_90.shared for split in (2, 3, 4)]
     for tokens, (which, part) in product(arguments.tokens or TOKENS, enumerate(("gate_up", "down"))):
         routings = [random_routing(shape, tokens) for _ in range(run_count(shape, tokens))]
-        count = tokens if which == 0 else tokens * shape.active
-        values = torch.randn(count, shape.hidden if which == 0 else shape.inner, device=CUDA, dtype=BF16)
-        x = layer.fold("none", values, None, which)
-
-        def multiply(one: Routing, tile: FoldedTile, split: int, *, x=x, which=which) -> Tensor:  # noqa: ANN001
-            return layer.kernels.multiply_folded(
-                x.q, x.row_scale, one.rows if which == 0 else one.own, one.offs, layer.weights[which], FP6, BF16,
-                tile=tile, split=split,
-            )  # fmt: skip
-
-        for tile, split in tiles:
-            if tokens > 64 and (split > 1 or tile.BLOCK_M < 64):
-                continue
+        for text, way in ways_of(layer, which, shape, tokens).items():
+            runs = [lambda one=one, way=way: way(one) for one in routings]
             try:
-                runs = [lambda one=one, tile=tile, split=split: multiply(one, tile, split) for one in routings]
-                times = measure(runs, seconds=arguments.seconds)
-            except OutOfResources:
-                continue
-            text = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}-{tile.num_warps}w{tile.num_stages}s"
-            rows.append(row_of(name, tokens, f"{part} {text}{'+' * tile.SUM_STEPS} in {split}", times, 0))
+                rows.append(row_of(name, tokens, f"{part} {text}", measure(runs, seconds=arguments.seconds), 0))
+            except OutOfResources as reason:
+                print(name, tokens, part, text, reason, file=sys.stderr)
     return rows
 
 

@@ -12,6 +12,7 @@ from linear_cases import BF16, CUDA, E4M3, FP6, split_of
 
 from micromix_compile.lowering.torch_private.operators import GROUPED_MM, scaled_grouped_mm
 from micromix_compile.numerics import folding, packing, reference
+from micromix_compile.targets.expansion import ExpandedWeights, expand_weights
 from micromix_compile.targets.grouped import TritonGrouped
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import FoldedWeight
@@ -202,6 +203,18 @@ class OurLayer:
     def multiply(self, x: folding.FoldedActivation, rows: Tensor, offs: Tensor, which: int) -> Tensor:
         """One of the two products."""
         return self.kernels.multiply_folded(x.q, x.row_scale, rows, offs, self.weights[which], FP6, BF16)
+
+    def multiply_expanded(self, x: folding.FoldedActivation, rows: Tensor, offs: Tensor, which: int) -> Tensor:
+        """The same by way of all weights expanded in memory, and torch's grouped product in FP8: an experiment."""
+        w = self.weights[which]
+        expanded, scale = x.q.new_empty((*w.row_scale.shape, x.q.shape[1])), torch.empty_like(w.row_scale)
+        for expert in range(len(offs)):
+            one = FoldedWeight(*(part[expert] for part in w if part is not None))
+            expand_weights([one], ExpandedWeights(expanded[expert], scale[expert], None), fp6=FP6)
+        return scaled_grouped_mm(
+            x.q[rows].view(E4M3), expanded.view(E4M3).transpose(1, 2), x.row_scale[rows], scale, offs=offs,
+            out_dtype=BF16, use_fast_accum=True,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         """See `Layer`."""

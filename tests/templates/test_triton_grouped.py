@@ -265,6 +265,19 @@ def test_long_offsets_give_the_same(device: str) -> None:
     assert torch.equal(out, want)
 
 
+def test_without_tokens_there_are_zeros_behind_the_last_expert(device: str) -> None:
+    split = (32, 64, 32)
+    rows, offs = (torch.zeros(n, dtype=torch.int32, device=device) for n in (3, 2))
+    x, w = folded_rows(0, split, "e2m3", device=device), folded_experts(2, 8, split, "e2m3", bias=True)
+    weight = FoldedWeight(*(part.to(device) for part in w if part is not None))
+    folded = FOLDED.multiply_folded(x.q, x.row_scale, rows, offs, weight, "e2m3", torch.float32)
+    packed = PackedWeight(*(part.to(device) for part in packed_experts(2, 8, split, "e2m3")))
+    nothing = QuantizedActivation(*(part.to(device) for part in quantized_rows(0, split, "e2m3")))
+    mixed = mixed_tiles_on(device)[0].multiply(nothing, rows, offs, packed, None, "e2m3", torch.float32)
+    for out in (folded, mixed):
+        assert torch.equal(out, torch.zeros(3, 8, device=device))
+
+
 def test_experts_without_rows_are_not_read(device: str) -> None:
     """Nor are rows of x that nobody wants: not a number in either would show."""
     routing, split = (
