@@ -43,28 +43,63 @@ class Routed:
 
 
 class ExpertObserver:
-    """Accumulates how many tokens reached each expert, and their second moments.
+    """Accumulates how many tokens reached each of E experts, and the second moments of their inputs.
 
-    experts: E. with_moment: also keep the moments, E * C * C numbers.
+    moments: (E, C, C) float32: for each expert the sum of x x^T over the tokens that reached it. guided: the same, each
+    times |g|**2, g the gradient at the expert's output (see `guided`). Both None before the first token.
     """
 
-    def __init__(self, experts: int, *, with_moment: bool) -> None:
+    def __init__(self, experts: int) -> None:
         self.tokens = [0] * experts
         self.moments: Tensor | None = None
-        """(E, C, C) float32: for each expert the sum of x x^T over the tokens that reached it."""
-        self._with_moment = with_moment
+        self.guided: Tensor | None = None
+        self._rows: Tensor | None = None
         self._layer_tokens = 0
 
-    def update(self, x: Tensor, routed: Routed, layer_tokens: int) -> None:
-        """Count one batch. x: (R, C) float. layer_tokens: how many tokens the layer saw."""
+    def update(self, routed: Routed, layer_tokens: int) -> None:
+        """Count one batch. layer_tokens: how many tokens the layer saw."""
         self._layer_tokens += layer_tokens
         for expert, rows in enumerate(routed.inputs):
             self.tokens[expert] += len(rows)
-            if self._with_moment and len(rows):
-                values = x.detach()[rows.to(x.device)].to(torch.float32)
-                if self.moments is None:
-                    self.moments = values.new_zeros(len(self.tokens), values.shape[1], values.shape[1])
-                self.moments[expert].addmm_(values.T, values)
+
+    def update_moments(self, x: Tensor, routed: Routed) -> None:
+        """Add one batch's inputs (R, C)."""
+        values = x.detach().to(torch.float32)
+        if self.moments is None:
+            self.moments = self._zeros(values)
+        for expert, rows in enumerate(routed.inputs):
+            own = values[rows.to(x.device)]
+            self.moments[expert].addmm_(own.T, own)
+
+    def watch_input(self, x: Tensor) -> None:
+        """Take note of inputs (R, C) whose outputs are watched next."""
+        self._rows = x.detach().to(torch.float32, copy=True)
+
+    def watch_output(self, y: Tensor, routed: Routed) -> None:
+        """Take note of the outputs (R, N), of an autograd graph that is run backward later."""
+        values = self._rows
+        assert values is not None, "a product has an input"
+
+        def backward(slope: Tensor) -> None:
+            if self.guided is None:
+                self.guided = self._zeros(values)
+            for expert, (own, read) in enumerate(zip(routed.outputs, routed.inputs, strict=True)):
+                importance = slope[own].to(torch.float32).square().sum(1, keepdim=True)
+                self.guided[expert].addmm_((values[read] * importance).T, values[read])
+
+        if y.requires_grad:
+            y.register_hook(backward)
+
+    def _zeros(self, values: Tensor) -> Tensor:
+        return values.new_zeros(len(self.tokens), values.shape[1], values.shape[1])
+
+    def moments_for(self, weight_rounding: str) -> Tensor | None:
+        """Those by which weights are rounded so; None where no expert saw a token, or no gradient came to any."""
+        return self.guided if weight_rounding == "guided" else self.moments
+
+    def forget_moments(self) -> None:
+        """Free them."""
+        self.moments = self.guided = self._rows = None
 
     @property
     def runs(self) -> float:

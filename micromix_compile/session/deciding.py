@@ -45,7 +45,7 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
     observed = _observed(names, groups, with_checksums=observation.rounds_weights)
     target = _target(groups)
     for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
-        recipe = assign(observed, decided(config, target.activations))
+        recipe = assign(observed, decided(observation.feasible(config), target.activations))
         if config.activations == "auto":
             _say_activations(recipe, target)
         _say_starved(recipe)
@@ -146,17 +146,17 @@ def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool
     packed: dict[str, PackedWeight] = {}
     decided = recipe.groups
     for observer, members in track(groups.items(), "rounding weights", show=progress):
-        assert observer.moment is not None, "moments are kept where weights are rounded"
-        group, plain = decided[observer.name], [state for state in members if state.experts is None]
-        packed |= round_weights(_matrices(plain), group, observer.moment, recipe.config)
-        if not keep_moments:
-            observer.moment = None
+        rounding, group = recipe.config.weight_rounding, decided[observer.name]
+        plain = _matrices([state for state in members if state.experts is None])
+        packed |= round_weights(plain, group, observer.moment_for(rounding), recipe.config) if plain else {}
         for state, experts in ((state, state.experts) for state in members if state.experts is not None):
             starved = recipe.linears[state.name].starved
             weight = _matrices([state])[state.name]
-            packed[state.name] = round_experts(weight, group, experts.moments, starved, recipe.config)
+            packed[state.name] = round_experts(weight, group, experts.moments_for(rounding), starved, recipe.config)
             if not keep_moments:
-                experts.moments = None
+                experts.forget_moments()
+        if not keep_moments:
+            observer.forget_moments()
     return packed
 
 

@@ -18,6 +18,8 @@ from micromix_compile.numerics.rounding import PLAIN_STEPS, BlockSteps
 from micromix_compile.targets import cpu
 from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, PROCESSORS
+from micromix_compile.targets.grouped import TritonGrouped
+from micromix_compile.targets.grouped_tiles import GROUPED_SM_90
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import (
     PLAIN_EXACT,
@@ -145,6 +147,7 @@ def _gpu(tiles: MixedTiles) -> Callable[[Device], Target]:
         return Target(
             name=f"{device.model} ({tiles.name}: {tiles.mma})",
             exact=TritonExact(tiles),
+            grouped=TritonGrouped(tiles),
             steps=TRITON_STEPS,
             passes=WITH_TRITON,
             activations="same" if tiles.mode == "scaled" else "fp8",
@@ -156,7 +159,8 @@ def _gpu(tiles: MixedTiles) -> Callable[[Device], Target]:
 def _hopper(device: Device) -> Target:
     """sm_90, exact."""
     tiles = replace(FOLDED_SM_90, processors=device.processors)
-    return replace(_gpu(SM_90)(device), folded=TritonFolded(tiles))
+    grouped = TritonGrouped(SM_90, replace(GROUPED_SM_90, processors=device.processors))
+    return replace(_gpu(SM_90)(device), folded=TritonFolded(tiles), grouped=grouped)
 
 
 def _hopper_folded(device: Device) -> Target:

@@ -28,19 +28,29 @@ if TYPE_CHECKING:
 @given(routings(6, 3))
 def test_each_expert_counts_the_rows_that_it_reads_and_that_are_no_padding(routing: Routing) -> None:
     x, keep = torch.randn(6, 8), torch.tensor([True, False, True, True, True, False])
-    observer = ExpertObserver(3, with_moment=True)
-    observer.update(x, Routed.of(routing.offs, routing.rows, keep), 4)
+    observer, routed = ExpertObserver(3), Routed.of(routing.offs, routing.rows, keep)
+    observer.update(routed, 4)
+    observer.update_moments(x, routed)
     owners = expert_of_rows(*routing)
-    pairs = [(e, t) for e, t in zip(owners, routing.rows.tolist(), strict=True) if e is not None and keep[t]]
-    assert observer.tokens == [sum(e == expert for e, _ in pairs) for expert in range(3)]
+    pairs = [
+        (e, t, row)
+        for row, (e, t) in enumerate(zip(owners, routing.rows.tolist(), strict=True))
+        if e is not None and keep[t]
+    ]
+    assert observer.tokens == [sum(e == expert for e, *_ in pairs) for expert in range(3)]
     assert observer.runs == len(pairs) / 4
-    moments = torch.zeros(3, 8, 8)
-    for expert, token in pairs:
+    moments, guided = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
+    y, slope = torch.zeros(len(owners), 5, requires_grad=True), torch.randn(len(owners), 5)
+    observer.watch_input(x)
+    observer.watch_output(y, routed)
+    y.backward(slope)
+    for expert, token, row in pairs:
         moments[expert] += torch.outer(x[token], x[token])
-    if pairs:
-        torch.testing.assert_close(observer.moments, moments)
-    else:
-        assert observer.moments is None
+        guided[expert] += torch.outer(x[token], x[token]) * slope[row].square().sum()
+    torch.testing.assert_close(observer.moments_for("gptq"), moments)
+    torch.testing.assert_close(observer.moments_for("guided"), guided)
+    observer.forget_moments()
+    assert observer.moments_for("gptq") is None
 
 
 CONFIG = MicroMixConfig(activations="fp8", weight_rounding="gptq", rotate="none")
