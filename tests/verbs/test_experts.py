@@ -147,6 +147,7 @@ def test_padding_reaches_no_expert() -> None:
     assert recipe.macs < recipe.parameters
 
 
+@pytest.mark.deep
 def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None:
     torch.manual_seed(0)
     model, x = ListedExperts().eval(), torch.randn(40, 64)
@@ -164,7 +165,7 @@ def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None
     assert 0 < (packed - want).norm() < 0.1 * want.norm()
 
 
-@pytest.mark.parametrize("way", ["eager", "batched_mm"])
+@pytest.mark.parametrize("way", [pytest.param("eager", marks=pytest.mark.deep), "batched_mm"])
 def test_experts_that_are_no_grouped_products_are_named_with_what_to_do(way: str) -> None:
     model = model_of_experts("mixtral")
     model.set_experts_implementation(way)
