@@ -289,6 +289,7 @@ OWNERS = {
     "processors": {
         "micromix_compile/targets/folded_tiles.py",
         "micromix_compile/targets/gluon_tiles.py",
+        "micromix_compile/targets/grouped_tiles.py",
         "micromix_compile/targets/target.py",
     },
     "widen_fp4": {"micromix_compile/targets/tiles.py"},
