@@ -13,7 +13,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from micromix_compile.numerics.layout import PackedWeight, packed_shapes, padded_channels, weight_split
 from micromix_compile.numerics.shards import total
-from micromix_compile.recipe.file import check_order
+from micromix_compile.recipe.orders import check_order
 from micromix_compile.recipe.schema import FieldError
 
 if TYPE_CHECKING:
@@ -63,8 +63,11 @@ class Run:
     def put_order(self, part: str, channel_perm: Tensor) -> None:
         """The order of all channels, as the checkpoint has it for one of the parts. Raises ValueError if it is none."""
         name = f"{part}.order.channel_perm"
+        shards = self._cut.shards
         try:
-            check_order(channel_perm, self.linear.in_features * self._cut.ranks, name)
+            check_order(
+                channel_perm, self.linear.in_features * self._cut.ranks, name, shards if len(shards) > 1 else ()
+            )
         except FieldError as error:
             raise ValueError(f"the checkpoint is not whole: {error}") from error
         first = next(iter(self._orders.values()), channel_perm)
