@@ -232,7 +232,8 @@ class MicroMixConfig:
         default=DEFAULT_SKIP, metadata=_takes(_are_texts, "Names (fnmatch) of linears to leave as they are; repeatable")
     )
     shards: int = field(
-        default=1, metadata=_takes(_is_count, "Tensor-parallel ranks, or a multiple, that packed weights can be cut for")
+        default=1,
+        metadata=_takes(_is_count, "Tensor-parallel ranks, or a multiple, that packed weights can be cut for"),
     )
     row_parallel: tuple[str, ...] = field(
         default=DEFAULT_ROW_PARALLEL,

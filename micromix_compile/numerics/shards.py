@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+
 def total(shards: Sequence[Split]) -> Split:
     """The split of all shards together."""
     k4, k6, k8 = (sum(counts) for counts in zip(*shards, strict=True))

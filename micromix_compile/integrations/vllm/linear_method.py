@@ -21,6 +21,7 @@ from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.layout import padded_channels, split_of_weight, weights_are_fp4
 from micromix_compile.numerics.shards import Cut, check_ranks
 from micromix_compile.ops import prepared
+from micromix_compile.recipe.orders import shards_of
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from micromix_compile.config import MicroMixConfig
+    from micromix_compile.numerics.layout import Split
 
 
 @register_weight_loader_v2_supported_method
@@ -44,7 +46,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -57,44 +59,40 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises ValueError, which names the linear, if it is not of the layer's sizes, or can't be cut for its ranks.
         """
         ranks = input_size // input_size_per_partition
-        sizes = self._sizes(output_partition_sizes)
-        runs, rows = [], 0
-        for _, members in groupby(zip(self._parts.items(), sizes, strict=True), key=lambda one: _kind(one[0][1])):
-            own = list(members)
-            (name, described), _ = own[0]
-            cut = self._cut(name, described, input_size, layer.tp_rank if ranks > 1 else 0, ranks)
-            parts = {part: size for (part, _), size in own}
-            runs.append(Run(rows, parts, cut, self._linear(described, cut, sum(parts.values()), params_dtype)))
-            rows = runs[-1].stop
+        rank = layer.tp_rank if ranks > 1 else 0
+        runs: list[Run] = []
+        parts = zip(self._parts.items(), self._sizes(output_partition_sizes), strict=True)
+        for _, members in groupby(parts, key=lambda part: _kind(part[0][1])):
+            rows = {}
+            for (name, described), size in members:
+                cut = self._cut(name, described, input_size, rank, ranks)
+                rows[name] = size
+            linear = self._linear(described, cut, sum(rows.values()), params_dtype)
+            runs.append(Run(runs[-1].stop if runs else 0, rows, cut, linear))
+        layer.packed_runs = runs
         layer.packed = nn.ModuleList(run.linear for run in runs)
         loader = extra["weight_loader"] if hasattr(layer, "weight_loader_v2") else PackedParameter.load_whole
         for name in FIELDS:
             layer.register_parameter(name, PackedParameter(name, runs, loader))
         layer.order = nn.Module()
         layer.order.register_parameter("channel_perm", OrderParameter(runs))
-        layer.packed_runs = runs
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Raises ValueError if something of the layer was not in the checkpoint, or an order is none."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises ValueError if something of the layer was not in the checkpoint."""
         for run in layer.packed_runs:
             run.finish()
-        layer.folded_runs = None
         first = layer.packed[0]
-        device = first.weight_scale.device
-        target = target_of(device, exact=self._config.exact)
-        if target.takes == "folded" and first.weight_dtype == torch.bfloat16:
-            layer.folded_runs = [_fold(run.linear) for run in layer.packed_runs]
+        target = target_of(first.weight_scale.device, exact=self._config.exact)
+        folds = target.takes == "folded" and first.weight_dtype == torch.bfloat16
+        layer.folded = [_fold(linear) if folds else None for linear in layer.packed]
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., N) of this rank, plus the bias (N,)."""
         rows = x.reshape(-1, x.shape[-1])
         sizes = [linear.out_features for linear in layer.packed]
         biases: Sequence[Tensor | None] = [None] * len(sizes) if bias is None else bias.split(sizes)
-        if layer.folded_runs is None:
-            outputs = [_exact(linear, rows, one) for linear, one in zip(layer.packed, biases, strict=True)]
-        else:
-            pairs = zip(layer.packed, layer.folded_runs, biases, strict=True)
-            outputs = [_folded(linear, folded, rows, one) for linear, folded, one in pairs]
+        parts = zip(layer.packed, layer.folded, biases, strict=True)
+        outputs = [_multiply(linear, folded, rows, one) for linear, folded, one in parts]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return out.reshape(*x.shape[:-1], sum(sizes))
 
@@ -113,12 +111,11 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """What the rank takes of the channels."""
         if described["in_features"] != input_size:
             raise ValueError(f"{name} has {described['in_features']} input channels, vLLM's layer {input_size}")
-        split = tuple(described["split"])
+        split: Split = tuple(described["split"])
         if sum(split) != padded_channels(input_size):
             raise ValueError(f"{name}: split must sum to {padded_channels(input_size)} channels, got {list(split)}")
-        shards = tuple(map(tuple, described.get("shards", [split])))
-        if ranks > 1:
-            check_ranks(len(shards), ranks, name)
+        shards = shards_of(described, split, name) or (split,)
+        check_ranks(len(shards), ranks, name)
         return Cut(shards, rank, ranks, w_fp4=self._config.weights == "mxfp4")
 
     def _linear(self, described: dict[str, Any], cut: Cut, rows: int, dtype: torch.dtype) -> MicroMixLinear:
@@ -146,8 +143,10 @@ def _weight(linear: MicroMixLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return linear.weight_q4, linear.weight_q6, linear.weight_q8, linear.weight_scale
 
 
-def _exact(linear: MicroMixLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, C) -> (M, N) by the exact operations."""
+def _multiply(linear: MicroMixLinear, folded: _Folded | None, x: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, C) -> (M, N), by the exact operations or the folded ones."""
+    if folded is not None:
+        return _folded_product(linear, folded, x, bias)
     quantized = ops.reorder_quantize(x, linear.order.channel_perm, *linear.layout)
     return ops.mixed_mx_mm(*quantized, *_weight(linear), bias, linear.layout.fp6, x.dtype)
 
@@ -169,8 +168,7 @@ def _fold(linear: MicroMixLinear) -> _Folded:
     return _Folded(order, factor, row_scale, weights_are_fp4(split, w_split))
 
 
-def _folded(linear: MicroMixLinear, folded: _Folded, x: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, C) -> (M, N) by the folded operations."""
+def _folded_product(linear: MicroMixLinear, folded: _Folded, x: Tensor, bias: Tensor | None) -> Tensor:
     w4, w6, w8, _ = _weight(linear)
     quantized = ops.reorder_fold(x, folded.channel_perm, *linear.layout, folded.w_fp4)
     weight = ([w4], [w6], [w8], [folded.w_factor], [folded.w_row_scale])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from micromix_compile.numerics.layout import PackedWeight, packed_shapes, padded_channels, weight_split
+from micromix_compile.numerics.layout import PackedWeight, packed_shapes, weight_split
 from micromix_compile.numerics.shards import total
 from micromix_compile.recipe.orders import check_order
 from micromix_compile.recipe.schema import FieldError
@@ -90,7 +90,8 @@ class Run:
 
     def _check(self, name: str, tensor: Tensor, rows: int) -> None:
         split = weight_split(total(self._cut.shards), "mxfp4" if self._cut.w_fp4 else "same")
-        wanted = getattr(PackedWeight(*packed_shapes(tensor.shape[rows], split)), FIELDS[name])
+        shapes = packed_shapes(tensor.shape[rows], split)
+        wanted = shapes[PackedWeight._fields.index(FIELDS[name])]
         if tensor.dtype != torch.uint8 or tuple(tensor.shape) != wanted:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"{'/'.join(self.parts)}.{name} must be uint8 {wanted} by config.json, got {got}")
@@ -133,9 +134,7 @@ class PackedParameter(_StandIn):
         """All rows of a linear that is cut along K: `Run` takes the rank's columns."""
         self.load_whole(loaded_weight)
 
-    def load_merged_column_weight(
-        self, loaded_weight: Tensor, *, shard_offset: int, shard_size: int, **_: Any
-    ) -> None:
+    def load_merged_column_weight(self, loaded_weight: Tensor, *, shard_offset: int, shard_size: int, **_: Any) -> None:
         """The rank's rows of one part; they come to lie at `shard_offset`."""
         self._put(loaded_weight, self.tp_rank * shard_size, shard_offset, shard_size)
 
@@ -150,7 +149,9 @@ class PackedParameter(_StandIn):
         run = next(run for run in self._runs if run.start <= start < run.stop)
         there = tensor.shape[self.output_dim]
         if source + rows > there or start + rows > run.stop:
-            raise ValueError(f"{'/'.join(run.parts)}.{self._name} has {there} rows, which are not those of vLLM's layer")
+            raise ValueError(
+                f"{'/'.join(run.parts)}.{self._name} has {there} rows, which are not those of vLLM's layer"
+            )
         run.put(self._name, tensor.narrow(self.output_dim, source, rows), start)
 
 
