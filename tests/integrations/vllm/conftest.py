@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 
 import pytest
 
+from micromix_compile.integrations.vllm.plugin import installed_version
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of this folder that ask for vLLM by the fixture `vllm`."""
-    if importlib.util.find_spec("vllm") is not None:
-        return
-    for item in items:
-        if "vllm" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.skip(reason="needs vLLM: make test-vllm"))
+    """Skip the tests that ask for vLLM by the fixture of that name."""
+    try:
+        installed_version()
+    except importlib.metadata.PackageNotFoundError:
+        for item in items:
+            if "vllm" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.skip(reason="needs vLLM: make test-vllm"))
 
 
 @pytest.fixture(scope="session")
