@@ -10,6 +10,8 @@ import dataclasses
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from micromix_compile.numerics.shards import check_cut, joined_order, total
 
 if TYPE_CHECKING:
@@ -25,6 +27,14 @@ if TYPE_CHECKING:
 def is_cut(fqn: str, config: MicroMixConfig) -> bool:
     """Whether ranks cut this linear along its input channels, and shards are asked for."""
     return config.shards > 1 and any(fnmatch(fqn, pattern) for pattern in config.row_parallel)
+
+
+def check_model(modules: Mapping[str, nn.Module], config: MicroMixConfig) -> None:
+    """Raise ValueError for an nn.Linear that can't be cut as `config` asks: at once, not after the calibration."""
+    for name, module in modules.items():
+        is_skipped = any(fnmatch(name, pattern) for pattern in config.skip)
+        if isinstance(module, nn.Linear) and is_cut(name, config) and not is_skipped:
+            check_cut(module.in_features, config.shards, name)
 
 
 def in_shards(recipe: Recipe) -> Recipe:

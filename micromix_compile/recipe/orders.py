@@ -53,7 +53,7 @@ def check_order(perm: Tensor, channels: int, name: str, shards: tuple[Split, ...
 
     With shards: unless the places of each one hold its own channels.
     """
-    expected = torch.arange(-1, channels, dtype=perm.dtype)
+    expected = torch.arange(-1, channels, dtype=perm.dtype, device=perm.device)
     padding = -channels % BLOCK_SIZE
     ordered = perm.sort().values
     if (
@@ -66,5 +66,5 @@ def check_order(perm: Tensor, channels: int, name: str, shards: tuple[Split, ...
         )
     for rank in range(len(shards)):
         own = Cut(shards, rank, len(shards)).order(perm)
-        if not torch.equal(own.sort().values, torch.arange(own.numel(), dtype=own.dtype)):
+        if not torch.equal(own.sort().values, torch.arange(own.numel(), dtype=own.dtype, device=own.device)):
             raise FieldError(f"{named(name)} must have the channels of shard {rank} of {len(shards)} in its places")

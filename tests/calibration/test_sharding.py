@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import logging
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from support.llama import llama, token_batches
 from support.recipe_files import Fields, Tensors, forge
+from transformers import AutoModelForCausalLM
 
 import micromix_compile as micromix
 from micromix_compile.calibration.assignment import assign
@@ -23,10 +25,12 @@ from micromix_compile.recipe.types import Recipe
 from micromix_compile.verbs.calibrate import calibrate_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
+
+    from micromix_compile.numerics.layout import Split
 
 DOWN = "model.layers.1.mlp.down_proj"
 CUT = ("o_proj", "down_proj")
@@ -80,7 +84,7 @@ def test_shards_of_other_costs_get_other_splits() -> None:
 
 def test_a_rank_computes_its_part_from_what_the_recipe_lists(model: nn.Module, recipes: dict[str, Recipe]) -> None:
     packed = micromix.quantize_(llama(intermediate_size=256), assign_to(model, recipes["budget"]))
-    linear, shards = packed.get_submodule(DOWN), recipes["budget"].linears[DOWN].group.shards
+    linear, shards = packed.get_submodule(DOWN), shards_of(recipes, DOWN)
     assert isinstance(linear, MicroMixLinear)
     x = torch.randn(3, 256)
     weight = PackedWeight(linear.weight_q4, linear.weight_q6, linear.weight_q8, linear.weight_scale)
@@ -101,19 +105,51 @@ def assign_to(model: nn.Module, recipe: Recipe) -> Recipe:
     return assign(recipe, dataclasses.replace(recipe.config, activations="same"))
 
 
+def test_one_device_loads_a_checkpoint_that_ranks_can_cut(
+    model: nn.Module, recipes: dict[str, Recipe], tmp_path: Path
+) -> None:
+    packed = micromix.quantize_(copy.deepcopy(model), recipes["budget"])
+    packed.save_pretrained(tmp_path)  # type: ignore[operator]
+    tokens = token_batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, packed(tokens).logits)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    assert config["quantization_config"]["linears"][DOWN]["shards"] == [list(s) for s in shards_of(recipes, DOWN)]
+    config["quantization_config"]["linears"][DOWN]["shards"][0] = [0, 0, 0]
+    path.write_text(json.dumps(config), "utf-8")
+    micromix.seal(tmp_path)
+    with pytest.raises(ValueError, match=r"down_proj'\].shards must be splits of one width that sum to"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def shards_of(recipes: dict[str, Recipe], fqn: str) -> tuple[Split, ...]:
+    return recipes["budget"].linears[fqn].group.shards
+
+
 def test_shards_that_do_not_divide_the_channels_are_refused_with_both_numbers(recipes: dict[str, Recipe]) -> None:
     recipe = recipes["budget"]
     with pytest.raises(ValueError, match=r"o_proj has 128 input channels, which shards=8 do not cut into whole blocks"):
         assign(recipe, dataclasses.replace(recipe.config, shards=8))
 
 
-def test_a_recipe_is_solved_again_for_other_shards(
-    recipes: dict[str, Recipe], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_cannot_be_cut_is_refused_before_it_is_calibrated(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj has 128 input channels, which shards=3 do not"):
+        micromix.calibrate(model, never(), dataclasses.replace(config(), shards=3))
+    skipping = dataclasses.replace(config(), shards=3, skip=("*o_proj",))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has 256 input channels, which shards=3 do not"):
+        micromix.calibrate(model, never(), skipping)
+
+
+def never() -> Iterator[Tensor]:
+    raise AssertionError("a batch was asked for")
+    yield
+
+
+def test_a_recipe_is_solved_again_for_other_shards(recipes: dict[str, Recipe]) -> None:
     recipe = recipes["budget"]
-    with caplog.at_level(logging.WARNING):
-        four = assign(recipe, dataclasses.replace(recipe.config, shards=4))
-        none = assign(recipe, dataclasses.replace(recipe.config, shards=1))
+    four = assign(recipe, dataclasses.replace(recipe.config, shards=4))
+    none = assign(recipe, dataclasses.replace(recipe.config, shards=1))
     assert len(four.linears[DOWN].group.shards) == 4
     assert none.linears[DOWN].group.shards == ()
 

@@ -23,19 +23,24 @@ TIMEOUT: Final = 900.0
 
 
 class Job(NamedTuple):
-    """What one engine does. options: of `vllm.LLM`."""
+    """What one engine does. options: of `vllm.LLM`. folds: on a target whose products take folded operands."""
 
     checkpoint: Path
     prompts: list[list[int]]
     tokens: int = 8
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    folds: bool = False
 
 
 class Result(NamedTuple):
-    """For each prompt: the tokens that followed, and the logarithms of the likeliest tokens' probabilities by step."""
+    """For each prompt: the tokens that followed, and the logarithms of the likeliest tokens' probabilities by step.
+
+    folded: how many products were folded.
+    """
 
     tokens: list[list[int]]
     logprobs: list[list[dict[int, float]]]
+    folded: int
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -61,7 +66,7 @@ def _result(found: dict[str, Any]) -> Result | str:
     if "error" in found:
         return str(found["error"])
     steps = [[{int(token): value for token, value in step.items()} for step in one] for one in found["logprobs"]]
-    return Result(found["tokens"], steps)
+    return Result(found["tokens"], steps, found["folded"])
 
 
 def prompts_of_any_length(count: int, vocabulary: int, *, longest: int = 40) -> list[list[int]]:
@@ -95,10 +100,13 @@ def main(jobs: list[dict[str, Any]]) -> None:
     sys.stdout.write("\n" + json.dumps(results))
 
 
-def _generate(checkpoint: str, prompts: list[list[int]], tokens: int, options: dict[str, Any]) -> dict[str, Any]:
+def _generate(
+    checkpoint: str, prompts: list[list[int]], tokens: int, options: dict[str, Any], folds: bool
+) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    calls = _fold_on_cpu() if folds else []
     settings = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True, "enforce_eager": True}
     engine = LLM(checkpoint, disable_log_stats=True, **{**settings, **options})
     try:
@@ -111,7 +119,25 @@ def _generate(checkpoint: str, prompts: list[list[int]], tokens: int, options: d
     return {
         "tokens": [list(one.token_ids) for one in first],
         "logprobs": [[_plain(step) for step in one.logprobs] for one in first],
+        "folded": len(calls),
     }
+
+
+def _fold_on_cpu() -> list[int]:
+    """From now on a CPU is a target that folds. Returns what grows with each product."""
+    from micromix_compile import ops
+    from micromix_compile.targets.target import FOLDED, Row, Target, register_target
+
+    register_target(Row(serves=lambda d: d.type == "cpu", target=lambda _: Target(name="folds", passes=FOLDED)))
+    calls: list[int] = []
+    product = ops.folded_mm
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return product(*args)
+
+    ops.folded_mm = counted
+    return calls
 
 
 def _plain(step: Any) -> dict[int, float]:

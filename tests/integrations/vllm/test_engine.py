@@ -114,6 +114,20 @@ def test_vllm_compiles_the_operations_into_its_graph(checkpoints: dict[str, Path
     assert "DYNAMO_TRACE_ONCE" in log
 
 
+def test_targets_that_fold_multiply_folded_operands(checkpoints: dict[str, Path]) -> None:
+    """As a Hopper GPU does for bfloat16 models, here by plain PyTorch."""
+    torch.manual_seed(4)
+    exact = Job(checkpoints["same"], prompts_of_any_length(6, 256), 1, {"dtype": "bfloat16"})
+    (first, second), _ = run_jobs(exact, exact._replace(folds=True))
+    assert isinstance(first, Result)
+    assert isinstance(second, Result)
+    assert first.folded == 0
+    assert second.folded > 0
+    pairs = zip(first.logprobs, second.logprobs, strict=True)
+    off = [abs(a[0][token] - value) for a, b in pairs for token, value in b[0].items() if token in a[0]]
+    assert torch.tensor(off).median() < 0.05
+
+
 def test_two_ranks_share_what_was_ordered_for_two_and_refuse_the_rest(checkpoints: dict[str, Path]) -> None:
     torch.manual_seed(3)
     prompts, two = prompts_of_any_length(6, 256), {"tensor_parallel_size": 2}
