@@ -245,10 +245,10 @@ def test_products_of_many_rows_are_one_unless_one_must_lie_in_memory_as_in_eager
 
 @pytest.mark.parametrize(("rows", "dynamic"), [(257, False), (300, True), (256, False)])
 def test_weights_that_are_kept_expanded_are_multiplied_by_the_library_as_they_are(rows: int, dynamic: bool) -> None:
-    """But by few rows, which are a call of the operation, or of the packed weights' kernel."""
+    """But by few rows, which read the packed ones."""
     launches = generated("fork of kept", (9, 0), rows=rows, dynamic=dynamic)["launches"]
     kinds = [name.rpartition("_kernel_")[0] or name for name in launches]
-    products = ["torch.ops.aten._scaled_mm"] * 3 if rows > 256 else ["torch.ops.micromix.folded_mm"]
+    products = ["torch.ops.aten._scaled_mm"] * 3 if rows > 256 else ["folded_mm"]
     assert kinds == ["reorder_fold", *products]
 
 
