@@ -101,7 +101,7 @@ def written(model: Any, tokenizer: PreTrainedTokenizerFast, count: int) -> list[
 
 
 @needs_harness
-@pytest.mark.parametrize("kind", ["packed", "compiled"])
+@pytest.mark.parametrize("kind", ["packed", pytest.param("compiled", marks=pytest.mark.deep)])
 def test_answers_and_texts_are_the_quantized_models_own(
     model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
 ) -> None:
@@ -127,6 +127,18 @@ def test_answers_and_texts_are_the_quantized_models_own(
         assert found.metrics["acc"] == Metric(value=accuracy, standard_error=pytest.approx(error))
         assert (generated.metric, generated.metrics["exact_match"].value) == ("exact_match", 1.0)
     assert written(model, tokenizer, 4) == full, "the model beside its twin stays as it was"
+
+
+def test_a_compiled_twin_generates_compiled_and_leaves_the_model_as_it_is(model: Any) -> None:
+    config = micromix.MicroMixConfig(policy="mxfp4", weight_rounding="nearest", scale_search=False)
+    twin = compiled_twin(model, micromix.calibrate(model, [torch.randint(0, len(VOCABULARY), (2, 16))], config))
+    calls: list[int] = []
+    twin._compiled_call_impl = lambda *args, **kwargs: calls.append(1) or model(*args, **kwargs)
+    written = twin.generate(torch.tensor([[3, 4]]), do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    assert (written.shape, len(calls)) == ((1, 5), 3)
+    assert twin.lm_head.weight is model.lm_head.weight
+    assert model._compiled_call_impl is None
+    assert model.generation_config.cache_implementation is None
 
 
 @needs_harness
