@@ -33,7 +33,7 @@ def main() -> None:
 
     fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
     before, after = evaluate(model, windows), evaluate(fast, windows, model)
-    print(f"perplexity {before.perplexity:.3f}, quantized {after.perplexity:.3f}, divergence {after.kl:.4f} nats")
+    print(f"perplexity {before.perplexity:.3f}, quantized {after.perplexity:.3f}, divergence {after.kl:.2e} nats")
 
     micromix.quantize_(model, recipe)  # in place; the original weights are gone
     with tempfile.TemporaryDirectory() as directory:

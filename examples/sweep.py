@@ -37,7 +37,7 @@ def main() -> None:
         split = micromix.assign(recipe, replace(recipe.config, target_bits=bits))
         packed = micromix.quantize_(copy.deepcopy(model), split)
         found = evaluate(packed, windows, model)
-        print(f"{split.element_bits:12.2f}  {split.stored_bits:11.2f}  {found.perplexity:10.3f}  {found.kl:10.4f}")
+        print(f"{split.element_bits:12.2f}  {split.stored_bits:11.2f}  {found.perplexity:10.3f}  {found.kl:10.2e}")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def test_quickstart_quantizes_and_loads_what_it_saved(printed: str) -> None:
 
 
 @pytest.mark.parametrize("printed", ["sweep"], indirect=True)
-def test_a_sweep_reaches_its_budgets_and_more_bits_diverge_less(printed: str) -> None:
+def test_a_sweep_keeps_its_budgets_and_more_bits_diverge_less(printed: str) -> None:
     rows = [[float(cell) for cell in line.split()] for line in printed.splitlines()[1:]]
-    assert [row[0] for row in rows] == pytest.approx([4.5, 6.0], abs=0.15)
+    assert 4.0 < rows[0][0] <= 4.5 < rows[1][0] <= 6.0
     assert rows[0][3] > rows[1][3] > 0
 
 
@@ -61,6 +61,7 @@ def test_adapters_learn_around_a_packed_model(printed: str) -> None:
     assert float(found[2]) < float(found[1])
 
 
+@pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch's own, of tensors on a CPU
 @pytest.mark.parametrize("printed", ["export"], indirect=True)
 def test_an_exported_model_computes_what_the_packed_one_does(printed: str) -> None:
     found = re.search(r"largest difference (\S+)", printed)
