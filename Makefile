@@ -39,11 +39,11 @@ check: $(INSTALLED)
 
 # The site, into site/; a broken link or reference is an error.
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A source distribution, and a wheel made from it, into dist/.
 dist: $(INSTALLED)
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

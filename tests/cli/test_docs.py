@@ -62,6 +62,21 @@ def test_commands_have_the_options_that_the_documents_show() -> None:
         assert not context.args, f"{page}: {name} {arguments}"
 
 
+def test_the_policy_and_the_target_of_the_how_to_are_taken(recipe_file: Path) -> None:
+    """The policy splits a real recipe; both are taken back."""
+    policy, target = blocks(ROOT / "docs" / "how-to" / "extend.md", "python")
+    namespace: dict[str, Any] = {"micromix": micromix}
+    exec(policy, namespace)
+    try:
+        recipe = micromix.assign(micromix.Recipe.load(recipe_file), namespace["config"])
+        assert recipe.groups
+        assert all(k4 == k8 and k6 == 0 for k4, k6, k8 in (linear.split for linear in recipe.linears.values()))
+    finally:
+        namespace["remove"]()
+    exec(target, namespace)
+    namespace["remove"]()
+
+
 def texts_in_code() -> list[str]:
     """Every text in our code, with a line feed where a value is put in."""
     found = []

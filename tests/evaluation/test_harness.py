@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import micromix_compile as micromix
 from micromix_compile.evaluation import harness, task_data
 from micromix_compile.evaluation.harness import (
+    HarnessTask,
     TaskSettings,
     compiled_twin,
     load_harness_task,
@@ -193,6 +194,14 @@ def one_problem() -> Any:
 
     fields = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(2) == 4", "entry_point": "f"}
     return datasets.DatasetDict(test=datasets.Dataset.from_list([fields]))
+
+
+@pytest.mark.parametrize(("items", "leaves", "limit"), [(200, 57, 4), (200, 1, 200), (3, 2, 2), (None, 57, None)])
+def test_a_group_shares_out_its_items(
+    tokenizer: PreTrainedTokenizerFast, items: int | None, leaves: int, limit: int | None
+) -> None:
+    names = tuple(map(str, range(leaves)))
+    assert HarnessTask("group", None, names, tokenizer, TaskSettings(items=items)).limit == limit
 
 
 def test_the_first_filter_of_each_metric_counts_with_its_own_error() -> None:
