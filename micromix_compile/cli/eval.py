@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.harness import TaskSettings, load_harness_task
 from micromix_compile.evaluation.suites import SUITES, LoadedSuite, load_suite
-from micromix_compile.evaluation.task_data import TASK_DATA
+from micromix_compile.evaluation.task_data import TASK_DATA, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,6 +124,7 @@ def _settings(
     return {
         "model": model,
         "data": source.data,
+        "column": source.column,
         "window_length": source.length,
         "calibration_windows": source.windows if calibrated else None,
         "dtype": dtype,
@@ -154,6 +156,8 @@ def _row_names(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
 
 def _tasks(loaded: zoo.LoadedModel, suite: str | None, tasks: Sequence[str] | None, how: TaskSettings) -> LoadedSuite:
     """Those of the suite, then those that are named; says what of the suite is left out."""
+    if suite is not None or tasks:
+        how = dataclasses.replace(how, data=resolve(how.data))
     found = LoadedSuite((), {}) if suite is None else load_suite(suite, loaded.tokenizer, how)
     for name, reason in found.left_out.items():
         typer.echo(f"left out: {name}: {reason}", err=True)

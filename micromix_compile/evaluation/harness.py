@@ -91,20 +91,15 @@ def load_harness_task(
 
     name: one of the harness's own, or the path of a .yaml file that describes one.
 
-    Raises ValueError for another name, CodeNotAllowedError, OSError where the data are not on this machine and can't be
-    fetched, and ModuleNotFoundError (with the command that helps) without the harness.
+    Raises ValueError for another name or a tag, CodeNotAllowedError, OSError where the data are not on this machine and
+    can't be fetched, and ModuleNotFoundError (with the command that helps) without the harness.
     """
     settings = settings or TaskSettings()
     if importlib.util.find_spec("lm_eval") is None:
         raise ModuleNotFoundError(f"lm-eval's task {name} needs a package: {HARNESS_COMMAND}")
-    source = task_data.resolve(settings.data)
-    is_file = Path(name).is_file()
-    manager = _manager(not is_file)
-    if name not in manager.all_tasks and not is_file:
-        raise ValueError(f"lm-eval has no task {name!r}, and it is no .yaml file")
     try:
-        with task_data.reading_from(source), replacing_code_eval(Limits()):
-            found = manager.load([name])
+        with task_data.reading_from(task_data.resolve(settings.data)), replacing_code_eval(Limits()):
+            found = _known(name).load([name])
     except OSError as error:
         raise OSError(f"the data of lm-eval's task {name} are not on this machine: {error}") from error
     for leaf in found["tasks"].values():
@@ -112,9 +107,21 @@ def load_harness_task(
             raise CodeNotAllowedError(
                 f"lm-eval's task {name} runs programs that the model wrote; allow it (--allow-code-execution)"
             )
-    loaded = found["groups"][name] if name in found.get("groups", {}) else next(iter(found["tasks"].values()))
-    own_name = name if name in found.get("groups", {}) else next(iter(found["tasks"]))
+    ((own_name, loaded),) = {name: found["groups"][name]}.items() if name in found["groups"] else found["tasks"].items()
     return HarnessTask(own_name, loaded, tuple(found["tasks"]), tokenizer, settings, few_shot)
+
+
+def _known(name: str) -> Any:
+    """What loads the task. Raises ValueError for a name that stands for no task, or for several without a sum."""
+    is_file = Path(name).is_file()
+    manager = _manager(not is_file)
+    if name in manager.all_tags and not is_file:
+        raise ValueError(
+            f"{name} is a tag of lm-eval; name its tasks: {' '.join(sorted(manager.task_index[name].tags))}"
+        )
+    if name not in manager.all_tasks and not is_file:
+        raise ValueError(f"lm-eval has no task {name!r}, and it is no .yaml file")
+    return manager
 
 
 @functools.cache

@@ -148,6 +148,8 @@ def test_unknown_tasks_missing_data_and_other_metrics_are_the_users_errors(
 ) -> None:
     with pytest.raises(ValueError, match=r"lm-eval has no task 'missing.yaml', and it is no \.yaml file"):
         load_harness_task("missing.yaml", tokenizer)
+    with pytest.raises(ValueError, match="ai2_arc is a tag of lm-eval; name its tasks: arc_challenge arc_easy"):
+        load_harness_task("ai2_arc", tokenizer)
     path = write_task(tmp_path, [" e", " f"], kind="loglikelihood", metric="perplexity")
     task = load_harness_task(path, tokenizer)
     with pytest.raises(ValueError, match=r"lm-eval's task words measures perplexity, .*none of acc, exact_match"):
