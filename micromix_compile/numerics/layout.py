@@ -51,7 +51,10 @@ class RowLayout(NamedTuple):
 
 
 class PackedWeight(NamedTuple):
-    """A quantized (N, C) weight: w4 (N, k4 // 2), w6 (3, N, k6 // 4), w8 (N, k8), w_scale (N, K // 32), uint8."""
+    """A quantized (N, C) weight: w4 (N, k4 // 2), w6 (3, N, k6 // 4), w8 (N, k8), w_scale (N, K // 32), uint8.
+
+    Those of experts have one more dimension in front: (E, N, k4 // 2), (E, 3, N, k6 // 4), and so on.
+    """
 
     w4: Tensor
     w6: Tensor
@@ -103,10 +106,11 @@ def activation_shapes(rows: Any, split: Split) -> tuple[tuple[Any, int], ...]:
     return (rows, k4 // 2), (rows, k6), (rows, k8), (rows, sum(split) // BLOCK_SIZE)
 
 
-def packed_shapes(n: Any, split: Split) -> tuple[tuple[Any, ...], ...]:
-    """The shapes of a `PackedWeight` of n rows: w4, w6, w8 and w_scale."""
+def packed_shapes(n: Any, split: Split, experts: int | None = None) -> tuple[tuple[Any, ...], ...]:
+    """The shapes of a `PackedWeight` of n rows: w4, w6, w8 and w_scale. experts: how many, if it is of experts."""
     k4, k6, k8 = split
-    return (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, sum(split) // BLOCK_SIZE)
+    shapes = (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, sum(split) // BLOCK_SIZE)
+    return shapes if experts is None else tuple((experts, *shape) for shape in shapes)
 
 
 def split_of_activation(q4: Shaped, q6: Shaped, q8: Shaped) -> Split:
@@ -115,8 +119,8 @@ def split_of_activation(q4: Shaped, q6: Shaped, q8: Shaped) -> Split:
 
 
 def split_of_weight(w4: Shaped, w6: Shaped, w8: Shaped) -> Split:
-    """The split of the weight that has these parts."""
-    return 2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1]
+    """The split of the weight, or of the experts' weights, that has these parts."""
+    return 2 * w4.shape[-1], 4 * w6.shape[-1], w8.shape[-1]
 
 
 def split_scale(scale: Tensor, split: Split) -> tuple[Tensor, Tensor, Tensor]:

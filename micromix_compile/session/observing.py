@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
+import torch
+
+from micromix_compile.calibration.experts import ExpertObserver, Routed
+from micromix_compile.calibration.guided import GuidedMoment
 from micromix_compile.calibration.observer import ChannelObserver
 from micromix_compile.calibration.policies import policy_of
 from micromix_compile.calibration.sensitivity import CostProbe
@@ -19,20 +24,26 @@ if TYPE_CHECKING:
     from micromix_compile.session.names import Names
     from micromix_compile.session.state import LinearState
 
+    RoutingTensors = Sequence[Tensor | None]
+    """(offs, rows, tokens) of a `passes.context.Routing`."""
+
 
 class Observation:
     """The observers and probes of a model's linears, which the states of their weights hold.
 
     configs: those that recipes are to be made for; what is measured for all of them follows the first.
-    takes_statistics, takes_costs, takes_gradients: what is measured in the passes to come.
+    takes_statistics, takes_moments, takes_costs, takes_gradients: what is measured in the passes to come. With
+    gradients moments are guided by them. is_guided: whether those were had.
     lock: of what is observed, and of the change from calibrating to quantized.
     """
 
     def __init__(self, names: Names, configs: Sequence[MicroMixConfig]) -> None:
         self.configs = configs
         self.takes_statistics = True
+        self.takes_moments = self.rounds_weights
         self.takes_costs = self.needs_costs
         self.takes_gradients = False
+        self.is_guided = False
         self.lock = threading.RLock()
         self._names = names
         self._pass = threading.local()
@@ -43,6 +54,22 @@ class Observation:
     def rounds_weights(self) -> bool:
         """Whether a config has weights rounded while calibrating."""
         return any(config.rounds_weights for config in self.configs)
+
+    @property
+    def needs_plain_moments(self) -> bool:
+        """Whether one of them has them rounded by moments that gradients don't guide."""
+        return any(config.rounds_weights and config.weight_rounding != "guided" for config in self.configs)
+
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether one of them has them rounded by moments that gradients guide."""
+        return any(config.weight_rounding == "guided" for config in self.configs)
+
+    def feasible(self, config: MicroMixConfig) -> MicroMixConfig:
+        """The config, with the rounding that does without gradients if there were none."""
+        if config.weight_rounding != "guided" or self.is_guided:
+            return config
+        return dataclasses.replace(config, weight_rounding="gptq")
 
     @property
     def needs_costs(self) -> bool:
@@ -59,24 +86,76 @@ class Observation:
         self._pass.token_mask = mask
 
     def input(
-        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None
-    ) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
+        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None,
+        routings: Sequence[RoutingTensors | None],
+    ) -> None:  # fmt: skip
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
+
+        routings: for each weight that is of experts the tensors of its `passes.context.Routing`, None for others.
+        """
         with self.lock:
             for state, flipped in zip(states, transposed, strict=True):
                 state.transposed = flipped
             observer = self._observer(states, x)
+            sorted_by = next((routing for routing in routings if routing is not None and routing[1] is None), None)
+            if sorted_by is None:
+                kept, tokens = observer.kept(x, self.token_mask, source), None
+            else:
+                kept, tokens = _of_sorted_rows(x, sorted_by, observer.kept_tokens(self.token_mask))
             if self.takes_statistics:
-                observer.update(x, self.token_mask, source)
+                observer.update(*((x, self.token_mask, source) if sorted_by is None else (x[kept],)))
+            if self.takes_moments and not self.takes_gradients:
+                observer.update_moment(*((x, self.token_mask, source) if sorted_by is None else (x[kept],)))
+            self._route(x, states, routings, kept, tokens)
             if self.takes_costs:
-                kept = observer.kept(x, self.token_mask, source)
-                self._probe(states, x).watch_input(x, observer.order(), kept)
+                self._probe(states, x).watch_input(x, observer.order(), kept, tokens)
+            if self.takes_moments and self.takes_gradients:
+                observer.guided.watch_input(x, kept)
 
-    def output(self, y: Tensor, state: LinearState) -> None:
+    def _route(
+        self, x: Tensor, states: Sequence[LinearState], routings: Sequence[RoutingTensors | None], kept: Tensor | None,
+        tokens: int | None,
+    ) -> None:  # fmt: skip
+        """Note which rows of `x` reach which expert. kept: which of them count. tokens: how many tokens they are of."""
+        for state, routing in zip(states, routings, strict=True):
+            if routing is None:
+                continue
+            offs, rows, _ = routing
+            assert offs is not None, "a grouped product knows where rows end"
+            routed = self._routed[state] = Routed.of(offs, rows, kept)
+            if state.experts is None:
+                state.experts = ExpertObserver(len(offs))
+            if self.takes_statistics:
+                counted = x.shape[0] if kept is None else int(kept.sum())
+                state.experts.update(routed, counted if tokens is None else tokens)
+            if self.takes_moments and self.takes_gradients:
+                state.experts.watch_input(x)
+            elif self.takes_moments:
+                state.experts.update_moments(x, routed)
+
+    def output(self, y: Tensor, state: LinearState, routing: RoutingTensors | None) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
         with self.lock:
-            if self.takes_costs and state.probe is not None and state.observer is not None:
-                state.probe.watch_output(state.name, y, state.observer.kept(y, self.token_mask))
+            if state.observer is None:
+                return
+            routed = None if routing is None else self._routed[state]
+            kept = state.observer.kept(y, self.token_mask) if routed is None else None
+            if self.takes_costs and state.probe is not None:
+                if routed is None:
+                    state.probe.watch_output(state.name, y, kept)
+                else:
+                    state.probe.watch_expert_outputs(state.name, y, routed)
+            if self.takes_moments and self.takes_gradients:
+                if routed is None:
+                    state.observer.guided.watch_output(y)
+                elif state.experts is not None:
+                    state.experts.watch_output(y, routed)
+
+    @property
+    def _routed(self) -> dict[LinearState, Routed]:
+        """By weight: how its last input in this thread was routed."""
+        routed: dict[LinearState, Routed] = vars(self._pass).setdefault("routed", {})
+        return routed
 
     def _observer(self, states: Sequence[LinearState], x: Tensor) -> ChannelObserver:
         """The one that these linears share."""
@@ -87,8 +166,7 @@ class Observation:
                 states[0].name,
                 x.shape[-1],
                 counted,
-                with_moment=self.rounds_weights,
-                with_squares=self.needs_costs,
+                with_squares=self.rounds_weights or self.needs_costs,
                 layout=self._layout,
             )
         for state in states:
@@ -111,17 +189,26 @@ class Observation:
         """The distinct probes made so far."""
         return list(dict.fromkeys(state.probe for state in self._names if state.probe is not None))
 
-    def forget_costs(self) -> None:
-        """Drop what was measured of costs."""
+    def release_batch(self) -> None:
+        """Let go of the last batch that was run backward."""
+        for probe in self.probes():
+            probe.release()
+        for observer in self.observers():
+            observer.guided.release()
+
+    def forget_gradients(self) -> None:
+        """Drop what was measured of costs, and moments that are guided."""
         for state in self._names:
             state.probe = None
+        for observer in self.observers():
+            observer.guided = GuidedMoment()
 
     def release(self) -> None:
         """Let go of all that was observed: second moments are K * K numbers a group."""
-        for probe in self.probes():
-            probe.release()
+        self.release_batch()
         for state in self._names:
-            state.observer = state.probe = None
+            state.observer = state.experts = state.probe = None
+        self._routed.clear()
 
     @property
     def batches(self) -> int:
@@ -152,3 +239,15 @@ class Observation:
             and state.name not in self._names.refusals
             and not state.was_observed
         ]
+
+
+def _of_sorted_rows(x: Tensor, routing: RoutingTensors, kept_tokens: Tensor | None) -> tuple[Tensor, int]:
+    """(which rows of x (R, C), sorted by expert, count: bool (R,); how many tokens those are of)."""
+    offs, _, tokens = routing
+    assert offs is not None, "a grouped product knows where rows end"
+    kept = torch.arange(x.shape[0], device=x.device) < offs[-1]
+    if tokens is None:
+        return kept, int(kept.sum())
+    if kept_tokens is not None and bool((tokens < len(kept_tokens)).all()):
+        kept &= kept_tokens.to(x.device)[tokens.to(torch.int64)]
+    return kept, len(tokens[kept].unique())
