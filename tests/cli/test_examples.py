@@ -36,6 +36,7 @@ def printed(
     return capsys.readouterr().out
 
 
+@pytest.mark.deep  # the tutorial takes the same steps
 @pytest.mark.parametrize("printed", ["quickstart"], indirect=True)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_quickstart_quantizes_and_loads_what_it_saved(printed: str) -> None:
