@@ -1,0 +1,93 @@
+"""Looks at a page of `micromix report` in a headless Chromium: screenshots of it, and what it must not do.
+
+    pip install playwright
+    python bench/report_screenshots.py report.html FOLDER [--chromium PATH]
+
+Writes desktop and phone, light and dark, and a PDF as it prints. Ends with an error if the page asks for anything, says
+anything on the console, is wider than the screen, or has text that is hard to tell from what is behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+WIDTHS: Final = {"desktop": 1280, "phone": 390}
+SCHEMES: Final = ("light", "dark")
+CHROMIUMS: Final = ("chromium-headless-shell", "chromium", "google-chrome")
+LEAST_CONTRAST: Final = 4.5
+"""Of text, by WCAG 2.1, level AA."""
+
+CONTRASTS: Final = """() => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const luminance = rgb => rgb.slice(0, 3).map(v => v / 255)
+    .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = numbers(getComputedStyle(e).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return numbers(getComputedStyle(document.body).backgroundColor);
+  };
+  return [...document.querySelectorAll('p, td, th, h1, h2, h3, figcaption, span, b, code, text')].map(element => {
+    const style = getComputedStyle(element);
+    const front = luminance(numbers(element.tagName === 'text' ? style.fill : style.color));
+    const back = luminance(behind(element));
+    const ratio = (Math.max(front, back) + .05) / (Math.min(front, back) + .05);
+    return [ratio, element.textContent.trim().slice(0, 40)];
+  }).sort((a, b) => a[0] - b[0]).slice(0, 1);
+}"""
+
+
+def look(browser: Any, page_file: Path, folder: Path, name: str, scheme: str) -> list[str]:
+    """Takes one screenshot. Returns what is wrong."""
+    context = browser.new_context(
+        viewport={"width": WIDTHS[name], "height": 844}, color_scheme=scheme, device_scale_factor=1.5
+    )
+    page, wrong = context.new_page(), []
+    url = page_file.resolve().as_uri()
+    page.on("request", lambda request: request.url == url or wrong.append(f"asks for {request.url[:80]}"))
+    page.on("console", lambda message: wrong.append(f"says {message.text}"))
+    page.goto(url)
+    if (width := page.evaluate("document.documentElement.scrollWidth")) > WIDTHS[name]:
+        wrong.append(f"is {width} pixels wide on a screen of {WIDTHS[name]}")
+    ratio, text = page.evaluate(CONTRASTS)[0]
+    if ratio < LEAST_CONTRAST:
+        wrong.append(f"has a contrast of {ratio:.1f} at {text!r}, less than {LEAST_CONTRAST}")
+    page.screenshot(path=folder / f"{name}-{scheme}.png", full_page=True)
+    if (name, scheme) == ("desktop", "light"):
+        page.pdf(path=folder / "print.pdf", format="A4", print_background=True)
+    context.close()
+    return [f"{name}, {scheme}: the page {fact}" for fact in wrong]
+
+
+def main() -> None:
+    """All sizes and schemes."""
+    from playwright.sync_api import sync_playwright
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--chromium", default=next(filter(None, map(shutil.which, CHROMIUMS)), None))
+    arguments = parser.parse_args()
+    if arguments.chromium is None:
+        raise SystemExit(f"--chromium must be the path of a browser: none of {', '.join(CHROMIUMS)} was found")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=["--no-sandbox"])
+        wrong = [
+            fact
+            for name, scheme in product(WIDTHS, SCHEMES)
+            for fact in look(browser, arguments.page, arguments.folder, name, scheme)
+        ]
+        browser.close()
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
