@@ -228,7 +228,8 @@ def _of_checkpoint(directory: Path) -> Facts:
 
     described = MicroMixQuantizationConfig(**content["quantization_config"])
     config = MicroMixConfig.from_file(described.config)
-    linears = [_described(fqn, fields, config) for fqn, fields in described.linears.items()]
+    names = sorted(described.linears, key=_by_number)  # config.json has them by letters, layer 10 before layer 2
+    linears = [_described(fqn, described.linears[fqn], config) for fqn in names]
     groups: dict[str, list[Linear]] = {}
     for linear in linears:
         groups.setdefault(linear.group, []).append(linear)
@@ -244,6 +245,10 @@ def _of_checkpoint(directory: Path) -> Facts:
         linears=tuple(linears),
         left_alone=_floats(directory),
     )
+
+
+def _by_number(fqn: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in fqn.split(".")]
 
 
 def _described(fqn: str, fields: Mapping[str, Any], config: MicroMixConfig) -> Linear:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micromix_compile.targets.described import named_target, products_of
+from micromix_compile.targets.described import SEGMENTS, named_target, products_of
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
@@ -33,13 +33,15 @@ class Machine:
             self.target, linear.split, weights=facts.config.weights, activations=facts.config.activations
         )
 
-    def counts(self, facts: Facts) -> Counter[tuple[str, str, str]]:
-        """Linears by (rows, kernel, instructions)."""
-        return Counter(
-            (product.rows, product.kernel, instructions(product))
+    def counts(self, facts: Facts) -> list[tuple[tuple[str, str, str, str], int]]:
+        """Linears that have weights in a format, by (format, rows, kernel, instruction)."""
+        found = Counter(
+            (name, product.rows, product.kernel, kind)
             for linear in facts.linears
             for product in self.products(linear, facts)
+            for name, kind in product.kinds.items()
         )
+        return sorted(found.items(), key=lambda item: SEGMENTS.index(item[0][0]))
 
 
 def machines(facts: Facts, names: Sequence[str]) -> list[Machine]:

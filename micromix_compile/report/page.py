@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -82,7 +81,7 @@ class Report:
             "bf16_whole": BF16_BYTES * (facts.parameters + others),
             "bytes_by_part": facts.bytes_by_part,
             "by_name": {group.name: group for group in facts.groups},
-            "options": dataclasses.asdict(facts.config),
+            "options": facts.config.to_file(),
             "passes": [(name_of(one), _summary(one)) for one in (*CONVERT_PASSES, *POST_GRAD_PASSES)],
             "versions": versions(),
             "hardware": hardware(),

@@ -107,7 +107,7 @@ def _panel(height: float = _PANEL[1]) -> tuple[Any, Any]:
 
 def _bytes(facts: Facts) -> Iterator[Picture]:
     """Two bars: what is stored, and the same in BF16."""
-    figure, axes = _panel(1.6)
+    figure, axes = _panel(2.1)
     others, other_bytes = facts.left_alone or (0, 0)
     parts = {**facts.bytes_by_part, "left alone": other_bytes}
     full = {"linears": BF16_BYTES * facts.parameters, "left alone": BF16_BYTES * others}
@@ -118,6 +118,8 @@ def _bytes(facts: Facts) -> Iterator[Picture]:
             start += size / 2**20
     axes.set_yticks((0, 1), ("BF16", "stored"))
     axes.set_xlabel("MiB")
+    bars = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(bars.values(), bars, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     caption = "Bytes by what they hold, beside the same parameters in BF16."
     yield Picture(section="bytes", name="bytes", caption=caption, figure=figure)
 
@@ -129,13 +131,15 @@ def _formats(facts: Facts) -> Iterator[Picture]:
         bottom = torch.zeros(len(series.members))
         for index, name in enumerate(SEGMENTS):
             top = bottom + torch.tensor([100 * one.split[index] / one.channels for one in series.members])
-            axes.stairs(top.tolist(), _edges(series), baseline=bottom.tolist(), fill=True, color=COLOURS[name])
+            colour, below = COLOURS[name], bottom.tolist()
+            axes.stairs(top.tolist(), _edges(series), baseline=below, fill=True, color=colour, label=name)
             bottom = top
         axes.set_title(series.label)
         axes.set_xlim(-0.5, len(series.members) - 0.5)
         axes.set_ylim(0, 100)
         axes.set_ylabel("% of channels")
         _number_layers(axes)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         caption = f"Formats of the input channels of {series.label}, a bar a layer."
         yield Picture(section="formats", name=f"formats-{number}", caption=caption, figure=figure)
 
