@@ -190,8 +190,8 @@ def _quantize_rows(y: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wide(codes: Tensor, scale: Tensor) -> QuantizedActivation:
-    nothing = codes.new_empty((codes.shape[0], 0))
-    return QuantizedActivation(nothing, nothing, codes, scale)
+    # Two tensors, not one twice: results of a custom op must not share memory.
+    return QuantizedActivation(codes.new_empty((len(codes), 0)), codes.new_empty((len(codes), 0)), codes, scale)
 
 
 def _quantize_segments(y: Tensor, split: Split, fp6: str, scale_rounding: ScaleRounding) -> QuantizedActivation:

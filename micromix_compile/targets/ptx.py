@@ -34,8 +34,10 @@ class Compiled:
     can end in a trap; a kernel that the compiler gave up on is nothing else. flushing: the instructions that take
     float32 subnormals for zero, such as "rsqrt.approx.ftz.f32". before_wait: those that read or write memory before the
     kernel waits for its inputs, None if it does not wait. mma_ended: of each straight piece with asynchronous matrix
-    instructions that read registers, which ptxas writes to behind it: whether it waits for all of them. ptx_digest: see
-    the function.
+    instructions that read registers, which ptxas writes to behind it: whether it waits for all of them. half_defined:
+    packed conversions joined with a half that nothing defines. Such a half ptxas 12.8 takes from its stack pointer, and
+    then it may read this one for the other: two bytes of it came out in the place of results. ptx_digest: see the
+    function.
     """
 
     target: str
@@ -49,6 +51,7 @@ class Compiled:
     flushing: tuple[str, ...]
     before_wait: tuple[str, ...] | None
     mma_ended: tuple[bool, ...]
+    half_defined: tuple[str, ...]
     ptx_digest: str
 
     @property
@@ -69,7 +72,7 @@ class Compiled:
         """From what JSON makes of one's fields."""
         blocks = tuple((kind, count) for kind, count in fields["mma_blocks"])
         before = fields["before_wait"]
-        tuples = {"flushing": tuple(fields["flushing"]), "mma_ended": tuple(fields["mma_ended"])}
+        tuples = {name: tuple(fields[name]) for name in ("flushing", "mma_ended", "half_defined")}
         return cls(
             **{**fields, **tuples, "mma_blocks": blocks, "before_wait": None if before is None else tuple(before)}
         )
@@ -124,6 +127,7 @@ def inspect_binary(binary: Any, log: str) -> Compiled:
         flushing=tuple(sorted(set(re.findall(r"[a-z][\w.]*\.ftz\b[\w.]*", ptx)))),
         before_wait=_before_wait(ptx),
         mma_ended=tuple(_mma_ended(ptx)),
+        half_defined=tuple(_half_defined(ptx)),
         ptx_digest=ptx_digest(ptx),
     )
 
@@ -133,6 +137,17 @@ def _before_wait(ptx: str) -> tuple[str, ...] | None:
     beginning, wait, _ = ptx.partition("griddepcontrol.wait")
     found = re.findall(r"\b(?:ld|st|atom|red|cp)\.(?!param)[\w.:]+", beginning)
     return tuple(sorted(set(found))) if wait else None
+
+
+def _half_defined(ptx: str) -> Iterator[str]:
+    """Registers with the result of a packed conversion which are joined with a register that is written nowhere."""
+    converted = set(re.findall(r"\bcvt\.\w+\.\w+\.e\dm\dx2\.\S+\s+(%rs\d+)", ptx))
+    written = set(re.findall(r"^\s*(?:@!?%p\d+\s+)?\w[\w.:]*\s+(%rs\d+)\b", ptx, re.MULTILINE))
+    for several in re.findall(r"^\s*(?:@!?%p\d+\s+)?\w[\w.:]*\s+\{([^}]*)\}", ptx, re.MULTILINE):
+        written.update(re.findall(r"%rs\d+", several))
+    for low, high in re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), (%rs\d+)\}", ptx):
+        if low in converted and high not in written:
+            yield low
 
 
 def _mma_ended(ptx: str) -> Iterator[bool]:

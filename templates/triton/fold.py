@@ -63,6 +63,15 @@ _E2M3_PTX = tl.constexpr(_fp6_ptx("e2m3"))
 _E3M2_PTX = tl.constexpr(_fp6_ptx("e3m2"))
 _E4M3_PTX = tl.constexpr(one_line(f"{{ {_REGISTERS} {_FACTOR.format(2)}{_word_ptx('$1', '$0')} }}"))
 
+_TO_WORD_PTX = tl.constexpr(
+    one_line("""{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+    mov.b32 $0, {low, high};
+}""")
+)
+
 # A table of the magnitudes times 2**-5, a byte each, on which a step of one in the exponent adds 8 to all but the zero
 # in its lowest byte. Signs are bits 3 of the nibbles, which prmt spreads over bytes. Products and shifts to the left go
 # to another pipeline than the rest, which is the busier one.
@@ -216,17 +225,36 @@ def e4m3_to_float32(byte):
 
 
 @triton.jit
-def float32_to_e4m3(x):
-    """float32 rounded to E4M3 bytes, to nearest even, saturating; a NaN becomes anything."""
-    if _INTERPRETED:  # its own conversion does not round to nearest even
-        bits = tl.minimum(tl.abs(x), 448.0).to(tl.int32, bitcast=True)
-        power = tl.maximum(bits & 0x7F800000, 121 << 23).to(tl.float32, bitcast=True)  # from 2**-6, the least normal
-        total = (bits.to(tl.float32, bitcast=True) + power * 1048576.0).to(tl.int32, bitcast=True)
-        first: tl.constexpr = (121 + 20) << 23
-        code = total + (total >> 20) - (first + (first >> 20))
-        return (code | ((x.to(tl.int32, bitcast=True) >> 31) & 0x80)).to(tl.uint8)
+def words_of_e4m3(y):
+    """float32 (R, C) rounded to E4M3, to nearest even, saturating: (R, C / 4) uint32 of four neighbours each.
+
+    A NaN becomes anything. Inline, for of the bytes that Triton converts one by one ptxas 12.8 mixed some up with the
+    register that stands for an undefined half: see `targets.ptx.Compiled.half_defined`.
+    """
+    shape: tl.constexpr = (y.shape[0], y.shape[1] // 4, 2, 2)
+    if _INTERPRETED:
+        even, odd = tl.split(tl.reshape(float32_to_e4m3(y).to(tl.uint32), shape))
+        low, high = tl.split(even | (odd << 8))
+        words = low | (high << 16)
     else:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        even, odd = tl.split(tl.reshape(y, shape))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        words = tl.inline_asm_elementwise(
+            _TO_WORD_PTX, "=r,f,f,f,f", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return words
+
+
+@triton.jit
+def float32_to_e4m3(x):
+    """float32 as E4M3 bytes, for the interpreter, whose own conversion does not round to nearest even."""
+    bits = tl.minimum(tl.abs(x), 448.0).to(tl.int32, bitcast=True)
+    power = tl.maximum(bits & 0x7F800000, 121 << 23).to(tl.float32, bitcast=True)  # from 2**-6, the least normal
+    total = (bits.to(tl.float32, bitcast=True) + power * 1048576.0).to(tl.int32, bitcast=True)
+    first: tl.constexpr = (121 + 20) << 23
+    code = total + (total >> 20) - (first + (first >> 20))
+    return (code | ((x.to(tl.int32, bitcast=True) >> 31) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from micromix_compile.targets.folded_tiles import AHEAD_ROWS
 from micromix_compile.templates.triton.ahead import let_next_start, prefetch, wait_for_inputs
-from micromix_compile.templates.triton.fold import data_blocks, float32_to_e4m3, one_line, row_blocks
+from micromix_compile.templates.triton.fold import data_blocks, float32_to_e4m3, one_line, row_blocks, words_of_e4m3
 from micromix_compile.templates.triton.fold_blocks import fold_by_blocks, load_order, store_row_scale
 from micromix_compile.templates.triton.reorder_quantize import (
     by_format,
@@ -173,7 +173,7 @@ def _fold_row(y, amax, block, row_scale_ptr, rotated, SCALE_ROUNDING: tl.constex
     y = to_float32(tl.reshape(y, (BLOCKS, 32)))
     if rotated is not None:
         y = rotate_blocks(y, block < rotated)
-    first, second = _as_words(float32_to_e4m3(y * scale))
+    first, second = _words_of_blocks(y * scale)
     return tl.where(is_special, 0, first), tl.where(is_special, 0, second)
 
 
@@ -211,8 +211,8 @@ def _fold(y, amax, block, b4, b46, row_scale_ptr, row, rotated, FP6: tl.constexp
         first = _fold_pairs(a, b, scale, lowest, lift, largest, SCALE_ROUNDING)
         second = _fold_pairs(c, d, scale, lowest, lift, largest, SCALE_ROUNDING)
     else:
-        code = float32_to_e4m3(_round_folded(y, exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING))
-        first, second = _as_words(code)
+        folded = _round_folded(y, exponent, row_exponent, is4, is8, FP6, SCALE_ROUNDING)
+        first, second = _words_of_blocks(folded)
     return first, second
 
 
@@ -245,11 +245,9 @@ def _store_words(first, second, q_ptr, row, b4, b46, blocks, halves, data, width
 
 
 @triton.jit
-def _as_words(code):
-    """Bytes (BLOCKS, 32) -> two (BLOCKS, 4) uint32: every first and every second word of four neighbours."""
-    low, high = tl.split(tl.reshape(code.to(tl.uint32), (code.shape[0], 4, 2, 2, 2)))
-    low, high = tl.split(low | (high << 8))
-    return tl.split(low | (high << 16))
+def _words_of_blocks(y):
+    """float32 (BLOCKS, 32), rounded to E4M3 -> two (BLOCKS, 4) uint32: every first and every second word."""
+    return tl.split(tl.reshape(words_of_e4m3(y), (y.shape[0], 4, 2)))
 
 
 @triton.jit

@@ -96,8 +96,11 @@ def test_rotated_activations_are_those_of_rotated_rows(case: ReorderCase, activa
 
 @given(case=reorder_cases(), activations=activation_formats)
 def test_quantized_activations_have_the_shapes_of_their_own_split(case: ReorderCase, activations: str) -> None:
+    """And memory of their own, as the results of a custom op must."""
     shapes = activation_shapes(case.x.shape[0], activation_split(case.split, activations))
-    assert tuple(part.shape for part in quantized(case, activations)) == shapes
+    parts = quantized(case, activations)
+    assert tuple(part.shape for part in parts) == shapes
+    assert len({part.untyped_storage()._cdata for part in parts}) == len(parts)
 
 
 @pytest.mark.parametrize("rotated", [16, -32, 96])

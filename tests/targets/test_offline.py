@@ -59,6 +59,7 @@ def test_a_bare_trap_and_what_ptxas_says_are_seen() -> None:
         flushing=("mul.ftz.f32",),
         before_wait=None,
         mma_ended=(),
+        half_defined=(),
         ptx_digest=ptx.ptx_digest(text),
     )
     log += "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to it\n"
@@ -85,6 +86,20 @@ def test_matrix_instructions_that_read_registers_are_waited_for_before_the_next_
     assert list(ptx._mma_ended(from_registers + all_ + from_registers + "$L__BB0_2:\n" + all_)) == [False]
     assert list(ptx._mma_ended(from_registers + some + all_ + back + from_registers)) == [True, False]
     assert list(ptx._mma_ended(from_memory + back)) == []
+
+
+def test_packed_conversions_that_are_joined_with_nothing_are_seen() -> None:
+    """ptxas 12.8 made bytes of its stack pointer, 0xFFFC60, of those that it joined so."""
+    convert = "\tcvt.rn.satfinite.e4m3x2.f32  %rs1, %r2, %r3;\n"
+    join = "\tmov.b32 \t%r4, {%rs1, %rs5};\n"
+    assert list(ptx._half_defined(convert + join)) == ["%rs1"]
+    for other in (
+        "\tshr.u16 \t%rs5, %rs6, 8;\n",
+        "\t@%p1 ld.shared.b16 \t%rs5, [%r1];\n",
+        "\tmov.b32 \t{%rs7, %rs5}, %r6;\n",
+    ):
+        assert list(ptx._half_defined(convert + other + join)) == []
+    assert list(ptx._half_defined(join)) == []
 
 
 def test_instructions_are_counted_between_labels_and_branches() -> None:

@@ -334,6 +334,7 @@ def test_quantize_kernels_neither_spill_nor_trap_nor_flush_subnormals(case: Quan
     usual = replace(case, activations="same", rotated=0)
     assert result.spilled_bytes <= QUANTIZER_SPILLS.get(str(usual), SPILL_LIMIT)
     assert not result.trap
+    assert not result.half_defined
     assert not result.mma_blocks
     assert result.shared_bytes <= min(family.shared_memory for family in MIXED_TILES.values())
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if case.producer == "rms_norm" else set())

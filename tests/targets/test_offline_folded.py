@@ -217,6 +217,7 @@ def test_folding_kernels_neither_spill_nor_trap_nor_flush_subnormals(
     assert result.spilled_bytes <= SPILL_LIMIT
     assert result.shared_bytes <= FOLDED_SM_90.shared_memory
     assert not result.trap
+    assert not result.half_defined
     assert not result.mma_blocks
     assert set(result.flushing) <= ({"rsqrt.approx.ftz.f32"} if name.startswith(("rms_norm", "residual")) else set())
 

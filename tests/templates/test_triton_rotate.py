@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import triton
@@ -23,7 +21,7 @@ pytestmark = INTERPRETED
 
 
 @triton.jit
-def rotate_kernel(y_ptr: Any, out_ptr: Any, rotated: Any, blocks: Any, BLOCKS: tl.constexpr) -> None:  # noqa: N803
+def rotate_kernel(y_ptr, out_ptr, rotated, blocks, BLOCKS: tl.constexpr):  # noqa: ANN001, ANN201, N803 - for Triton
     block = tl.arange(0, BLOCKS)
     place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     exists = (block < blocks)[:, None]
