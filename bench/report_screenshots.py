@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 WIDTHS: Final = {"desktop": 1280, "phone": 390}
+PAPER: Final = 1047
+"""Pixels across A4, turned, between margins of 10 mm."""
 SCHEMES: Final = ("light", "dark")
 CHROMIUMS: Final = ("chromium-headless-shell", "chromium", "google-chrome")
 LEAST_CONTRAST: Final = 4.5
@@ -53,16 +55,23 @@ def look(browser: Any, page_file: Path, folder: Path, name: str, scheme: str) ->
     page.on("request", lambda request: request.url == url or wrong.append(f"asks for {request.url[:80]}"))
     page.on("console", lambda message: wrong.append(f"says {message.text}"))
     page.goto(url)
-    if (width := page.evaluate("document.documentElement.scrollWidth")) > WIDTHS[name]:
-        wrong.append(f"is {width} pixels wide on a screen of {WIDTHS[name]}")
+    wrong += _too_wide(page, WIDTHS[name])
     ratio, text = page.evaluate(CONTRASTS)[0]
     if ratio < LEAST_CONTRAST:
         wrong.append(f"has a contrast of {ratio:.1f} at {text!r}, less than {LEAST_CONTRAST}")
     page.screenshot(path=folder / f"{name}-{scheme}.png", full_page=True)
     if (name, scheme) == ("desktop", "light"):
-        page.pdf(path=folder / "print.pdf", format="A4", print_background=True)
+        page.pdf(path=folder / "print.pdf", prefer_css_page_size=True, print_background=True)
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": PAPER, "height": 844})
+        wrong += _too_wide(page, PAPER)
     context.close()
     return [f"{name}, {scheme}: the page {fact}" for fact in wrong]
+
+
+def _too_wide(page: Any, width: int) -> list[str]:
+    found = page.evaluate("document.documentElement.scrollWidth")
+    return [f"is {found} pixels wide where there are {width}"] if found > width else []
 
 
 def main() -> None:

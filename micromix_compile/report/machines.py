@@ -53,8 +53,10 @@ def machines(facts: Facts, names: Sequence[str]) -> list[Machine]:
 
 
 def instructions(product: Product) -> str:
-    """A product's matrix instructions, each with the formats of weights that it takes."""
+    """A product's matrix instructions; where they are several, each with the formats of weights that it takes."""
     by_kind: dict[str, list[str]] = {}
     for name, kind in product.kinds.items():
         by_kind.setdefault(kind, []).append(name)
+    if len(by_kind) == 1:
+        return next(iter(by_kind))
     return "; ".join(f"{kind} ({', '.join(names)})" for kind, names in by_kind.items())
