@@ -45,6 +45,7 @@ SPEED: Final = {
 STYLE: Final = {
     "font.size": 10,
     "svg.hashsalt": "MicroMix",
+    "svg.fonttype": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

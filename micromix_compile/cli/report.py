@@ -61,28 +61,49 @@ def report(
     The page asks for nothing from elsewhere. With --model, errors are measured on text and passes are counted.
     """
     from micromix_compile.report.facts import read
-    from micromix_compile.report.machines import machines
-    from micromix_compile.report.page import Report
-    from micromix_compile.report.pictures import check_matplotlib
-    from micromix_compile.report.pictures import pictures as draw
 
-    check_matplotlib()
-    _check_file(out, overwrite=overwrite)
+    check_page("--out", out, overwrite=overwrite)
     if pictures is not None:
         _check_directory(pictures, overwrite=overwrite)
     facts = read(source)
-    with status("looking at this machine"):
-        found: Sequence[Machine] = machines(facts, target or ())
+    found = devices(facts, target or ())
     measured = None
     if model is not None:
         text = texts.load_texts(data, column=column)
         measured = _measure(source, facts, load(model, dtype, device), text, (windows, window_length))
-    with status("drawing"):
-        made = Report(facts=facts, machines=found, pictures=draw(facts, measured), measured=measured)
-        files.write_atomically(out, made.html().encode())
-        if pictures is not None:
-            _write_pictures(made, pictures)
+    made = write_page(out, facts, found, measured)
+    if pictures is not None:
+        _write_pictures(made, pictures)
     typer.echo(f"{out}: {len(facts.linears)} linears, {facts.stored_bits:.2f} stored bits")
+
+
+def check_page(option: str, path: Path, *, overwrite: bool) -> None:
+    """Raises UsageError unless a page can be written to `path`, and ModuleNotFoundError if what draws it is missing."""
+    from micromix_compile.report.pictures import check_matplotlib
+
+    check_matplotlib()
+    check_output(option, path, is_file=True)
+    if path.is_file():
+        _check_ours(path, overwrite=overwrite)
+
+
+def devices(facts: Facts, names: Sequence[str] = ()) -> list[Machine]:
+    """This machine's and the named ones. Raises ValueError for a name that is none."""
+    from micromix_compile.report.machines import machines
+
+    with status("looking at this machine"):
+        return machines(facts, names)
+
+
+def write_page(path: Path, facts: Facts, found: Sequence[Machine], measured: Measured | None = None) -> Report:
+    """Draws and writes it."""
+    from micromix_compile.report.page import Report
+    from micromix_compile.report.pictures import pictures
+
+    with status("drawing"):
+        made = Report(facts=facts, machines=found, pictures=pictures(facts, measured), measured=measured)
+        files.write_atomically(path, made.html().encode())
+        return made
 
 
 def _measure(source: Path, facts: Facts, loaded: zoo.LoadedModel, text: texts.Texts, size: tuple[int, int]) -> Measured:
@@ -103,13 +124,6 @@ def _write_pictures(made: Report, directory: Path) -> None:
     with files.replace_directory(directory) as fresh:
         for picture in made.pictures:
             (fresh / f"{picture.name}.png").write_bytes(picture.png())
-
-
-def _check_file(path: Path, *, overwrite: bool) -> None:
-    """Raises UsageError unless a page can be written to `path`."""
-    check_output("--out", path, is_file=True)
-    if path.is_file():
-        _check_ours(path, overwrite=overwrite)
 
 
 def _check_directory(path: Path, *, overwrite: bool) -> None:

@@ -10,6 +10,7 @@ from support.command_line import SHORT, run, run_well
 from support.reports import Page
 
 import micromix_compile as micromix
+from micromix_compile.cli import demo
 from micromix_compile.report.page import PASSES
 
 if TYPE_CHECKING:
@@ -114,6 +115,29 @@ def test_only_reports_are_overwritten(recipe_file: Path, tmp_path: Path, no_load
         assert (result.exit_code, fact in result.stderr) == (2, True), result.stderr
     assert letter.read_text("utf-8") == "<p>Dear all"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.html", "link", "photos"]
+
+
+def test_the_demo_replaces_its_own_page_only(recipe_file: Path, tmp_path: Path, no_loading: None) -> None:
+    """It is asked before a model is loaded."""
+    letter, page = tmp_path / "letter.html", tmp_path / "page.html"
+    letter.write_text("<p>Dear all", "utf-8")
+    for place, fact in ((letter, "--overwrite replaces reports"), (tmp_path, "--report must be a file, and")):
+        result = run("demo", "--report", place)
+        assert (result.exit_code, fact in result.stderr) == (2, True), result.stderr
+    run_well("report", recipe_file, "--out", page)
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        raise run("demo", "--report", page).exception or SystemExit
+
+
+def test_what_the_demo_ends_with_is_a_page(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = micromix.Recipe.load(recipe_file)
+    demo._write_report(tmp_path / "page.html", recipe)
+    assert str(tmp_path / "page.html") in capsys.readouterr().out
+    page = page_at(tmp_path / "page.html")
+    assert float(page.values["stored-bits"]) == recipe.stored_bits
+    assert all(f"{name}: native" in page.text for name in demo.GPUS)
 
 
 def test_sources_and_targets_that_are_none_are_one_line(recipe_file: Path, tmp_path: Path, no_loading: None) -> None:
