@@ -69,11 +69,6 @@ class Linear:
         """Of the weight, without padding."""
         return self.in_features * self.out_features
 
-    @property
-    def stored_bits(self) -> float:
-        """Bits a weight with scales and padding; the order, which linears share, is not in it."""
-        return 8 * self.stored_bytes / self.parameters
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
