@@ -28,7 +28,7 @@ ADDED_POLICIES: Final[list[str]] = []
 
 SCALE_ROUNDINGS: Final = tuple(ScaleRounding)
 TARGET_KINDS: Final = ("element", "stored", "time")
-WEIGHT_ROUNDINGS: Final = ("nearest", "gptq")
+WEIGHT_ROUNDINGS: Final = ("nearest", "gptq", "guided")
 WEIGHT_MODES: Final = ("same", "mxfp4")
 UNIFORM_ORDERS: Final = ("model", "sheltered")
 ACTIVATION_MODES: Final = ("auto", *ACTIVATIONS)
@@ -177,7 +177,9 @@ class MicroMixConfig:
         or "all". "auto" rotates those of an activation if the predicted divergence falls by it, which the policy
         "budget" measures; it is "all" for the policy "mxfp4", and "none" for others.
     scale_rounding: "fit", "rceil" (the authors'), "floor" (OCP's) or "even"; see `ScaleRounding`.
-    weight_rounding: "nearest", or "gptq": weights make up for each other's rounding errors on the calibrated inputs.
+    weight_rounding: "nearest"; "gptq": weights make up for each other's rounding errors on the calibrated inputs; or
+        "guided": the same, and a token counts by how much the model's output depends on it, which `calibrate` measures
+        by running all batches backward, too. Without gradients, as in the one-line form, "guided" becomes "gptq".
     scale_search: weights choose between two block exponents by error. Activations always follow `scale_rounding`.
     uniform_order: channels of the policies of one format stay in the order of the "model", or are "sheltered": the
         largest share their blocks with those that lose least by it (see `orders`). Mixed formats sort by size.
@@ -211,7 +213,7 @@ class MicroMixConfig:
     scale_rounding: ScaleRounding = field(
         default=ScaleRounding.FIT, metadata=_takes(SCALE_ROUNDINGS, "How block scales are rounded")
     )
-    weight_rounding: str = field(default="gptq", metadata=_takes(WEIGHT_ROUNDINGS, "How weights are rounded"))
+    weight_rounding: str = field(default="guided", metadata=_takes(WEIGHT_ROUNDINGS, "How weights are rounded"))
     scale_search: bool = field(default=True, metadata=_takes(_is_flag, "Choose the scales of weights by error"))
     uniform_order: str = field(
         default="sheltered", metadata=_takes(UNIFORM_ORDERS, "Order of channels that all have one format")

@@ -19,6 +19,7 @@ MULTI_HEAD_ATTENTION: Final = torch._native_multi_head_attention
 ENTER_AUTOCAST: Final = torch.amp.autocast_mode._enter_autocast
 GROUPED_MM: Final = torch._grouped_mm
 scaled_mm: Final = torch._scaled_mm
+scaled_grouped_mm: Final = torch._scaled_grouped_mm
 
 
 def is_overload(target: object) -> bool:

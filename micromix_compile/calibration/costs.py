@@ -58,7 +58,7 @@ def _sum(activations: Tensor, weights: Tensor, group: GroupRecipe, config: Micro
     """(3, K) float64, of costs (4, C) by `COST_FORMATS`."""
     names = segment_formats(config.fp6)
     of_weights = _rows(weights, names if config.weights == "same" else (names[0],) * 3)
-    if config.weight_rounding == "gptq":
+    if config.weight_rounding != "nearest":
         of_weights = COMPENSATED * of_weights
     per_channel = (_rows(activations, activation_formats(config)) + of_weights).to(torch.float64)
     in_order = torch.zeros(3, group.channel_perm.numel(), dtype=torch.float64, device="cpu")

@@ -18,7 +18,8 @@ OBSERVING: Final = (
 )
 SENSITIVITY: Final = (
     "measuring sensitivity, which runs batches forward and backward",
-    "take shorter batches or fewer sequences in each, or a policy other than 'budget', which needs no gradient",
+    "take shorter batches or fewer sequences in each, or weight_rounding='gptq' with a policy other than 'budget', "
+    "which need no gradient",
 )
 ROUNDING: Final = (
     "rounding weights",

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from micromix_compile.calibration.guided import GuidedMoment
 from micromix_compile.calibration.token_layout import TokenLayout
 from micromix_compile.recipe.types import ChannelStatistics, Threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
 class ChannelObserver:
     """Accumulates a `ChannelStatistics` over calls of `update`.
 
-    name: the linear it observes, for errors. in_features: C. thresholds: what to count. with_moment: also keep the
-    second moment, C * C numbers. with_squares: refuse what float32 cannot square and sum, as for a moment. layout:
-    what is known of the model's linears.
+    name: the linear it observes, for errors. in_features: C. thresholds: what to count. with_squares: refuse what
+    float32 cannot square and sum. layout: what is known of the model's linears.
     """
 
     def __init__(
@@ -32,16 +32,15 @@ class ChannelObserver:
         in_features: int,
         thresholds: Sequence[Threshold],
         *,
-        with_moment: bool = False,
         with_squares: bool = False,
         layout: TokenLayout | None = None,
     ) -> None:
         self.name = name
         self._layout = layout or TokenLayout()
         self.moment: Tensor | None = None
-        """(C, C) float32: the sum of x x^T over the tokens seen, on the device of x; None before the first."""
-        self._with_moment = with_moment
-        self._with_squares = with_squares or with_moment
+        """(C, C) float32: the sum of x x^T over the tokens of `update_moment`, on the device of x; None before any."""
+        self.guided = GuidedMoment()
+        self._with_squares = with_squares
         self.batches = 0
         self.tokens = 0
         self._abs_mean = torch.zeros(in_features, dtype=torch.float32, device="cpu")
@@ -56,6 +55,43 @@ class ChannelObserver:
             flattened from, whose shape counts.
         Raises ValueError if a counted token holds a NaN or an infinity.
         """
+        for rows in self._samples(x, token_mask, source):
+            self._add_sample(rows)
+        self.batches += 1
+
+    def update_moment(self, x: Tensor, token_mask: Tensor | None = None, source: Tensor | None = None) -> None:
+        """Add one batch, given as to `update`, to the moment: C * C numbers."""
+        for rows in self._samples(x, token_mask, source):
+            values = rows.to(torch.float32)
+            if self.moment is None:
+                self.moment = values.new_zeros(values.shape[1], values.shape[1])
+            self.moment = self.moment.to(values.device).addmm_(values.T, values)
+
+    def moment_for(self, weight_rounding: str) -> Tensor:
+        """The moment by which weights are rounded so; zeros if no gradient ever came to these linears' outputs.
+
+        Raises ValueError if gradients were not finite, or their squares are not in float32.
+        """
+        if weight_rounding != "guided":
+            assert self.moment is not None, "moments are kept where weights are rounded"
+            return self.moment
+        moment = self.guided.moment
+        if moment is None:
+            channels = self._abs_mean.numel()
+            return torch.zeros(channels, channels, dtype=torch.float32, device="cpu")
+        if not bool(moment.diagonal().isfinite().all()):
+            raise ValueError(
+                f"gradients at the outputs of {self.name} are not finite, or float32 cannot hold their squares: "
+                f"weight_rounding='gptq' needs none"
+            )
+        return moment
+
+    def forget_moments(self) -> None:
+        """Free them."""
+        self.moment = self.guided.moment = None
+
+    def _samples(self, x: Tensor, token_mask: Tensor | None, source: Tensor | None) -> Iterator[Tensor]:
+        """The tokens that count, a sequence at a time: (T, C)."""
         shape, keep, time_first = self._read(x, token_mask, source)
         keep = None if keep is None or bool(keep.all()) else keep
         samples = x.detach().reshape(*shape, x.shape[-1])
@@ -66,8 +102,7 @@ class ChannelObserver:
         masks = [None] * samples.shape[0] if keep is None else keep.to(x.device)
         for sample, kept in zip(samples, masks, strict=True):
             rows = sample.reshape(-1, sample.shape[-1])
-            self._add_sample(rows if kept is None else rows[kept])
-        self.batches += 1
+            yield rows if kept is None else rows[kept]
 
     def kept(self, x: Tensor, token_mask: Tensor | None, source: Tensor | None = None) -> Tensor | None:
         """What of x (..., C), an input or an output of its linears, is no padding: bool (rows,), None if all counts."""
@@ -98,10 +133,6 @@ class ChannelObserver:
         for threshold in self._below:
             compared = values if threshold.signed else magnitude
             self._below[threshold] += int((compared < threshold.ratio * row_max).sum())
-        if self._with_moment:
-            if self.moment is None:
-                self.moment = values.new_zeros(values.shape[1], values.shape[1])
-            self.moment = self.moment.to(values.device).addmm_(values.T, values)
         torch.maximum(self._abs_mean, mean, out=self._abs_mean)
         torch.maximum(self._abs_max, abs_max, out=self._abs_max)
         self.tokens += rows.shape[0]

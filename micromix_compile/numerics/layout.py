@@ -51,7 +51,10 @@ class RowLayout(NamedTuple):
 
 
 class PackedWeight(NamedTuple):
-    """A quantized (N, C) weight: w4 (N, k4 // 2), w6 (3, N, k6 // 4), w8 (N, k8), w_scale (N, K // 32), uint8."""
+    """A quantized (N, C) weight: w4 (N, k4 // 2), w6 (3, N, k6 // 4), w8 (N, k8), w_scale (N, K // 32), uint8.
+
+    Those of experts have one more dimension in front: (E, N, k4 // 2), (E, 3, N, k6 // 4), and so on.
+    """
 
     w4: Tensor
     w6: Tensor
@@ -115,8 +118,8 @@ def split_of_activation(q4: Shaped, q6: Shaped, q8: Shaped) -> Split:
 
 
 def split_of_weight(w4: Shaped, w6: Shaped, w8: Shaped) -> Split:
-    """The split of the weight that has these parts."""
-    return 2 * w4.shape[1], 4 * w6.shape[2], w8.shape[1]
+    """The split of the weight, or of the experts' weights, that has these parts."""
+    return 2 * w4.shape[-1], 4 * w6.shape[-1], w8.shape[-1]
 
 
 def split_scale(scale: Tensor, split: Split) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The operations that every path meets at, as `torch.library` ops: those of `exact` and those of `folded`."""
+"""The operations that every path meets at, as `torch.library` ops: those of `exact`, of `folded` and of `grouped`."""
 
 from micromix_compile.numerics.producers import rms_norm
 from micromix_compile.ops.exact import (
@@ -15,11 +15,14 @@ from micromix_compile.ops.folded import (
     rms_norm_reorder_fold,
     silu_mul_reorder_fold,
 )
+from micromix_compile.ops.grouped import grouped_folded_mm, grouped_mx_mm
 
 __all__ = [
     "add_rms_norm_reorder_fold",
     "dequantize_weight",
     "folded_mm",
+    "grouped_folded_mm",
+    "grouped_mx_mm",
     "mixed_mx_mm",
     "reorder_fold",
     "reorder_quantize",

@@ -50,8 +50,8 @@ def round_weights(
 ) -> dict[str, PackedWeight]:
     """Round and pack the weights of one group together, as `config` asks (see `rounding`).
 
-    weights: (N, C) by name. moment: (C, C) float32, the sum of x x^T over the calibrated inputs. A weight with a NaN
-    or an infinity is rounded to nearest, which poisons its blocks only.
+    weights: (N, C) by name. moment: (C, C) float32, the sum of x x^T over the calibrated inputs, of which each may
+    have a weight. A weight with a NaN or an infinity is rounded to nearest, which poisons its blocks only.
     """
     finite = {name: weight for name, weight in weights.items() if bool(weight.isfinite().all())}
     packed = {name: pack_weight(weight, group, config) for name, weight in weights.items() if name not in finite}
@@ -68,7 +68,7 @@ def round_weights(
         rotation.rotate_moment(reference.reorder(reference.reorder(moment, perm).T, perm), group.rotated),
         scale_rounding=config.scale_rounding,
         search=config.scale_search,
-        compensate=config.weight_rounding == "gptq",
+        compensate=config.weight_rounding != "nearest",
         steps=target_of(stacked.device).steps,
     )
     for (name, weight), part in zip(finite.items(), rounded.split([len(w) for w in finite.values()]), strict=True):

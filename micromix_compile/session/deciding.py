@@ -44,7 +44,7 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
     observed = _observed(names, groups, with_checksums=observation.rounds_weights)
     target = _target(groups)
     for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
-        recipe = assign(observed, decided(config, target.activations))
+        recipe = assign(observed, decided(observation.feasible(config), target.activations))
         if config.activations == "auto":
             _say_activations(recipe, target)
         if config.rounds_weights:
@@ -142,10 +142,10 @@ def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool
     packed: dict[str, PackedWeight] = {}
     decided = recipe.groups
     for observer, members in track(groups.items(), "rounding weights", show=progress):
-        assert observer.moment is not None, "moments are kept where weights are rounded"
-        packed |= round_weights(_matrices(members), decided[observer.name], observer.moment, recipe.config)
+        matrices, moment = _matrices(members), observer.moment_for(recipe.config.weight_rounding)
+        packed |= round_weights(matrices, decided[observer.name], moment, recipe.config)
         if not keep_moments:
-            observer.moment = None
+            observer.forget_moments()
     return packed
 
 

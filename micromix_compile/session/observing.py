@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
+from micromix_compile.calibration.guided import GuidedMoment
 from micromix_compile.calibration.observer import ChannelObserver
 from micromix_compile.calibration.policies import policy_of
 from micromix_compile.calibration.sensitivity import CostProbe
@@ -24,15 +26,18 @@ class Observation:
     """The observers and probes of a model's linears, which the states of their weights hold.
 
     configs: those that recipes are to be made for; what is measured for all of them follows the first.
-    takes_statistics, takes_costs, takes_gradients: what is measured in the passes to come.
+    takes_statistics, takes_moments, takes_costs, takes_gradients: what is measured in the passes to come. With
+    gradients moments are guided by them. is_guided: whether those were had.
     lock: of what is observed, and of the change from calibrating to quantized.
     """
 
     def __init__(self, names: Names, configs: Sequence[MicroMixConfig]) -> None:
         self.configs = configs
         self.takes_statistics = True
+        self.takes_moments = self.rounds_weights
         self.takes_costs = self.needs_costs
         self.takes_gradients = False
+        self.is_guided = False
         self.lock = threading.RLock()
         self._names = names
         self._pass = threading.local()
@@ -43,6 +48,22 @@ class Observation:
     def rounds_weights(self) -> bool:
         """Whether a config has weights rounded while calibrating."""
         return any(config.rounds_weights for config in self.configs)
+
+    @property
+    def needs_plain_moments(self) -> bool:
+        """Whether one of them has them rounded by moments that gradients don't guide."""
+        return any(config.rounds_weights and config.weight_rounding != "guided" for config in self.configs)
+
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether one of them has them rounded by moments that gradients guide."""
+        return any(config.weight_rounding == "guided" for config in self.configs)
+
+    def feasible(self, config: MicroMixConfig) -> MicroMixConfig:
+        """The config, with the rounding that does without gradients if there were none."""
+        if config.weight_rounding != "guided" or self.is_guided:
+            return config
+        return dataclasses.replace(config, weight_rounding="gptq")
 
     @property
     def needs_costs(self) -> bool:
@@ -68,15 +89,26 @@ class Observation:
             observer = self._observer(states, x)
             if self.takes_statistics:
                 observer.update(x, self.token_mask, source)
-            if self.takes_costs:
-                kept = observer.kept(x, self.token_mask, source)
-                self._probe(states, x).watch_input(x, observer.order(), kept)
+            if self.takes_moments and not self.takes_gradients:
+                observer.update_moment(x, self.token_mask, source)
+            if self.takes_costs or (self.takes_moments and self.takes_gradients):
+                self._watch(x, observer, states, observer.kept(x, self.token_mask, source))
+
+    def _watch(self, x: Tensor, observer: ChannelObserver, states: Sequence[LinearState], kept: Tensor | None) -> None:
+        if self.takes_costs:
+            self._probe(states, x).watch_input(x, observer.order(), kept)
+        if self.takes_moments and self.takes_gradients:
+            observer.guided.watch_input(x, kept)
 
     def output(self, y: Tensor, state: LinearState) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
         with self.lock:
-            if self.takes_costs and state.probe is not None and state.observer is not None:
+            if state.observer is None:
+                return
+            if self.takes_costs and state.probe is not None:
                 state.probe.watch_output(state.name, y, state.observer.kept(y, self.token_mask))
+            if self.takes_moments and self.takes_gradients:
+                state.observer.guided.watch_output(y)
 
     def _observer(self, states: Sequence[LinearState], x: Tensor) -> ChannelObserver:
         """The one that these linears share."""
@@ -87,8 +119,7 @@ class Observation:
                 states[0].name,
                 x.shape[-1],
                 counted,
-                with_moment=self.rounds_weights,
-                with_squares=self.needs_costs,
+                with_squares=self.rounds_weights or self.needs_costs,
                 layout=self._layout,
             )
         for state in states:
@@ -111,15 +142,23 @@ class Observation:
         """The distinct probes made so far."""
         return list(dict.fromkeys(state.probe for state in self._names if state.probe is not None))
 
-    def forget_costs(self) -> None:
-        """Drop what was measured of costs."""
+    def release_batch(self) -> None:
+        """Let go of the last batch that was run backward."""
+        for probe in self.probes():
+            probe.release()
+        for observer in self.observers():
+            observer.guided.release()
+
+    def forget_gradients(self) -> None:
+        """Drop what was measured of costs, and moments that are guided."""
         for state in self._names:
             state.probe = None
+        for observer in self.observers():
+            observer.guided = GuidedMoment()
 
     def release(self) -> None:
         """Let go of all that was observed: second moments are K * K numbers a group."""
-        for probe in self.probes():
-            probe.release()
+        self.release_batch()
         for state in self._names:
             state.observer = state.probe = None
 

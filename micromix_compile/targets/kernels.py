@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics import folding, producers, reference
+from micromix_compile.numerics import folding, grouped, producers, reference
 from micromix_compile.numerics.formats import ScaleRounding
 from micromix_compile.numerics.layout import split_of_weight
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class FoldedWeight(NamedTuple):
-    """A packed weight with its factors and row scales (see `folding`), and the bias or None."""
+    """A packed weight with its factors and row scales (see `folding`), and the bias or None.
+
+    Those of experts have one more dimension in front.
+    """
 
     w4: Tensor
     w6: Tensor
@@ -96,6 +99,22 @@ class FoldedKernels(Protocol):
         """`folding.folded_mm` with weights that are packed: (M, N) of each."""
 
 
+class GroupedKernels(Protocol):
+    """The operations of `ops.grouped`. Both raise TypeError or ValueError for arguments that they don't take."""
+
+    def multiply(
+        self, x: QuantizedActivation, rows: Tensor, offs: Tensor, w: PackedWeight, bias: Tensor | None, fp6: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """`grouped.grouped_mx_mm`."""
+
+    def multiply_folded(
+        self, q: Tensor, row_scale: Tensor, rows: Tensor, offs: Tensor, w: FoldedWeight, fp6: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """`grouped.grouped_folded_mm`."""
+
+
 class PlainExact:
     """The reference itself."""
 
@@ -149,5 +168,24 @@ class PlainFolded:
         return folding.folded_mm(x.q, x.row_scale, folded, [w.bias for w in weights], out_dtype)
 
 
+class PlainGrouped:
+    """What `grouped` says. Waits for the device, to read how many rows each expert has."""
+
+    def multiply(
+        self, x: QuantizedActivation, rows: Tensor, offs: Tensor, w: PackedWeight, bias: Tensor | None, fp6: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """See `GroupedKernels`."""
+        return grouped.grouped_mx_mm(x, rows, offs, w, bias, fp6=fp6, out_dtype=out_dtype)
+
+    def multiply_folded(
+        self, q: Tensor, row_scale: Tensor, rows: Tensor, offs: Tensor, w: FoldedWeight, fp6: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """See `GroupedKernels`."""
+        return grouped.grouped_folded_mm(q, row_scale, rows, offs, *w, fp6=fp6, out_dtype=out_dtype)
+
+
 PLAIN_EXACT: Final = PlainExact()
 PLAIN_FOLDED: Final = PlainFolded()
+PLAIN_GROUPED: Final = PlainGrouped()

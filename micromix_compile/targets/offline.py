@@ -34,6 +34,7 @@ from micromix_compile.numerics.layout import (
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets.exact import mixed_mx_mm_call
 from micromix_compile.targets.folded_tiles import Parts, tiles_of
+from micromix_compile.targets.grouped import grouped_folded_mm_call, grouped_mx_mm_call
 from micromix_compile.targets.hopper import folded_mm_call
 from micromix_compile.targets.kernels import FoldedWeight
 from micromix_compile.targets.ptx import Compiled, inspect_binary
@@ -143,6 +144,51 @@ def folded_mm(
     partial = _meta(1, dtype=torch.float32)
     whole = tiles_of(rows, [columns] * groups, tile) if split_k == 1 else 0
     call = folded_mm_call(x, [weight] * groups, outs, partial, fp6=fp6, tile=tile, parts=Parts(whole, split_k))
+    return kernel_of(call, capability)
+
+
+def grouped_mx_mm(
+    capability: int, tile: Tile, tiles: MixedTiles, *, w_fp4: bool = False, fp6: str = "e2m3", bias: bool = True,
+    experts: int = 128, columns: int = 4096, split: Split = SPLIT, activations: str = "same",
+) -> Kernel:  # fmt: skip
+    """The product with many experts' weights, with one tile; bias and output are bfloat16."""
+    x_shapes = activation_shapes(MANY_ROWS, activation_split(split, activations))
+    w_split = weight_split(split, "mxfp4" if w_fp4 else "same")
+    call = grouped_mx_mm_call(
+        QuantizedActivation(*(_meta(*shape) for shape in x_shapes)),
+        _meta(MANY_ROWS, dtype=torch.int32),
+        _meta(experts, dtype=torch.int32),
+        PackedWeight(*(_meta(experts, *shape) for shape in packed_shapes(columns, w_split))),
+        _meta(experts, columns, dtype=torch.bfloat16) if bias else None,
+        _meta(MANY_ROWS, columns, dtype=torch.bfloat16),
+        fp6=fp6,
+        tiles=tiles,
+        tile=tile,
+    )
+    return kernel_of(call, capability)
+
+
+def grouped_folded_mm(
+    capability: int, tile: FoldedTile, *, fp6: str = "e2m3", bias: bool = True, split_k: int = 1, experts: int = 128,
+    columns: int = 4096, split: Split = SPLIT,
+) -> Kernel:  # fmt: skip
+    """The folded product with many experts' weights, with one tile, shared by `split_k` programs."""
+    w4, w6, w8 = (_meta(experts, *shape) for shape in packed_shapes(columns, split)[:3])
+    factor = _meta(experts, *factor_shape(columns, split))
+    row_scale, offset = _meta(experts, columns, dtype=torch.float32), _meta(experts, columns, dtype=torch.bfloat16)
+    call = grouped_folded_mm_call(
+        _meta(MANY_ROWS, fold_width(split, w_fp4=False)),
+        _meta(MANY_ROWS, dtype=torch.float32),
+        _meta(MANY_ROWS, dtype=torch.int32),
+        _meta(experts, dtype=torch.int32),
+        FoldedWeight(w4, w6, w8, factor, row_scale, offset if bias else None),
+        _meta(MANY_ROWS, columns, dtype=torch.bfloat16),
+        _meta(1, dtype=torch.float32),
+        _meta(1, dtype=torch.int32),
+        fp6=fp6,
+        tile=tile,
+        split=split_k,
+    )
     return kernel_of(call, capability)
 
 

@@ -18,8 +18,17 @@ from micromix_compile.numerics.rounding import PLAIN_STEPS, BlockSteps
 from micromix_compile.targets import cpu
 from micromix_compile.targets.exact import TritonExact
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, PROCESSORS
+from micromix_compile.targets.grouped import TritonGrouped
+from micromix_compile.targets.grouped_tiles import GROUPED_SM_90
 from micromix_compile.targets.hopper import TritonFolded
-from micromix_compile.targets.kernels import PLAIN_EXACT, PLAIN_FOLDED, ExactKernels, FoldedKernels
+from micromix_compile.targets.kernels import (
+    PLAIN_EXACT,
+    PLAIN_FOLDED,
+    PLAIN_GROUPED,
+    ExactKernels,
+    FoldedKernels,
+    GroupedKernels,
+)
 from micromix_compile.targets.rounding import TRITON_STEPS
 from micromix_compile.targets.tiles import BF16, SM_90, SM_100, SM_120, MixedTiles
 
@@ -36,17 +45,18 @@ class Target:
     """What serves the ops on one device, and all that differs by it.
 
     name: for people. emulated: why the work runs as plain PyTorch tensor operations, or None if it doesn't. exact,
-    folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. steps: who rounds a
-    block of weights. passes: which it has of the graph passes that not every device has, pre-grad and post-grad, by
-    name. activations: what calibration there rounds activations to if nobody says (`layout.ACTIVATIONS`): 8 bits, but
-    "same" where MXFP4 is multiplied faster than FP8. Rows that differ by whether products must be exact differ by
-    passes only: operations ask by their device.
+    folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. grouped: who computes
+    those of `ops.grouped`. steps: who rounds a block of weights. passes: which it has of the graph passes that not
+    every device has, pre-grad and post-grad, by name. activations: what calibration there rounds activations to if
+    nobody says (`layout.ACTIVATIONS`): 8 bits, but "same" where MXFP4 is multiplied faster than FP8. Rows that differ
+    by whether products must be exact differ by passes only: operations ask by their device.
     """
 
     name: str
     emulated: str | None = None
     exact: ExactKernels = PLAIN_EXACT
     folded: FoldedKernels = PLAIN_FOLDED
+    grouped: GroupedKernels = PLAIN_GROUPED
     steps: BlockSteps = PLAIN_STEPS
     passes: frozenset[str] = EVERYWHERE
     activations: str = "fp8"
@@ -137,6 +147,7 @@ def _gpu(tiles: MixedTiles) -> Callable[[Device], Target]:
         return Target(
             name=f"{device.model} ({tiles.name}: {tiles.mma})",
             exact=TritonExact(tiles),
+            grouped=TritonGrouped(tiles),
             steps=TRITON_STEPS,
             passes=WITH_TRITON,
             activations="same" if tiles.mode == "scaled" else "fp8",
@@ -148,7 +159,8 @@ def _gpu(tiles: MixedTiles) -> Callable[[Device], Target]:
 def _hopper(device: Device) -> Target:
     """sm_90, exact."""
     tiles = replace(FOLDED_SM_90, processors=device.processors)
-    return replace(_gpu(SM_90)(device), folded=TritonFolded(tiles))
+    grouped = TritonGrouped(SM_90, replace(GROUPED_SM_90, processors=device.processors))
+    return replace(_gpu(SM_90)(device), folded=TritonFolded(tiles), grouped=grouped)
 
 
 def _hopper_folded(device: Device) -> Target:

@@ -46,7 +46,8 @@ def calibrate(
 ) -> Recipe:
     """Run `batches` through `model` and decide the order and split of every linear's input channels.
 
-    The policy "budget" also runs the first batches backward; rounded weights keep K * K numbers a group meanwhile.
+    The policy "budget" also runs the first batches backward, and weights whose rounding is "guided" run all; rounded
+    weights keep K * K numbers a group meanwhile.
 
     batches: mappings of keyword arguments (input_ids, attention_mask, ...), or single tensors passed as they are.
         Tokens where a 2-dimensional attention_mask is 0 are not counted.
@@ -75,20 +76,21 @@ def calibrate_each(
     session.prepare(model)
     if session.is_packed and not session.has_candidates:
         raise ValueError(f"{session.model_id} holds packed linears: calibrate the model that they were made from")
-    first = _FirstTokens(SENSITIVITY_TOKENS)
-    session.observation.takes_costs = False
+    observation = session.observation
+    kept = _KeptBatches(SENSITIVITY_TOKENS, all_of_them=observation.needs_guidance)
+    observation.takes_costs, observation.takes_moments = False, observation.needs_plain_moments
     try:
         with observing(model, partial(compile_observed, session)) as observed:
             with naming_out_of_memory(*OBSERVING), torch.no_grad():
                 for batch in track(batches, "calibrating", show=progress):
-                    first.add(batch)
+                    kept.add(batch)
                     observe_batch(session, observed, batch)
-            if session.observation.needs_costs:
+            if observation.needs_costs or observation.needs_guidance:
                 with naming_out_of_memory(*SENSITIVITY):
-                    _measure_costs(session, model, observed, first.batches, progress)
+                    _measure_sensitivity(session, model, observed, kept, progress)
         yield from session.recipes(progress=progress)
     finally:
-        session.observation.release()
+        observation.release()
 
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -144,66 +146,80 @@ def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping
         raise cause from None
 
 
-class _FirstTokens:
-    """Keeps the first batches, as many as hold `tokens` tokens."""
+class _KeptBatches:
+    """Keeps batches that are to be run again: `all_of_them`, or the first, as many as hold `tokens` tokens.
 
-    def __init__(self, tokens: int) -> None:
+    first: how many those are.
+    """
+
+    def __init__(self, tokens: int, *, all_of_them: bool) -> None:
         self.batches: list[Mapping[str, Any] | Tensor] = []
+        self.first = 0
         self._left = tokens
+        self._all = all_of_them
 
     def add(self, batch: Mapping[str, Any] | Tensor) -> None:
-        if self._left > 0:
+        is_first = self._left > 0
+        if is_first or self._all:
             self.batches.append(batch)
+        if is_first:
+            self.first += 1
             positional, named = _arguments(batch)
             sizes = [value.shape[:2].numel() for value in (*positional, *named.values()) if isinstance(value, Tensor)]
             self._left -= max(sizes, default=1)
 
 
-def _measure_costs(
-    session: Session,
-    model: nn.Module,
-    observed: Callable[..., Any],
-    batches: Sequence[Mapping[str, Any] | Tensor],
-    progress: bool,
+def _measure_sensitivity(
+    session: Session, model: nn.Module, observed: Callable[..., Any], kept: _KeptBatches, progress: bool
 ) -> None:
-    """What each channel costs in each format, from gradients where the model has them, else without."""
+    """What each channel costs in each format, and each token's weight, from gradients if the model has them.
+
+    Without them costs are measured at each linear's own output, and all tokens weigh the same.
+    """
     observation = session.observation
-    observation.takes_statistics, observation.takes_costs = False, True
+    observation.takes_statistics, observation.takes_moments = False, observation.needs_guidance
     try:
         with torch.enable_grad(), _frozen(model):
-            _run_backward(session, observed, track(batches, "measuring sensitivity", show=progress))
+            _run_backward(session, observed, kept, progress)
+        observation.is_guided = observation.needs_guidance
         return
     except RuntimeError as error:
         if not lacks_gradient(error):
             raise
         logger.warning(
-            "%s has no usable gradient (%s): each linear's own output decides where bits go, which is less accurate",
+            "%s has no usable gradient (%s): each linear's own output decides what matters, which is less accurate",
             session.model_id,
             error,
         )
-    observation.forget_costs()
+    observation.forget_gradients()
+    observation.takes_moments = observation.needs_guidance and not observation.needs_plain_moments
     with torch.no_grad():
-        for batch in batches:
+        for batch in _each(session, kept, "measuring without gradients", progress):
             observe_batch(session, observed, batch)
 
 
-def _run_backward(
-    session: Session, observed: Callable[..., Any], batches: Iterable[Mapping[str, Any] | Tensor]
-) -> None:
+def _each(session: Session, kept: _KeptBatches, title: str, progress: bool) -> Iterator[Mapping[str, Any] | Tensor]:
+    """The kept batches; costs are taken of the first only."""
+    observation = session.observation
+    for index, batch in enumerate(track(kept.batches, title, show=progress)):
+        observation.takes_costs = observation.needs_costs and index < kept.first
+        if observation.takes_costs or observation.takes_moments:
+            yield batch
+
+
+def _run_backward(session: Session, observed: Callable[..., Any], kept: _KeptBatches, progress: bool) -> None:
     """Raises RuntimeError for a model without gradients."""
     observation = session.observation
     observation.takes_gradients = True
     generator = torch.Generator().manual_seed(session.config.seed)
     try:
-        for batch in batches:
+        for batch in _each(session, kept, "measuring sensitivity", progress):
             output = observe_batch(session, observed, batch)
             if not pull_back(output, observation.token_mask, generator):
                 raise RuntimeError("its output has no gradient")
-            for probe in observation.probes():
-                probe.release()
+            observation.release_batch()
     finally:
-        for probe in observation.probes():
-            probe.release()
+        observation.release_batch()
         observation.takes_gradients = False
 
 

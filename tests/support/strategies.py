@@ -175,6 +175,23 @@ def matmul_cases(draw: st.DrawFn) -> MatmulCase:
     return MatmulCase(x, weight, bias, draw(splits(channels)), draw(fp6_formats))
 
 
+class Routing(NamedTuple):
+    """Which row of an activation each output row reads, and where each expert's output rows end: int32 both."""
+
+    rows: Tensor
+    offs: Tensor
+
+
+@st.composite
+def routings(draw: st.DrawFn, tokens: int, experts: int) -> Routing:
+    """Any: experts without rows, all rows to one, tokens that go to several or to none, rows behind the last expert."""
+    counts = draw(st.lists(st.integers(0, 5), min_size=experts, max_size=experts))
+    behind = draw(st.integers(0, 2))
+    rows = draw(st.lists(st.integers(0, tokens - 1), min_size=sum(counts) + behind, max_size=sum(counts) + behind))
+    offs = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Routing(torch.tensor(rows, dtype=torch.int32), offs)
+
+
 def hostile_rows(rows: int, channels: int, dtype: torch.dtype, seed: int, center: int) -> Tensor:
     """(rows, channels) of magnitudes around 2**center, with zeros, ties, subnormals, NaN and infinities among them."""
     generator = torch.Generator().manual_seed(seed)

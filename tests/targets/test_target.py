@@ -265,7 +265,11 @@ OWNERS = {
     "multi_processor_count": {"micromix_compile/targets/target.py"},
     "expand_from": {"micromix_compile/targets/folded_tiles.py", "lowering/folded.py"},  # to guard symbolic rows
     "max_expanded": {"micromix_compile/targets/folded_tiles.py"},
-    "processors": {"micromix_compile/targets/folded_tiles.py", "micromix_compile/targets/target.py"},
+    "processors": {
+        "micromix_compile/targets/folded_tiles.py",
+        "micromix_compile/targets/grouped_tiles.py",
+        "micromix_compile/targets/target.py",
+    },
     "widen_fp4": {"micromix_compile/targets/tiles.py"},
     "do_not_specialize": {"micromix_compile/targets/offline.py"},
 }

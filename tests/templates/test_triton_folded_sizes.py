@@ -60,8 +60,8 @@ SIZES += [(129, 257, 8192), (300, 152, 18944), (1000, 999, 2048), (16, 16_000, 5
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", range(len(SIZES)))
 @pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("index", range(len(SIZES)))  # of one size one after the other: their kernels are the same
 def test_no_size_is_special(index: int, shares: tuple[float, float]) -> None:
     """With what `folded_mm` chooses for few rows, and with every tile and number of parts."""
     rows, columns, channels = SIZES[index]

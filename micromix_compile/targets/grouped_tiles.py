@@ -1,0 +1,75 @@
+"""Which tile a product with many experts' weights takes, and how many tiles there can be: decided here and only here.
+
+How many rows each expert has is known on the device only. What is known is how many all have, R, and of how many
+experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from micromix_compile.targets.folded_tiles import MAX_LONG_SPLIT, PROCESSORS, PROGRAMS, FoldedTile, Sizes
+
+
+def rows_to_hold(rows: int, experts: int) -> int:
+    """The rows of one expert that its tile should hold: half as many again as the mean, for routers are uneven.
+
+    A further row of tiles unpacks a weight once more, which costs more than rows of a tile that stay empty.
+    """
+    return -(-3 * rows // (2 * experts))
+
+
+def most_row_tiles(rows: int, experts: int, block_m: int) -> int:
+    """Rows of tiles of `block_m` rows that any distribution of the rows over experts, or over none, may need."""
+    groups = min(rows, experts + 1)
+    return groups + (rows - groups) // block_m
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedTiles:
+    """What decides for folded products of one kind of GPU.
+
+    whole, shared: tiles by the rows that they should hold; the shared where programs share each tile. processors: of
+    the device.
+    """
+
+    whole: Sizes
+    shared: Sizes
+    processors: int = PROCESSORS
+
+    @property
+    def tiles(self) -> tuple[FoldedTile, ...]:
+        """All of them."""
+        return tuple(dict.fromkeys(tile for _, tile in (*self.whole, *self.shared)))
+
+    def tile_for(self, rows: int, experts: int, columns: int, channels: int) -> tuple[FoldedTile, int]:
+        """The tile for R = rows in all, and how many programs share each: more than one only where tiles are few.
+
+        channels: bytes of a folded row. The rows may be fewer experts' than there are, so tiles are counted as if each
+        row were another expert's.
+        """
+        hold = rows_to_hold(rows, experts)
+        tile = next(tile for most, tile in self.whole if hold <= most)
+        tiles = most_row_tiles(rows, experts, tile.BLOCK_M) * -(-columns // tile.BLOCK_N)
+        shared = next((one for most, one in self.shared if hold <= most), None)
+        if shared is None:
+            return tile, 1
+        programs = PROGRAMS * self.processors
+        split = min(programs // max(tiles, 1), channels // (2 * shared.BLOCK_K), MAX_LONG_SPLIT)
+        return (shared, split) if split > 1 else (tile, 1)
+
+
+_ANY: Final = 1 << 62
+
+# Not swept yet: the sizes are those of `folded_tiles`, which were, for products of one weight.
+GROUPED_SM_90: Final = GroupedTiles(
+    whole=(
+        (16, FoldedTile(16, 64, 256, 4, 3)),
+        (32, FoldedTile(32, 64, 128, 4, 3)),
+        (64, FoldedTile(64, 64, 128, 4, 3, SUM_STEPS=False)),
+        (128, FoldedTile(128, 64, 128, 4, 3, SUM_STEPS=False)),
+        (_ANY, FoldedTile(256, 64, 128, 4, 3, SUM_STEPS=False)),
+    ),
+    shared=((16, FoldedTile(16, 64, 256, 4, 3, SUM_STEPS=False, SEGMENT_START=1)),),
+)
