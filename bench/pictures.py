@@ -34,6 +34,7 @@ ACCURACY: Final = {
     "the paper's method": (COLOURS["MXFP8"], "^"),
     "ours, activations in their weights' formats": (COLOURS["MXFP6"], "D"),
     "ours, 8-bit activations": (COLOURS["MXFP4"], "o"),
+    "ours, 8-bit activations, guided rounding": ("#117733", "*"),
 }
 # Of which series the points have names, how far away, and turned by how much.
 LABELLED: Final = {"one format": ((6, 4), 0), "the paper's method": ((-1, 6), 30)}
@@ -72,7 +73,7 @@ def accuracy() -> Figure:
         points = sorted(
             (float(row["stored_bits"]), float(row["perplexity"]), row["what"]) for row in rows if row["series"] == name
         )
-        linestyle = "none" if name == "one format" else "-"
+        linestyle = "-" if len(points) > 2 and name != "one format" else "none"
         bits, perplexity, texts = zip(*points, strict=True)
         axes.plot(bits, perplexity, linestyle=linestyle, color=colour, marker=marker, label=name)
         for point, text in zip(zip(bits, perplexity, strict=True), texts, strict=True) if name in LABELLED else ():
