@@ -47,7 +47,7 @@ def test_a_recipe_and_the_checkpoint_packed_by_it_have_the_same_numbers(
 def test_errors_are_measured_beside_the_model_as_eval_does(
     small_model: Path, recipe_file: Path, packed_model: Path, tmp_path: Path
 ) -> None:
-    """Of a checkpoint, too, whose bytes are the recipe's; compiled it may sum norms in another order."""
+    """Of a checkpoint, too, whose bytes are the recipe's; compiled it may sum norms in another order, which moves codes."""
     text = ("--windows", 1, *SHORT, "--dtype", "float32")
     run_well(
         "eval", "--model", small_model, "--recipe", recipe_file, "--rows", "micromix", "--json", tmp_path / "j", *text
@@ -61,8 +61,8 @@ def test_errors_are_measured_beside_the_model_as_eval_does(
     assert [float(recipe.values[name]) for name in ("perplexity", "kl", "top1")] == [
         row["perplexity"], row["kl"], row["top1"],
     ]  # fmt: skip
-    for name in ("perplexity", "unquantized", "kl"):
-        assert float(packed.values[name]) == pytest.approx(float(recipe.values[name]), rel=0.02)
+    for name, apart in (("unquantized", 0.0), ("perplexity", 0.001), ("kl", 0.5)):
+        assert float(packed.values[name]) == pytest.approx(float(recipe.values[name]), rel=apart)
     counts = {name: int(recipe.values[f"pass-{name}"]) for name in PASSES}
     assert counts == {
         **dict.fromkeys(PASSES, 0), "find_linears": 7, "rewrite_linears": 7, "share_activations": 3, "fuse_rms_norm": 2,
