@@ -47,7 +47,7 @@ def test_a_recipe_and_the_checkpoint_packed_by_it_have_the_same_numbers(
 def test_errors_are_measured_beside_the_model_as_eval_does(
     small_model: Path, recipe_file: Path, packed_model: Path, tmp_path: Path
 ) -> None:
-    """Of a checkpoint, too, whose bytes are the recipe's; compiled it may sum norms in another order, which moves codes."""
+    """Of a checkpoint, too, whose bytes are the recipe's; compiled it may sum norms in another order."""
     text = ("--windows", 1, *SHORT, "--dtype", "float32")
     run_well(
         "eval", "--model", small_model, "--recipe", recipe_file, "--rows", "micromix", "--json", tmp_path / "j", *text
