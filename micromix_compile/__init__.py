@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.integrations.checkpoint import seal
     from micromix_compile.integrations.convert import convert, load_converted
+    from micromix_compile.linear.experts import MicroMixExperts
     from micromix_compile.linear.packed import MicroMixLinear
     from micromix_compile.recipe.types import Recipe
     from micromix_compile.session.registry import recipe_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "MicroMixConfig",
+    "MicroMixExperts",
     "MicroMixLinear",
     "Recipe",
     "assign",
@@ -46,6 +48,7 @@ __all__ = [
 
 _HOMES = {
     "MicroMixConfig": "config",
+    "MicroMixExperts": "linear.experts",
     "MicroMixLinear": "linear.packed",
     "Recipe": "recipe.types",
     "assign": "calibration.assignment",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from micromix_compile.targets.target import target_of
 
@@ -17,11 +17,25 @@ if TYPE_CHECKING:
     from micromix_compile.targets.target import Target
 
 
+class Routing(NamedTuple):
+    """Which rows a grouped product multiplies by which of its experts' matrices.
+
+    offs: (E,), where each expert's output rows end. rows: (R,), which row of x each output row reads; None where x has
+    them in that order already. tokens: (R,), which of the layer's tokens each output row is of; None where that is not
+    known.
+    """
+
+    offs: fx.Node
+    rows: fx.Node | None
+    tokens: fx.Node | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSite:
     """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`.
 
-    operand: what node reads of the weight: itself, or its transpose made in the graph.
+    operand: what node reads of the weight: itself, or its transpose made in the graph. routing: of a product with a
+    layer's experts, whose weight holds a matrix each; x then holds the rows before they are sorted by expert.
     """
 
     node: fx.Node
@@ -31,16 +45,17 @@ class LinearSite:
     bias: fx.Node | None
     transposed: bool
     parameter: nn.Parameter
+    routing: Routing | None = None
 
     @property
     def in_features(self) -> int:
         """Input channels C."""
-        return self.parameter.shape[0 if self.transposed else 1]
+        return self.parameter.shape[-2 if self.transposed else -1]
 
     @property
     def out_features(self) -> int:
         """Output channels N."""
-        return self.parameter.shape[1 if self.transposed else 0]
+        return self.parameter.shape[-1 if self.transposed else -2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +88,15 @@ class Owner(Protocol):
         """How to rewrite the linear, or None while it isn't calibrated."""
 
     def observe(
-        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None
-    ) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None,
+        routings: Sequence[Sequence[Tensor | None] | None],
+    ) -> None:  # fmt: skip
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
 
-    def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
+        routings: for each weight that is of experts the tensors of its `Routing`, None for others.
+        """
+
+    def observe_output(self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:

@@ -34,11 +34,12 @@ def split_by_budget(recipe: Recipe) -> dict[str, Split]:
     Raises ValueError if calibration did not measure costs, or if not even the smallest formats fit.
     """
     config = recipe.config
-    outputs = dict.fromkeys(recipe.groups, 0)
+    stored = config.target_kind == "stored"
+    outputs = dict.fromkeys(recipe.groups, 0.0)
     for linear in recipe.linears.values():
-        outputs[linear.group.name] += linear.out_features
+        outputs[linear.group.name] += linear.out_features * ((linear.experts or 1) if stored else linear.runs)
     candidates = [_candidates(group, outputs[name], config) for name, group in recipe.groups.items()]
-    budget = float(config.target_bits) * recipe.parameters
+    budget = float(config.target_bits) * (recipe.parameters if stored else recipe.macs)
     try:
         splits = solve_budget(candidates, budget, config.granularity)
     except ValueError as error:
@@ -82,8 +83,11 @@ class _Step:
     price: float
 
 
-def _candidates(group: GroupRecipe, outputs: int, config: MicroMixConfig) -> Candidates:
-    """What one group offers to the budget; `outputs` is the sum of N over its linears."""
+def _candidates(group: GroupRecipe, outputs: float, config: MicroMixConfig) -> Candidates:
+    """What one group offers to the budget; `outputs` is the sum of N over its linears.
+
+    Where bytes count, those of each expert; where multiply-accumulates do, those of the experts that a token runs.
+    """
     costs = costs_in_order(group, config)
     rotated = rotated_costs(group, config)
     channels, in_features = group.channel_perm.numel(), group.statistics.abs_mean.numel()

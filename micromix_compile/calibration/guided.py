@@ -43,6 +43,8 @@ class GuidedMoment:
         def backward(_: Tensor) -> None:
             # Of x, which autograd reaches behind all outputs of the group.
             kept = importance if token_mask is None else importance * token_mask.to(importance.device).reshape(-1)
+            if not bool(kept.any()):  # as of experts, which have moments of their own
+                return
             if self.moment is None:
                 self.moment = rows.new_zeros(rows.shape[1], rows.shape[1])
             self.moment.addmm_((rows * kept[:, None]).T, rows)

@@ -109,6 +109,13 @@ class ChannelObserver:
         keep = self._read(x, token_mask, source).keep
         return None if keep is None else keep.reshape(-1)
 
+    def kept_tokens(self, token_mask: Tensor | None) -> Tensor | None:
+        """What of a layer's tokens, flattened as its linears get them, is no padding: bool (T,), None if unknown."""
+        if token_mask is None:
+            return None
+        keep = self._layout.read(self.name, (token_mask.numel(),), token_mask).keep
+        return None if keep is None else keep.reshape(-1)
+
     def _read(self, x: Tensor, token_mask: Tensor | None, source: Tensor | None) -> Tokens:
         return self._layout.read(self.name, (x if source is None else source).shape[:-1], token_mask)
 

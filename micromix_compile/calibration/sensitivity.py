@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from micromix_compile.calibration.experts import expert_name
 from micromix_compile.calibration.memory import is_out_of_memory
 from micromix_compile.numerics import rotation
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding, elem_format
@@ -29,6 +30,7 @@ from micromix_compile.recipe.types import COST_FORMATS, ChannelCosts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from micromix_compile.calibration.experts import Routed
 
 _ROUNDED = tuple((name, rotate) for rotate in (False, True) for name in COST_FORMATS)
 """What costs are measured of: element formats, and whether blocks are rotated."""
@@ -43,25 +45,28 @@ class CostProbe:
     def __init__(self, in_features: int, scale_rounding: ScaleRounding, *, gradients: bool) -> None:
         self.gradients = gradients
         self._scale_rounding = scale_rounding
-        self._tokens = 0
+        self._tokens = self._rows = 0
         self._error = torch.zeros(len(_ROUNDED), in_features, dtype=torch.float64, device="cpu")
         self._energy = torch.zeros(in_features, dtype=torch.float64, device="cpu")
         self._output_energy: dict[str, Tensor] = {}  # per linear (N,), without gradients
+        self._reached: dict[str, int] = {}  # how many rows each expert read
         self._information: dict[str, Tensor] = {}  # per linear (N, C), with them: sums of g_n**2 x_c**2
         self._squares: Tensor | None = None  # of the last input
         self._leaves: list[Tensor] = []
 
-    def watch_input(self, x: Tensor, order: Tensor, token_mask: Tensor | None) -> None:
+    def watch_input(self, x: Tensor, order: Tensor, token_mask: Tensor | None, tokens: int | None = None) -> None:
         """Take note of a group's input.
 
         x: (..., C) float; with gradients it is made to require them. order: (C,) int64, channels as they will be
-        blocked. token_mask: what of x counts, of shape x.shape[:-1], or None.
+        blocked. token_mask: what of x counts, of shape x.shape[:-1], or None. tokens: how many tokens these rows are
+        of, where several may be one token's, as those that experts read.
         """
         # A copy: the model may change x in place before the backward pass.
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=self.gradients)
         keep = None if token_mask is None else token_mask.to(x.device, torch.bool).reshape(-1)
-        self._tokens += rows.shape[0] if keep is None else int(keep.sum())
         counted = rows if keep is None else rows[keep]
+        self._tokens += counted.shape[0] if tokens is None else tokens
+        self._rows += counted.shape[0]
         self._energy += _energy(counted)
         self._squares = rows.square() if self.gradients else None
         if not self.gradients:
@@ -96,6 +101,24 @@ class CostProbe:
             assert squares is not None, "a linear has an input"
             y.register_hook(lambda gradient: self._add_information(name, gradient, squares))
 
+    def watch_expert_outputs(self, name: str, y: Tensor, routed: Routed) -> None:
+        """Take note of the output (R, N) of the product with the experts' weight called `name`."""
+        squares = self._squares
+        for expert, own in enumerate(routed.outputs):
+            one = expert_name(name, expert)
+            self._reached[one] = self._reached.get(one, 0) + len(own)
+            if not self.gradients:
+                energy = _energy(y.detach()[own].to(torch.float32))
+                self._output_energy[one] = self._output_energy.get(one, torch.zeros_like(energy)) + energy
+        if self.gradients and y.requires_grad:
+            assert squares is not None, "a product has an input"
+
+            def backward(gradient: Tensor) -> None:
+                for expert, (own, read) in enumerate(zip(routed.outputs, routed.inputs, strict=True)):
+                    self._add_information(expert_name(name, expert), gradient[own], squares[read])
+
+            y.register_hook(backward)
+
     def _add_information(self, name: str, gradient: Tensor, squares: Tensor) -> None:
         slopes = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
         if name not in self._information:
@@ -108,7 +131,10 @@ class CostProbe:
         return [rounding_errors(rows, order, name, self._scale_rounding, rotate=rotate) for name, rotate in _ROUNDED]
 
     def costs(self, weights: Mapping[str, Tensor], order: Tensor) -> ChannelCosts:
-        """The costs so far. weights: (N, C) by the names of the group's linears."""
+        """The costs so far. weights: (N, C) by the names of the group's linears, and of experts.
+
+        Of an expert, what rounding its input costs is taken to be its share of the rows.
+        """
         tokens = max(self._tokens, 1)
         activations = self._error / (2 * tokens) if self.gradients else torch.zeros_like(self._error)
         of_weights = torch.zeros_like(self._error)
@@ -117,9 +143,11 @@ class CostProbe:
             if name in self._information:
                 of_weights += self._weighted(self._information[name] / (2 * tokens), matrix, order)
             elif name in self._output_energy:
+                share = self._reached.get(name, self._rows) / max(self._rows, 1)
                 total = (self._output_energy[name] / tokens).sum().clamp(min=torch.finfo(torch.float32).tiny)
-                activations += self._error / tokens * _energy(matrix) / total
-                of_weights += self._weighted(torch.ones_like(matrix), matrix, order) * self._energy / tokens / total
+                activations += self._error / tokens * _energy(matrix) / total * share**2
+                plain = self._weighted(torch.ones_like(matrix), matrix, order)
+                of_weights += plain * self._energy / tokens / total * share**2
         if not bool(activations.isfinite().all() and of_weights.isfinite().all()):
             raise ValueError(
                 f"the sensitivity of {next(iter(weights), 'a linear')} is not finite: a gradient or an output holds a "

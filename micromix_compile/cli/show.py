@@ -47,7 +47,12 @@ def print_text(label: str, text: str) -> None:
 def summary(recipe: Recipe) -> str:
     """A recipe in a line."""
     padded = f", {len(recipe.padded)} padded to whole blocks of 32 channels" if recipe.padded else ""
-    return f"{len(recipe.linears)} linears, {recipe.bits_text}, {recipe.stored_bytes / 2**20:.1f} MiB{padded}"
+    experts = sum(linear.experts is not None for linear in recipe.linears.values())
+    held = f" ({experts} of experts)" if experts else ""
+    few = sum(map(len, recipe.starved.values()))
+    starved = f", {few} matrices of experts rounded to nearest for want of tokens" if few else ""
+    bits = f"{recipe.bits_text}, {recipe.stored_bytes / 2**20:.1f} MiB"
+    return f"{len(recipe.linears)} linears{held}, {bits}{padded}{starved}"
 
 
 def table(results: Sequence[RowResult], title: str) -> Table:

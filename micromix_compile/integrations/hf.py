@@ -30,13 +30,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.integrations import checkpoint
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
+from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.recipe.file import check_order
 from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
-from micromix_compile.verbs.quantize import share_orders
+from micromix_compile.verbs.quantize import order_of, share_orders
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 logger = logging.getLogger("micromix_compile")
@@ -48,6 +51,7 @@ _LINEARS: Final = Each(
     {
         "in_features": integer(1),
         "out_features": integer(1),
+        "experts": integer(1, optional=True),
         "split": Rule(
             "three multiples of 32",
             lambda split: (
@@ -106,32 +110,25 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
         config = MicroMixConfig.from_file(self.quantization_config.config)
         self.quantization_config.linears = _names_here(model, self.quantization_config.linears)
         layouts = self._layouts = dict[str, _Layout]()
-        for fqn, described in self.quantization_config.linears.items():
-            parent, _, child = fqn.rpartition(".")
-            try:
-                packed = _empty_linear(model.get_submodule(fqn), described, config)
-            except (AttributeError, TypeError, ValueError) as error:
-                raise ValueError(f"quantization_config.linears[{fqn!r}] does not fit this model: {error!r}") from error
-            setattr(model.get_submodule(parent), child, packed)
+        linears = self.quantization_config.linears
+        for holder, weights in holders_of(linears).items():
+            layouts[holder] = _layout(_put_empty(model, holder, empty_experts, weights, config))
+        for fqn in (fqn for fqn, described in linears.items() if "experts" not in described):
+            packed = _put_empty(model, fqn, _empty_linear, linears[fqn], config)
             layouts[fqn] = _layout(packed)
             _await_tensors(packed, scale="weight_scale" if self.quantization_config.schema_version == 1 else "weight")
             getattr(model, "all_tied_weights_keys", {}).pop(f"{fqn}.weight", None)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        linears = {fqn: model.get_submodule(fqn) for fqn in self.quantization_config.linears}
-        first: dict[str, Tensor] = {}
-        for fqn, module in linears.items():
-            assert isinstance(module, MicroMixLinear), f"{fqn} was replaced before loading"
-            _take_tensors(module)
+        packed = {fqn: model.get_submodule(fqn) for fqn in self._layouts}
+        for fqn, module in packed.items():
+            if isinstance(module, MicroMixLinear):
+                _take_tensors(module)
             _check_loaded(fqn, module, self._layouts[fqn])
-            group = self.quantization_config.linears[fqn]["group"]
-            if not torch.equal(module.order.channel_perm, first.setdefault(group, module.order.channel_perm)):
-                raise ValueError(
-                    f"{fqn}.order.channel_perm must be the order of its group {group}: copy the checkpoint"
-                )
+        _check_orders(model, self.quantization_config.linears)
         self.quantization_config.schema_version = SCHEMA_VERSION  # in which it is saved
         share_orders(model, {fqn: d["group"] for fqn, d in self.quantization_config.linears.items()})
-        for module in linears.values():
+        for module in packed.values():
             module.compact()  # type: ignore[operator]
         return model
 
@@ -151,6 +148,17 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Any dtype of activations works; what the checkpoint says is kept."""
         return dtype
+
+
+def _put_empty(model: nn.Module, fqn: str, make: Callable[..., Any], described: Any, config: MicroMixConfig) -> Any:
+    """What `make` makes of a module and of what is said of it, put in the module's place."""
+    parent, _, child = fqn.rpartition(".")
+    try:
+        packed = make(model.get_submodule(fqn), described, config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"quantization_config.linears[{fqn!r}] does not fit this model: {error!r}") from error
+    setattr(model.get_submodule(parent), child, packed)
+    return packed
 
 
 def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMixConfig) -> MicroMixLinear:
@@ -180,12 +188,12 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
     )
 
 
-def _layout(module: MicroMixLinear) -> _Layout:
+def _layout(module: nn.Module) -> _Layout:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in module.named_buffers()}
 
 
-def _check_loaded(fqn: str, module: MicroMixLinear, layout: _Layout) -> None:
-    """Raise ValueError unless all of a packed linear came from the checkpoint, in its shapes; names the tensor.
+def _check_loaded(fqn: str, module: nn.Module, layout: _Layout) -> None:
+    """Raise ValueError unless all of a packed module came from the checkpoint, in its shapes; names the tensor.
 
     transformers fills with anything what it does not find, and some of its versions take any shape.
     """
@@ -195,10 +203,21 @@ def _check_loaded(fqn: str, module: MicroMixLinear, layout: _Layout) -> None:
         if (tensor.dtype, tuple(tensor.shape)) != layout[name]:
             wanted = f"{layout[name][0]} {layout[name][1]}"
             raise ValueError(f"{fqn}.{name} must be {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
-    try:
-        check_order(module.order.channel_perm.cpu(), module.in_features, f"{fqn}.order.channel_perm")
-    except FieldError as error:
-        raise ValueError(f"the checkpoint is not whole: {error}") from error
+
+
+def _check_orders(model: nn.Module, linears: dict[str, Any]) -> None:
+    """Raise ValueError unless the order of each packed weight is one of its channels, and that of its group."""
+    first: dict[str, Tensor] = {}
+    for fqn, described in linears.items():
+        holder, attribute = order_of(model, fqn)
+        perm, group = getattr(holder, attribute).channel_perm, described["group"]
+        name = f"{fqn}{attribute.removeprefix(fqn.rpartition('.')[2])}" if "experts" in described else f"{fqn}.order"
+        try:
+            check_order(perm.cpu(), described["in_features"], f"{name}.channel_perm")
+        except FieldError as error:
+            raise ValueError(f"the checkpoint is not whole: {error}") from error
+        if not torch.equal(perm, first.setdefault(group, perm)):
+            raise ValueError(f"{name}.channel_perm must be the order of its group {group}: copy the checkpoint")
 
 
 def _await_tensors(packed: MicroMixLinear, *, scale: str) -> None:
@@ -230,11 +249,11 @@ def _names_here(model: nn.Module, linears: dict[str, Any]) -> dict[str, Any]:
     A head that it does not have is left out; any other name that fits nowhere stays.
     """
     prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
+    here = {*dict(model.named_modules()), *dict(model.named_parameters())}
     has_heads = any(fqn.startswith(prefix) for fqn in linears)
     found = {}
     for fqn, described in linears.items():
-        names = [name for name in (fqn, fqn.removeprefix(prefix), prefix + fqn) if name in modules]
+        names = [name for name in (fqn, fqn.removeprefix(prefix), prefix + fqn) if name in here]
         if names or not has_heads or fqn.startswith(prefix):
             found[names[0] if names else fqn] = described
     return found
@@ -258,7 +277,8 @@ def _sealing(save: Any) -> Any:
             return save(self, *args, **kwargs)
         if given.arguments.get("push_to_hub"):
             raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
-        result = save(self, *args, **kwargs)
+        with own_names(self):
+            result = save(self, *args, **kwargs)
         if given.arguments.get("is_main_process", True):
             checkpoint.seal(given.arguments["save_directory"])
         return result

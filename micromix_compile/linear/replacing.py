@@ -54,21 +54,23 @@ def why_not_replaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
         return "it is parametrized (torch.nn.utils.parametrize)"
     if not is_linear_module(module):
         return f"it is a {type(module).__module__}.{type(module).__qualname__}, not an nn.Linear"
-    return _why_special(module)
+    if special := why_special(module):
+        return special
+    others = [*module._parameters, *module._buffers, *module._modules]
+    own = [name for name in others if name not in ("weight", "bias")]
+    if own:
+        return f"it holds more than a weight and a bias: {own[0]}"
+    return None
 
 
-def _why_special(module: nn.Module) -> str | None:
-    """What an instance of a linear's class has that a packed one would lose."""
+def why_special(module: nn.Module) -> str | None:
+    """What an instance of a class has that a packed one would lose."""
     if "forward" in vars(module):
         return "its forward is overridden on the instance"
     if vars(module).get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
     if any(vars(module).get(name) for name in _STATE_HOOKS):
         return "it has hooks on its state dict, which expect a plain weight"
-    others = [*module._parameters, *module._buffers, *module._modules]
-    own = [name for name in others if name not in ("weight", "bias")]
-    if own:
-        return f"it holds more than a weight and a bias: {own[0]}"
     return None
 
 

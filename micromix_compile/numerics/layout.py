@@ -106,10 +106,11 @@ def activation_shapes(rows: Any, split: Split) -> tuple[tuple[Any, int], ...]:
     return (rows, k4 // 2), (rows, k6), (rows, k8), (rows, sum(split) // BLOCK_SIZE)
 
 
-def packed_shapes(n: Any, split: Split) -> tuple[tuple[Any, ...], ...]:
-    """The shapes of a `PackedWeight` of n rows: w4, w6, w8 and w_scale."""
+def packed_shapes(n: Any, split: Split, experts: int | None = None) -> tuple[tuple[Any, ...], ...]:
+    """The shapes of a `PackedWeight` of n rows: w4, w6, w8 and w_scale. experts: how many, if it is of experts."""
     k4, k6, k8 = split
-    return (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, sum(split) // BLOCK_SIZE)
+    shapes = (n, k4 // 2), (3, n, k6 // 4), (n, k8), (n, sum(split) // BLOCK_SIZE)
+    return shapes if experts is None else tuple((experts, *shape) for shape in shapes)
 
 
 def split_of_activation(q4: Shaped, q6: Shaped, q8: Shaped) -> Split:

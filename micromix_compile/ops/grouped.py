@@ -3,12 +3,15 @@
     micromix::grouped_mx_mm(x4, x6, x8, x_scale, rows, offs, w4, w6, w8, w_scale, bias, fp6, out_dtype) -> (R, N)
     micromix::grouped_folded_mm(q, row_scale, rows, offs, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
         -> (R, N)
+    micromix::grouped_input_gradient(grad, rows, offs, w4, w6, w8, w_scale, channel_perm, tokens, channels, fp6,
+        rotated) -> (T, C)
 
 The activation is what `reorder_quantize` or `reorder_fold` made of all T tokens of a layer, once. rows: (R,) int32,
 which of them each output row reads. offs: (E,) int32, where each expert's output rows end; rows behind the last are
 zeros. Weights have a leading dimension of experts: w4 (E, N, k4 // 2), w6 (E, 3, N, k6 // 4), w8 (E, N, k8), w_scale
 (E, N, K // 32), w_factor (E, *factor_shape), w_row_scale (E, N), bias (E, N) or None. The device's target computes
-them: plain PyTorch, which waits for `offs`, where it has nothing better.
+them: plain PyTorch, which waits for `offs`, where it has nothing better. The gradient with respect to the T tokens, of
+dequantized weights, is plain PyTorch everywhere.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics.grouped import check_grouped_folded_mm, check_grouped_mx_mm
+from micromix_compile.numerics.grouped import check_grouped_folded_mm, check_grouped_mx_mm, expert_of, runs_of
 from micromix_compile.numerics.layout import PackedWeight
 from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.ops.exact import dequantize_weight
 from micromix_compile.targets.kernels import FoldedWeight
 from micromix_compile.targets.target import target_of
 
@@ -36,9 +40,15 @@ _lib.define(
     "grouped_folded_mm(Tensor q, Tensor row_scale, Tensor rows, Tensor offs, Tensor w4, Tensor w6, Tensor w8, "
     "Tensor w_factor, Tensor w_row_scale, Tensor? bias, str fp6, ScalarType out_dtype) -> Tensor"
 )
+_lib.define(
+    "grouped_input_gradient(Tensor grad, Tensor rows, Tensor offs, Tensor w4, Tensor w6, Tensor w8, Tensor w_scale, "
+    "Tensor channel_perm, SymInt tokens, SymInt channels, str fp6, int rotated) -> Tensor"
+)
 
 grouped_mx_mm: Callable[..., Tensor] = torch.ops.micromix.grouped_mx_mm.default
 grouped_folded_mm: Callable[..., Tensor] = torch.ops.micromix.grouped_folded_mm.default
+
+grouped_input_gradient: Callable[..., Tensor] = torch.ops.micromix.grouped_input_gradient.default
 
 
 def _grouped_mx_mm(
@@ -74,9 +84,29 @@ def _fake_grouped_folded_mm(
     return q.new_empty((rows.shape[0], w4.shape[1]), dtype=out_dtype)
 
 
+def _grouped_input_gradient(
+    grad: Tensor, rows: Tensor, offs: Tensor, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, channel_perm: Tensor,
+    tokens: int, channels: int, fp6: str, rotated: int,
+) -> Tensor:  # fmt: skip
+    out = grad.new_zeros((tokens, channels), dtype=torch.float32)
+    w = PackedWeight(w4, w6, w8, w_scale)
+    for expert, run in enumerate(runs_of(rows, offs)):
+        weight = dequantize_weight(*expert_of(w, expert), channel_perm, channels, fp6, rotated, grad.dtype)
+        out.index_add_(0, rows[run], (grad[run] @ weight).to(torch.float32))
+    return out.to(grad.dtype)
+
+
+def _fake_grouped_input_gradient(
+    grad: Tensor, rows: Tensor, offs: Tensor, w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, channel_perm: Tensor,
+    tokens: int, channels: int, fp6: str, rotated: int,
+) -> Tensor:  # fmt: skip
+    return grad.new_empty((tokens, channels))
+
+
 for _name, _kernel, _fake in (
     ("grouped_mx_mm", _grouped_mx_mm, _fake_grouped_mx_mm),
     ("grouped_folded_mm", _grouped_folded_mm, _fake_grouped_folded_mm),
+    ("grouped_input_gradient", _grouped_input_gradient, _fake_grouped_input_gradient),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"micromix::{_name}", _fake, lib=_lib)

@@ -21,7 +21,7 @@ from micromix_compile.numerics.layout import (
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.recipe.types import GroupRecipe, LinearRecipe, Recipe
@@ -32,12 +32,15 @@ logger = logging.getLogger("micromix_compile")
 def pack_weight(weight: Tensor, group: GroupRecipe, config: MicroMixConfig) -> PackedWeight:
     """Reorder, quantize and pack one weight.
 
-    weight: (N, C) float32, bfloat16 or float16. Raises ValueError if the group is for another C.
+    weight: (N, C) float32, bfloat16 or float16, or (E, N, C) of experts. Raises ValueError if the group is for another
+    C.
     """
-    if padded_channels(weight.shape[1]) != group.channel_perm.numel():
+    if padded_channels(weight.shape[-1]) != group.channel_perm.numel():
         raise ValueError(
-            f"group {group.name} orders {group.channel_perm.numel()} channels, but the weight has {weight.shape[1]}"
+            f"group {group.name} orders {group.channel_perm.numel()} channels, but the weight has {weight.shape[-1]}"
         )
+    if weight.dim() == 3:
+        return stacked([pack_weight(one, group, config) for one in weight], weight.device)
     split, perm = weight_split(group.split, config.weights), group.channel_perm.to(weight.device)
     if not group.rotated:
         return _pack(weight.detach(), perm, split, config)
@@ -76,6 +79,29 @@ def round_weights(
     return packed
 
 
+def round_experts(
+    weight: Tensor, group: GroupRecipe, moments: Tensor | None, starved: Collection[int], config: MicroMixConfig
+) -> PackedWeight:
+    """Round and pack the weight of a layer's experts, each by the inputs that reached it.
+
+    weight: (E, N, C). moments: (E, C, C) float32, or None where no expert saw a token. starved: those that saw too few,
+    which are rounded to nearest.
+    """
+    packed = []
+    for expert, one in enumerate(weight):
+        if moments is None or expert in starved:
+            packed.append(pack_weight(one, group, config))
+        else:
+            packed.append(round_weights({"": one}, group, moments[expert], config)[""])
+    return stacked(packed, weight.device)
+
+
+def stacked(experts: Sequence[PackedWeight], device: torch.device) -> PackedWeight:
+    """The packed weights of all experts of a layer as one."""
+    parts = [torch.stack(part) for part in zip(*experts, strict=True)]
+    return PackedWeight(*packing.in_one_storage(parts, device))
+
+
 def _pack(weight: Tensor, channel_perm: Tensor, split: Split, config: MicroMixConfig) -> PackedWeight:
     layout = RowLayout(*split, config.fp6, str(config.scale_rounding))
     q4, q6, q8, scale = ops.reorder_quantize(weight, channel_perm, *layout)
@@ -84,14 +110,14 @@ def _pack(weight: Tensor, channel_perm: Tensor, split: Split, config: MicroMixCo
 
 
 def packed_weight(weight: Tensor, linear: LinearRecipe, recipe: Recipe) -> PackedWeight:
-    """The packed form of one weight (N, C): the recipe's own if calibration rounded it, else rounded to nearest.
+    """The packed form of one weight (N, C) or (E, N, C): the recipe's own if it has one, else rounded to nearest.
 
     So is a weight that has changed since it was calibrated, which the log says. Raises ValueError if the recipe's
     config wants weights rounded while calibrating, and this one was not.
     """
     ready = recipe.packed.get(linear.fqn)
     checksums = linear.weight_checksums
-    if ready is not None and checksums is not None and checksums.fit(weight):
+    if ready is not None and checksums is not None and checksums.fit(weight.flatten(0, -2)):
         is_there = all(part.device == weight.device for part in ready)
         return ready if is_there else PackedWeight(*packing.in_one_storage(ready, weight.device))
     if ready is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from micromix_compile.changes.adapters import watch_merges
@@ -47,7 +48,10 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def folded_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, *, fp6: str) -> tuple[Tensor, Tensor]:
-    """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change."""
+    """(w_factor, w_row_scale) of a packed weight, kept as long as its scales live and do not change.
+
+    Those of a layer's experts have one more dimension in front, as their weights have.
+    """
     made: tuple[Tensor, Tensor] = _kept_for(w_scale, _make_factors).of([w_scale], w4, w6, w8, w_scale, fp6)
     return made
 
@@ -64,6 +68,9 @@ def _kept_for(key: Tensor, make: Callable[..., Any]) -> Kept[Any]:
 
 
 def _make_factors(w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, fp6: str) -> tuple[Tensor, Tensor]:
+    if w_scale.dim() == 3:
+        each = [_make_factors(*one, fp6) for one in zip(w4, w6, w8, w_scale, strict=True)]
+        return torch.stack([factor for factor, _ in each]), torch.stack([row for _, row in each])
     row_scale = folding.weight_row_scale(w4, w6, w8, w_scale, fp6)
     return folding.weight_factor(w4, w6, w8, w_scale, row_scale), row_scale
 

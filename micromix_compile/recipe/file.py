@@ -79,6 +79,8 @@ _LINEAR: Final = {
     "in_features": integer(1),
     "out_features": integer(1),
     "weight_checksums": OrNull(_CHECKSUMS),
+    "expert_tokens": OrNull([integer(0)]),
+    "runs": Rule("a finite number of 0 or more", lambda value: NUMBER.holds(value) and value >= 0),
 }
 _FIELDS: Final = {
     "format": Rule(repr(FORMAT), lambda value: value == FORMAT),
@@ -193,6 +195,8 @@ def _linear_to_file(linear: LinearRecipe, recipe: Recipe, tensors: dict[str, Ten
         "weight_checksums": None if linear.weight_checksums is None else linear.weight_checksums.to_json(),
         "in_features": linear.in_features,
         "out_features": linear.out_features,
+        "expert_tokens": None if linear.expert_tokens is None else list(linear.expert_tokens),
+        "runs": linear.runs,
     }
 
 
@@ -213,7 +217,7 @@ def _check_digests(fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def _build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Recipe:
-    fields = {"left_alone": None, **fields}
+    fields = _with_new_fields(fields)
     for name, wanted in _FIELDS.items():
         if name not in fields:
             raise FieldError(f"{name} is missing")
@@ -240,6 +244,15 @@ def _build(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Recipe:
         packed=packed,
         left_alone=None if fields["left_alone"] is None else tuple(fields["left_alone"]),
     )
+
+
+def _with_new_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """What files of before lack, as it was meant in them."""
+    linears = fields.get("linears")
+    if isinstance(linears, list):
+        new = {"expert_tokens": None, "runs": 1.0}
+        fields = {**fields, "linears": [{**new, **one} if isinstance(one, dict) else one for one in linears]}
+    return {"left_alone": None, **fields}
 
 
 def _check_unique(place: str, names: list[str]) -> None:
@@ -356,7 +369,7 @@ def _linear(linear: dict[str, Any], groups: Mapping[str, GroupRecipe], parts: _P
         raise FieldError(
             f"linears.{named(fqn)}.in_features must be its group's {channels}, got {linear['in_features']}"
         )
-    sums = linear["weight_checksums"]
+    sums, expert_tokens = linear["weight_checksums"], linear["expert_tokens"]
     return LinearRecipe(
         fqn=fqn,
         in_features=linear["in_features"],
@@ -364,10 +377,12 @@ def _linear(linear: dict[str, Any], groups: Mapping[str, GroupRecipe], parts: _P
         group=group,
         weight_sample=parts.take(f"{fqn}.weight_sample", torch.float32, (SAMPLE_SIZE,)),
         weight_checksums=None if sums is None else Checksums.from_json(sums),
+        expert_tokens=None if expert_tokens is None else tuple(expert_tokens),
+        runs=linear["runs"],
     )
 
 
 def _packed(linear: LinearRecipe, config: MicroMixConfig, parts: _Parts) -> PackedWeight:
-    shapes = packed_shapes(linear.out_features, weight_split(linear.split, config.weights))
+    shapes = packed_shapes(linear.out_features, weight_split(linear.split, config.weights), linear.experts)
     names = PackedWeight._fields
     return PackedWeight(*(parts.take(f"{linear.fqn}.{n}", torch.uint8, s) for n, s in zip(names, shapes, strict=True)))

@@ -6,6 +6,7 @@ group: one order, one split, one set of statistics.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 COST_FORMATS: Final = ("e2m1", "e2m3", "e3m2", "e4m3")
 """Element formats in the order of `ChannelCosts`."""
+
+FEW_TOKENS: Final = 32
+"""An expert that fewer calibrated tokens reached is rounded to nearest: so few say little about its inputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,7 +97,9 @@ class GroupRecipe:
 class LinearRecipe:
     """One linear layer of the recipe. For weight_sample, (32,) float32, and weight_checksums see `fingerprint`.
 
-    There are checksums where the weight was rounded.
+    There are checksums where the weight was rounded. expert_tokens: of a weight that holds one matrix for each of a
+    layer's experts, how many calibrated tokens reached each; None of any other. runs: by how many matrices of it a
+    token is multiplied, on average.
     """
 
     fqn: str
@@ -102,6 +108,34 @@ class LinearRecipe:
     group: GroupRecipe
     weight_sample: Tensor
     weight_checksums: Checksums | None = None
+    expert_tokens: tuple[int, ...] | None = None
+    runs: float = 1.0
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts the weight is of; None of an ordinary linear."""
+        return None if self.expert_tokens is None else len(self.expert_tokens)
+
+    @property
+    def starved(self) -> tuple[int, ...]:
+        """The experts that fewer than `FEW_TOKENS` calibrated tokens reached."""
+        return tuple(expert for expert, tokens in enumerate(self.expert_tokens or ()) if tokens < FEW_TOKENS)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (N, C), or (E, N, C) of experts."""
+        matrix = (self.out_features, self.in_features)
+        return matrix if self.experts is None else (self.experts, *matrix)
+
+    @property
+    def parameters(self) -> int:
+        """Weights, without padding."""
+        return math.prod(self.shape)
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates a token."""
+        return self.out_features * self.in_features * self.runs
 
     @property
     def split(self) -> Split:
@@ -144,13 +178,17 @@ class Recipe:
     @property
     def parameters(self) -> int:
         """Weights of all linears, without padding."""
-        return sum(linear.in_features * linear.out_features for linear in self.linears.values())
+        return sum(linear.parameters for linear in self.linears.values())
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of all linears a token."""
+        return sum(linear.macs for linear in self.linears.values())
 
     @property
     def element_bits(self) -> float:
         """Bits per channel, weighted by multiply-accumulates."""
-        macs = sum(linear.element_bits * linear.in_features * linear.out_features for linear in self.linears.values())
-        return macs / max(self.parameters, 1)
+        return sum(linear.element_bits * linear.macs for linear in self.linears.values()) / (self.macs or 1)
 
     @property
     def stored_bytes(self) -> int:
@@ -189,10 +227,16 @@ class Recipe:
         turned = f", blocks rotated in {rotated} of {len(groups)} groups" if rotated else ""
         return f"activations {self.config.activations}{turned}"
 
+    @property
+    def starved(self) -> dict[str, tuple[int, ...]]:
+        """Weights of which some experts are rounded to nearest, for too few tokens reached them: name -> which."""
+        linears = self.linears.items() if self.config.rounds_weights else ()
+        return {fqn: linear.starved for fqn, linear in linears if linear.starved}
+
     def stored_bytes_of(self, linear: LinearRecipe) -> int:
         """Bytes of one linear's packed weight with scales and padding."""
         split = weight_split(linear.split, self.config.weights)
-        return linear.out_features * row_bytes(split, self.config.fp6)
+        return linear.out_features * (linear.experts or 1) * row_bytes(split, self.config.fp6)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe to `path` through a temporary file: a failure leaves an older file whole."""

@@ -26,6 +26,8 @@ def why_never_linear(
     owners = [modules.get("" if name == "weight" else name) for name in names]  # the model may be the layer
     if all(isinstance(owner, nn.Embedding) for owner in owners):
         return "it is an embedding", True
+    if are_experts(names, modules) and all("bias" in name.rpartition(".")[2] for name in names):
+        return "it holds the biases of experts", False
     if any(map(is_convolution, owners)):
         return "it is a convolution", False
     if not parameter.numel():
@@ -35,8 +37,8 @@ def why_never_linear(
     if parameter.dim() == 2:
         is_named = any("weight" in name.rpartition(".")[2] for name in names) or are_experts(names, modules)
         return None, is_named or any(owner is not None for owner in owners)
-    if are_experts(names, modules):
-        return f"expert weights {tuple(parameter.shape)}: not covered yet", True
+    if parameter.dim() == 3 and all(size > 1 for size in parameter.shape):  # a matrix for each expert, if used so
+        return None, are_experts(names, modules)
     return f"its weight has {parameter.dim()} dimensions, not 2", sum(size > 1 for size in parameter.shape) > 2
 
 

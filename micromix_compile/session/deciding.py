@@ -7,12 +7,13 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from micromix_compile.calibration.assignment import assign, channel_order, decided
+from micromix_compile.calibration.experts import expert_name
 from micromix_compile.calibration.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.ops.pack import round_weights
+from micromix_compile.ops.pack import round_experts, round_weights
 from micromix_compile.progress import track
 from micromix_compile.recipe.fingerprint import Checksums, weight_sample
-from micromix_compile.recipe.types import GroupRecipe, LinearRecipe, Recipe
+from micromix_compile.recipe.types import FEW_TOKENS, GroupRecipe, LinearRecipe, Recipe
 from micromix_compile.session.candidates import left_alone
 from micromix_compile.session.matching import all_parameter_names, named_modules
 from micromix_compile.targets.target import target_of
@@ -47,6 +48,7 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
         recipe = assign(observed, decided(observation.feasible(config), target.activations))
         if config.activations == "auto":
             _say_activations(recipe, target)
+        _say_starved(recipe)
         if config.rounds_weights:
             with naming_out_of_memory(*ROUNDING):
                 packed = _round(recipe, groups, keep_moments=left > 0, progress=progress)
@@ -106,7 +108,7 @@ def _linears(names: Names, groups: Groups, *, with_checksums: bool) -> dict[str,
 def _group_recipe(observer: ChannelObserver, members: Sequence[LinearState]) -> GroupRecipe:
     """One group, its order and split still open."""
     probe = next((state.probe for state in members if state.probe is not None), None)
-    costs = None if probe is None else probe.costs(_matrices(members), observer.order())
+    costs = None if probe is None else probe.costs(_each_matrix(members), observer.order())
     statistics = observer.statistics(costs)
     perm = channel_order(statistics, UNDECIDED)
     return GroupRecipe(name=observer.name, channel_perm=perm, split=(0, 0, perm.numel()), statistics=statistics)
@@ -118,17 +120,19 @@ def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bo
     assert matrix is not None, "it is the living weight's"
     return LinearRecipe(
         fqn=state.name,
-        in_features=matrix.shape[1],
-        out_features=matrix.shape[0],
+        in_features=matrix.shape[-1],
+        out_features=matrix.shape[-2],
         group=group,
         weight_sample=weight_sample(parameter),
-        weight_checksums=Checksums.of(matrix) if with_checksums else None,
+        weight_checksums=Checksums.of(matrix.flatten(0, -2)) if with_checksums else None,
+        expert_tokens=None if state.experts is None else tuple(state.experts.tokens),
+        runs=1.0 if state.experts is None else state.experts.runs,
     )
 
 
 def _refused(names: Names, linears: Mapping[str, LinearRecipe]) -> dict[str, str]:
     """Name -> why it is no linear of the recipe."""
-    own = {s.name: names.why_not(s) for s in names if s.name not in linears and s.looks_linear}
+    own = {s.name: names.why_not(s) for s in names if s.name not in linears and (s.looks_linear or s.may_be_experts)}
     return {**{name: reason for name, reason in names.refusals.items() if name not in linears}, **own}
 
 
@@ -142,13 +146,43 @@ def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool
     packed: dict[str, PackedWeight] = {}
     decided = recipe.groups
     for observer, members in track(groups.items(), "rounding weights", show=progress):
-        matrices, moment = _matrices(members), observer.moment_for(recipe.config.weight_rounding)
-        packed |= round_weights(matrices, decided[observer.name], moment, recipe.config)
+        rounding, group = recipe.config.weight_rounding, decided[observer.name]
+        plain = _matrices([state for state in members if state.experts is None])
+        packed |= round_weights(plain, group, observer.moment_for(rounding), recipe.config) if plain else {}
+        for state, experts in ((state, state.experts) for state in members if state.experts is not None):
+            starved = recipe.linears[state.name].starved
+            weight = _matrices([state])[state.name]
+            packed[state.name] = round_experts(weight, group, experts.moments_for(rounding), starved, recipe.config)
+            if not keep_moments:
+                experts.forget_moments()
         if not keep_moments:
             observer.forget_moments()
     return packed
 
 
+def _say_starved(recipe: Recipe) -> None:
+    """Name the experts whose weights are rounded to nearest, for too few tokens reached them."""
+    for name, starved in recipe.starved.items():
+        logger.warning(
+            "%d of %d experts of %s saw fewer than %d calibration tokens and are rounded to nearest: %s; take more or "
+            "other batches",
+            len(starved),
+            recipe.linears[name].experts,
+            name,
+            FEW_TOKENS,
+            ", ".join(map(str, starved)),
+        )
+
+
 def _matrices(members: Sequence[LinearState]) -> dict[str, Tensor]:
-    """(N, C) by name, of the weights that are still alive."""
+    """(N, C), or (E, N, C) of experts, by name, of the weights that are still alive."""
     return {state.name: matrix for state in members if (matrix := state.matrix()) is not None}
+
+
+def _each_matrix(members: Sequence[LinearState]) -> dict[str, Tensor]:
+    """(N, C) by name, and by expert."""
+    each: dict[str, Tensor] = {}
+    for name, matrix in _matrices(members).items():
+        experts = {expert_name(name, expert): one for expert, one in enumerate(matrix)}
+        each |= {name: matrix} if matrix.dim() == 2 else experts
+    return each

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Module names by Parameter identity, for every 2-dimensional weight; a tied weight has several names."""
-    return {parameter: names for parameter, names in all_parameter_names(model).items() if parameter.dim() == 2}
+    """Module names by Parameter identity, for every weight of a linear or of a layer's experts.
+
+    A tied weight has several names. Those of experts have three dimensions.
+    """
+    return {parameter: names for parameter, names in all_parameter_names(model).items() if parameter.dim() in (2, 3)}
 
 
 def all_parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -101,16 +104,20 @@ def _common_tail(fqn: str, name: str) -> int:
 
 
 def _same_weight(linear: LinearRecipe, parameter: Tensor, sample: Tensor) -> bool:
-    shape = sorted((linear.in_features, linear.out_features))
-    return sorted(parameter.shape) == shape and same_sample(linear.weight_sample, sample)
+    return _fits(linear, parameter) and same_sample(linear.weight_sample, sample)
+
+
+def _fits(linear: LinearRecipe, parameter: Tensor) -> bool:
+    """Whether the weight has the shape of the recipe's, or of its transpose, or of those of all experts."""
+    leading = linear.shape[:-2]
+    return parameter.shape[:-2] == leading and sorted(parameter.shape[-2:]) == sorted(linear.shape[-2:])
 
 
 def _check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Parameter, model_id: str) -> None:
     both = f"the recipe was made for {recipe.model_id}, and this model is {model_id}"
     if special := why_no_plain_weight(parameter):
         raise ValueError(f"{linear.fqn} can't be quantized: {special}")
-    expected = (linear.out_features, linear.in_features)
-    if sorted(parameter.shape) != sorted(expected):
-        raise ValueError(f"{both}: {linear.fqn} is {expected} there and {tuple(parameter.shape)} here")
+    if not _fits(linear, parameter):
+        raise ValueError(f"{both}: {linear.fqn} is {linear.shape} there and {tuple(parameter.shape)} here")
     if not same_sample(linear.weight_sample, weight_sample(parameter)):
         raise ValueError(f"{both}: {linear.fqn} has other weights here; if they were replaced, calibrate again")

@@ -104,7 +104,8 @@ class Names:
         """Why a weight that looks like a linear's has no recipe after calibration."""
         if state.observer is not None and not state.observer.tokens:
             return "its input had no token that counts: all were masked, or there was none"
-        return state.refusal or self.refusals.get(state.name) or "calibration did not reach it"
+        otherwise = "its weight has 3 dimensions, not 2" if state.may_be_experts else "calibration did not reach it"
+        return state.refusal or self.refusals.get(state.name) or otherwise
 
 
 def _forget(states: Sequence[LinearState], attribute: str) -> None:

@@ -6,6 +6,9 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
+import torch
+
+from micromix_compile.calibration.experts import ExpertObserver, Routed
 from micromix_compile.calibration.guided import GuidedMoment
 from micromix_compile.calibration.observer import ChannelObserver
 from micromix_compile.calibration.policies import policy_of
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.session.names import Names
     from micromix_compile.session.state import LinearState
+
+    RoutingTensors = Sequence[Tensor | None]
+    """(offs, rows, tokens) of a `passes.context.Routing`."""
 
 
 class Observation:
@@ -80,35 +86,76 @@ class Observation:
         self._pass.token_mask = mask
 
     def input(
-        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None
-    ) -> None:
-        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
+        self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None,
+        routings: Sequence[RoutingTensors | None],
+    ) -> None:  # fmt: skip
+        """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
+
+        routings: for each weight that is of experts the tensors of its `passes.context.Routing`, None for others.
+        """
         with self.lock:
             for state, flipped in zip(states, transposed, strict=True):
                 state.transposed = flipped
             observer = self._observer(states, x)
+            sorted_by = next((routing for routing in routings if routing is not None and routing[1] is None), None)
+            if sorted_by is None:
+                kept, tokens = observer.kept(x, self.token_mask, source), None
+            else:
+                kept, tokens = _of_sorted_rows(x, sorted_by, observer.kept_tokens(self.token_mask))
             if self.takes_statistics:
-                observer.update(x, self.token_mask, source)
+                observer.update(*((x, self.token_mask, source) if sorted_by is None else (x[kept],)))
             if self.takes_moments and not self.takes_gradients:
-                observer.update_moment(x, self.token_mask, source)
-            if self.takes_costs or (self.takes_moments and self.takes_gradients):
-                self._watch(x, observer, states, observer.kept(x, self.token_mask, source))
+                observer.update_moment(*((x, self.token_mask, source) if sorted_by is None else (x[kept],)))
+            self._route(x, states, routings, kept, tokens)
+            if self.takes_costs:
+                self._probe(states, x).watch_input(x, observer.order(), kept, tokens)
+            if self.takes_moments and self.takes_gradients:
+                observer.guided.watch_input(x, kept)
 
-    def _watch(self, x: Tensor, observer: ChannelObserver, states: Sequence[LinearState], kept: Tensor | None) -> None:
-        if self.takes_costs:
-            self._probe(states, x).watch_input(x, observer.order(), kept)
-        if self.takes_moments and self.takes_gradients:
-            observer.guided.watch_input(x, kept)
+    def _route(
+        self, x: Tensor, states: Sequence[LinearState], routings: Sequence[RoutingTensors | None], kept: Tensor | None,
+        tokens: int | None,
+    ) -> None:  # fmt: skip
+        """Note which rows of `x` reach which expert. kept: which of them count. tokens: how many tokens they are of."""
+        for state, routing in zip(states, routings, strict=True):
+            if routing is None:
+                continue
+            offs, rows, _ = routing
+            assert offs is not None, "a grouped product knows where rows end"
+            routed = self._routed[state] = Routed.of(offs, rows, kept)
+            if state.experts is None:
+                state.experts = ExpertObserver(len(offs))
+            if self.takes_statistics:
+                counted = x.shape[0] if kept is None else int(kept.sum())
+                state.experts.update(routed, counted if tokens is None else tokens)
+            if self.takes_moments and self.takes_gradients:
+                state.experts.watch_input(x)
+            elif self.takes_moments:
+                state.experts.update_moments(x, routed)
 
-    def output(self, y: Tensor, state: LinearState) -> None:
+    def output(self, y: Tensor, state: LinearState, routing: RoutingTensors | None) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
         with self.lock:
             if state.observer is None:
                 return
+            routed = None if routing is None else self._routed[state]
+            kept = state.observer.kept(y, self.token_mask) if routed is None else None
             if self.takes_costs and state.probe is not None:
-                state.probe.watch_output(state.name, y, state.observer.kept(y, self.token_mask))
+                if routed is None:
+                    state.probe.watch_output(state.name, y, kept)
+                else:
+                    state.probe.watch_expert_outputs(state.name, y, routed)
             if self.takes_moments and self.takes_gradients:
-                state.observer.guided.watch_output(y)
+                if routed is None:
+                    state.observer.guided.watch_output(y)
+                elif state.experts is not None:
+                    state.experts.watch_output(y, routed)
+
+    @property
+    def _routed(self) -> dict[LinearState, Routed]:
+        """By weight: how its last input in this thread was routed."""
+        routed: dict[LinearState, Routed] = vars(self._pass).setdefault("routed", {})
+        return routed
 
     def _observer(self, states: Sequence[LinearState], x: Tensor) -> ChannelObserver:
         """The one that these linears share."""
@@ -160,7 +207,8 @@ class Observation:
         """Let go of all that was observed: second moments are K * K numbers a group."""
         self.release_batch()
         for state in self._names:
-            state.observer = state.probe = None
+            state.observer = state.experts = state.probe = None
+        self._routed.clear()
 
     @property
     def batches(self) -> int:
@@ -191,3 +239,15 @@ class Observation:
             and state.name not in self._names.refusals
             and not state.was_observed
         ]
+
+
+def _of_sorted_rows(x: Tensor, routing: RoutingTensors, kept_tokens: Tensor | None) -> tuple[Tensor, int]:
+    """(which rows of x (R, C), sorted by expert, count: bool (R,); how many tokens those are of)."""
+    offs, _, tokens = routing
+    assert offs is not None, "a grouped product knows where rows end"
+    kept = torch.arange(x.shape[0], device=x.device) < offs[-1]
+    if tokens is None:
+        return kept, int(kept.sum())
+    if kept_tokens is not None and bool((tokens < len(kept_tokens)).all()):
+        kept &= kept_tokens.to(x.device)[tokens.to(torch.int64)]
+    return kept, len(tokens[kept].unique())

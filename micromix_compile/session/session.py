@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING
 
+from micromix_compile.linear.experts import MicroMixExperts
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
@@ -68,7 +69,7 @@ class Session:
         check_not_distributed(model)
         self.names.belong_to(model)
         self.names.take_in(model, self._decide)
-        self.is_packed = any(isinstance(module, MicroMixLinear) for module in model.modules())
+        self.is_packed = any(isinstance(module, MicroMixLinear | MicroMixExperts) for module in model.modules())
         if self.is_packed:
             return
         if not self.has_candidates:
@@ -181,14 +182,18 @@ class Session:
         )
 
     def observe(
-        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None
-    ) -> None:
+        self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None,
+        routings: Sequence[Sequence[Tensor | None] | None] | None = None,
+    ) -> None:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
-        self.observation.input(x, [self.state(parameter) for parameter in parameters], transposed, source)
+        states = [self.state(parameter) for parameter in parameters]
+        self.observation.input(x, states, transposed, source, routings or [None] * len(states))
 
-    def observe_output(self, y: Tensor, parameter: nn.Parameter) -> None:
+    def observe_output(
+        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None = None
+    ) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
-        self.observation.output(y, self.state(parameter))
+        self.observation.output(y, self.state(parameter), routing)
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from micromix_compile.calibration.experts import ExpertObserver
     from micromix_compile.calibration.observer import ChannelObserver
     from micromix_compile.calibration.sensitivity import CostProbe
     from micromix_compile.ops.prepared import Kept
@@ -48,6 +49,7 @@ class LinearState:
     looks_linear: bool = True
     transposed: bool | None = None
     observer: ChannelObserver | None = None
+    experts: ExpertObserver | None = None
     probe: CostProbe | None = None
     linear: LinearRecipe | None = None
     packed: Kept[PackedTensors] | None = None
@@ -63,6 +65,12 @@ class LinearState:
         return self.names[-1]
 
     @property
+    def may_be_experts(self) -> bool:
+        """Whether it may be of experts, though only a product that uses it so would say it is a linear."""
+        parameter = self.parameter()
+        return self.refusal is None and not self.looks_linear and parameter is not None and parameter.dim() == 3
+
+    @property
     def recipe_digest(self) -> str:
         """Of the recipe's file as it is now."""
         return "" if self.file is None else self.file.digest
@@ -73,11 +81,11 @@ class LinearState:
         return self.observer is not None and self.observer.tokens > 0
 
     def matrix(self) -> Tensor | None:
-        """(N, C): the weight as `x @ weight.T` uses it, if it is still alive."""
+        """(N, C), or (E, N, C) of experts: the weight as `x @ weight.T` uses it, if it is still alive."""
         parameter = self.parameter()
         if parameter is None:
             return None
-        return parameter.detach().T if self.transposed else parameter.detach()
+        return parameter.detach().mT if self.transposed else parameter.detach()
 
     def decide(self, linear: LinearRecipe | None, recipe: Recipe | None) -> None:
         """Note what `recipe` says of it, None for nothing, and the phase that follows from that."""

@@ -30,7 +30,7 @@ from micromix_compile import templates
 from micromix_compile.numerics import producers
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets import cpu_cache
-from micromix_compile.targets.kernels import PlainExact
+from micromix_compile.targets.kernels import PlainExact, PlainGrouped
 
 if TYPE_CHECKING:
     from micromix_compile.numerics.layout import PackedWeight, Split
@@ -134,7 +134,22 @@ class CompiledExact(PlainExact):
         return out
 
 
+class CompiledGrouped(PlainGrouped):
+    """The compiled product with experts, in the same way."""
+
+    def multiply(
+        self, x: QuantizedActivation, rows: Tensor, offs: Tensor, w: PackedWeight, bias: Tensor | None, fp6: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """See `GroupedKernels`."""
+        if not _serves(*x, rows, offs, *w, bias):
+            return super().multiply(x, rows, offs, w, bias, fp6, out_dtype)
+        out: Tensor = torch.ops.micromix.grouped_mx_mm(*x, rows, offs, *w, bias, fp6, out_dtype)
+        return out
+
+
 COMPILED_EXACT: Final = CompiledExact()
+COMPILED_GROUPED: Final = CompiledGrouped()
 
 
 def _serves(*operands: Tensor | None) -> bool:

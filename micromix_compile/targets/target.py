@@ -182,7 +182,7 @@ def _too_old(device: Device) -> Target:
 def _cpu(_: Device) -> Target:
     if not cpu.load():
         return Target(name="cpu (plain PyTorch)", emulated=cpu.status().reason)
-    return Target(name=f"cpu ({cpu.status().isa})", exact=cpu.COMPILED_EXACT)
+    return Target(name=f"cpu ({cpu.status().isa})", exact=cpu.COMPILED_EXACT, grouped=cpu.COMPILED_GROUPED)
 
 
 def _unknown(device: Device) -> Target:

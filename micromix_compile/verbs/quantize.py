@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, SCHEMA_VERSION
+from micromix_compile.linear.experts import MicroMixExperts, weight_names
 from micromix_compile.linear.packed import ChannelOrder, MicroMixLinear
 from micromix_compile.linear.replacing import leave_fast_paths, replace, take_over, why_not_replaced
 from micromix_compile.ops.pack import packed_weight
 from micromix_compile.session.candidates import how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed
 from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names
+from micromix_compile.verbs.quantize_experts import packed_experts, why_not_in_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +29,10 @@ logger = logging.getLogger("micromix_compile")
 
 
 def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Replace the recipe's linears by `MicroMixLinear` in place; the original weights are freed. Returns `model`.
+    """Replace the recipe's linears by packed ones in place; the original weights are freed. Returns `model`.
+
+    A linear becomes a `MicroMixLinear`; the experts of a layer that transformers keeps in one module a
+    `MicroMixExperts`, if the recipe has both their weights.
 
     Weights that something else still uses (tied embeddings) stay alive through that user. Hooks of a replaced linear
     move to the packed one. A linear that would lose something stays as it is: one with an overridden forward, a
@@ -46,19 +51,27 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     check_not_distributed(model)
     names = parameter_names(model)
     modules = named_modules(model)
-    if already := [fqn for fqn in recipe.linears if isinstance(modules.get(fqn), MicroMixLinear)]:
-        raise ValueError(f"{model_id(model)} is packed already: {already[0]} is a MicroMixLinear")
+    check_not_packed(recipe, modules, model_id(model))
     matched = match_linears(recipe, names, model_id=model_id(model))
     places, refused = _places([(names[parameter], linear) for parameter, linear in matched], modules)
     _say_refused(refused, strict=recipe.config.strict)
-    replacements = _packed_modules(places, modules, recipe)
-    replace(modules, replacements)
+    linears = {name: linear for name, linear in places.items() if linear.experts is None}
+    experts = {name: linear for name, linear in places.items() if linear.experts is not None}
+    replace(modules, {**_packed_modules(linears, modules, recipe), **packed_experts(experts, modules, recipe)})
     described = {name: _description(linear) for name, linear in places.items()}
     share_orders(model, {name: linear.group.name for name, linear in places.items()})
     _describe(model, recipe.config, described)
     model.micromix_refused = refused
     logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
     return wrapped
+
+
+def check_not_packed(recipe: Recipe, modules: Mapping[str, nn.Module], model: str) -> None:
+    """Raise ValueError if a linear of the recipe is packed already."""
+    for fqn in recipe.linears:
+        for module in (modules.get(fqn), modules.get(fqn.rpartition(".")[0])):
+            if isinstance(module, MicroMixLinear | MicroMixExperts):
+                raise ValueError(f"{model} is packed already: {fqn} is a {type(module).__name__}")
 
 
 def _places(
@@ -70,12 +83,17 @@ def _places(
     refused: dict[str, str] = {}
     for names, linear in matched:
         for name in names:
-            reason = why_not_replaced(name, modules)
+            reason = why_not_replaced(name, modules) if linear.experts is None else why_not_in_experts(name, modules)
             if reason is None:
                 places[name] = linear
             elif not isinstance(modules.get(name), nn.Embedding):
                 refused[name] = reason
-    return places, refused
+    for name in [name for name, linear in places.items() if linear.experts is not None]:
+        holder = name.rpartition(".")[0]
+        others = [other for other in weight_names(modules[holder]) if f"{holder}.{other}".lstrip(".") not in places]
+        if others:
+            refused[name] = f"{others[0]}, the other weight of the same experts, stays as it is"
+    return {name: linear for name, linear in places.items() if name not in refused}, refused
 
 
 def _say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
@@ -127,6 +145,7 @@ def _pack_module(
 
 def _description(linear: LinearRecipe) -> dict[str, Any]:
     shape = {"in_features": linear.in_features, "out_features": linear.out_features}
+    shape |= {} if linear.experts is None else {"experts": linear.experts}
     layout = {"split": list(linear.split), "rotated": linear.group.rotated}
     return {**shape, **layout, "group": linear.group.name}
 
@@ -139,9 +158,19 @@ def share_orders(model: nn.Module, groups: Mapping[str, str]) -> None:
     leave_fast_paths(model, MicroMixLinear)
     first: dict[str, ChannelOrder] = {}
     for name, group in groups.items():
-        module = model.get_submodule(name)
-        assert isinstance(module, MicroMixLinear), f"{name} is packed"
-        module.order = first.setdefault(group, module.order)
+        holder, attribute = order_of(model, name)
+        setattr(holder, attribute, first.setdefault(group, getattr(holder, attribute)))
+
+
+def order_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Where the order of a packed linear, or of a packed weight of experts, is: (module, attribute)."""
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    if isinstance(holder, MicroMixExperts):
+        return holder, f"{child}_order"
+    module = model.get_submodule(name)
+    assert isinstance(module, MicroMixLinear), f"{name} is packed"
+    return module, "order"
 
 
 def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("micromix_compile")
 _said: set[str] = set()
 
-PRODUCTS = (ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, ops.folded_mm)
+PRODUCTS = (
+    *(ops.mixed_mx_mm, torch.ops.micromix.mixed_mx_mm, ops.folded_mm),
+    *(ops.grouped_mx_mm, torch.ops.micromix.grouped_mx_mm, ops.grouped_folded_mm),
+)
 
 
 def compile_quantized(

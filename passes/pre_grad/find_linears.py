@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from micromix_compile.numerics.checks import FLOAT_DTYPES
-from micromix_compile.passes.context import LinearSite, PassContext
+from micromix_compile.passes.context import LinearSite, PassContext, Routing
 from micromix_compile.passes.mutations import memory_of, written_memory
 from micromix_compile.passes.pre_grad.products import Operands, is_transpose, operands_of
 
@@ -23,7 +24,7 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
     """Fill `context.sites` and `context.refusals`. Changes nothing.
 
     A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2), as it is
-    or transposed there (Falcon).
+    or transposed there (Falcon); or a grouped product with a 3-dimensional one, which holds a matrix for each expert.
     """
     inputs = dict(zip(graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
     search = _Search(context=context, inputs=inputs, written=written_memory(graph))
@@ -35,7 +36,7 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
         operands = _untransposed(found, inputs)
         name, reason = search.refusal(operands)
         if reason is None:
-            context.sites.append(_site(node, found.weight, operands, inputs))
+            context.sites.append(search.site(node, found.weight, operands))
         elif _may_be_linear(operands, inputs):
             context.refusals[name] = reason
     return len(context.sites)
@@ -45,14 +46,15 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
 class _Search:
     """What is known on the way through a graph.
 
-    written: memory that the graph writes to. orientation: by weight, how its first use takes it. depth: in how many
-    transforms of torch.func the next node is.
+    written: memory that the graph writes to. orientation: by weight, how its first use takes it. tokens: by where
+    experts' rows end, which tokens those rows are of. depth: in how many transforms of torch.func the next node is.
     """
 
     context: PassContext
     inputs: Mapping[fx.Node, Any]
     written: frozenset[int]
     orientation: dict[fx.Node, bool] = field(default_factory=dict)
+    tokens: dict[fx.Node, fx.Node] = field(default_factory=dict)
     depth: int = 0
 
     def refusal(self, operands: Operands) -> tuple[str, str | None]:
@@ -69,6 +71,42 @@ class _Search:
         if differs or self.context.owner.is_used_otherwise(self.inputs[weight], transposed=transposed):
             return f"{name} (transposed)", "its weight is used both as it is and transposed"
         return name, None
+
+    def site(self, node: fx.Node, operand: fx.Node, operands: Operands) -> LinearSite:
+        """The linear that a product is."""
+        x, routing = operands.x, None
+        if operands.offs is not None:
+            x, rows = ungathered(x, self.written)
+            if rows is not None:
+                self.tokens.setdefault(operands.offs, rows)
+            routing = Routing(operands.offs, rows, self.tokens.get(operands.offs))
+        return LinearSite(
+            node=node, x=x, weight=operands.weight, operand=operand, bias=operands.bias, transposed=operands.transposed,
+            parameter=self.inputs[operands.weight], routing=routing,
+        )  # fmt: skip
+
+
+def ungathered(x: fx.Node, written: frozenset[int]) -> tuple[fx.Node, fx.Node | None]:
+    """(tokens, rows) where x = tokens[rows], so that tokens may be quantized once; else (x, None).
+
+    written: memory that the graph writes to, for what is written to between may differ.
+    """
+    node = x
+    while node.target == "to" and _example_of(node.args[0]).dtype == _example_of(node).dtype:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target is not operator.getitem or not isinstance(node.args[1], fx.Node):
+        return x, None
+    tokens, rows = node.args
+    if not isinstance(tokens, fx.Node) or not isinstance(rows, fx.Node):
+        return x, None
+    is_index = _example_of(rows).dtype in (torch.int32, torch.int64) and _example_of(rows).dim() == 1
+    if not is_index or _example_of(tokens).dim() != 2 or {memory_of(one) for one in (node, tokens, rows)} & written:
+        return x, None
+    return tokens, rows
+
+
+def _example_of(node: Any) -> Any:
+    return node.meta["example_value"]
 
 
 def _entered_transforms(node: fx.Node) -> int:
@@ -90,15 +128,8 @@ def _untransposed(operands: Operands, inputs: Mapping[fx.Node, object]) -> Opera
 
 def _may_be_linear(operands: Operands, inputs: Mapping[fx.Node, object]) -> bool:
     """Whether a user would take a product for a linear, and not for one of two activations."""
-    weight = _origin(operands.weight) if operands.grouped else operands.weight
+    weight = _origin(operands.weight) if operands.offs else operands.weight
     return not operands.transposed or isinstance(inputs.get(weight), nn.Parameter)
-
-
-def _site(node: fx.Node, operand: fx.Node, operands: Operands, inputs: Mapping[fx.Node, Any]) -> LinearSite:
-    return LinearSite(
-        node=node, x=operands.x, weight=operands.weight, operand=operand, bias=operands.bias,
-        transposed=operands.transposed, parameter=inputs[operands.weight],
-    )  # fmt: skip
 
 
 def _computed_name(weight: fx.Node, inputs: Mapping[fx.Node, object], context: PassContext) -> str:
@@ -142,8 +173,6 @@ def _refusal(operands: Operands, inputs: Mapping[fx.Node, object], context: Pass
     parameter = inputs.get(weight)
     if weight.op == "get_attr":
         return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
-    if operands.grouped:
-        return _computed_name(weight, inputs, context), "its products are grouped, as experts' are: not covered yet"
     whole = inputs.get(_cut_from(weight))
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 2:
         return context.owner.name_of(whole), "it is cut into parts, which are weights of their own"
@@ -159,8 +188,9 @@ def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
     """Why a product of these tensors is not covered, or None."""
     if special := why_no_plain_weight(parameter):
         return special
-    if parameter.dim() != 2:
-        return f"its weight has {parameter.dim()} dimensions, not 2"
+    dims = 2 if operands.offs is None else 3
+    if parameter.dim() != dims:
+        return f"its weight has {parameter.dim()} dimensions, not {dims}"
     if parameter.dtype not in FLOAT_DTYPES:
         return f"its weight is {parameter.dtype}, not float32, bfloat16 or float16"
     example = operands.x.meta.get("example_value")

@@ -1,6 +1,7 @@
 """Pass 5, where matrix instructions take no block scales but FP8 (sm_90): quantize and products -> their folded twins.
 
-Linears that read one activation become one product with several results: q, k and v; gate and up.
+Linears that read one activation become one product with several results: q, k and v; gate and up. Products with a
+layer's experts stay apart.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import operator
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +19,7 @@ from micromix_compile.numerics.folding import factor_shape
 from micromix_compile.numerics.layout import order_dtype, split_of_weight, weight_split
 from micromix_compile.ops import prepared
 from micromix_compile.passes.graph import call, calls, copy_meta
+from micromix_compile.passes.pre_grad.rewrite_linears import ACTIVATION, WEIGHT
 from micromix_compile.targets.groups import MAX_GROUP
 
 if TYPE_CHECKING:
@@ -26,10 +28,6 @@ if TYPE_CHECKING:
     from torch import fx
 
     from micromix_compile.passes.context import PassContext
-
-ACTIVATION: Final = ("x4", "x6", "x8", "x_scale")
-WEIGHT: Final = ("w4", "w6", "w8", "w_scale")
-"""What a product reads of either side, in the order of a quantizer's results."""
 
 
 def fold_products(graph: fx.Graph, context: PassContext) -> int:
@@ -56,7 +54,7 @@ def _products(quantize: fx.Node) -> list[fx.Node]:
     if any(part.target is not operator.getitem for part in quantize.users):
         return []
     users = {user for part in quantize.users for user in part.users}
-    if not all(calls(user, ops.mixed_mx_mm) and _can_fold(user, quantize) for user in users):
+    if not all(calls(user, ops.mixed_mx_mm, ops.grouped_mx_mm) and _can_fold(user, quantize) for user in users):
         return []
     kinds = {_weights_are_fp4(quantize, user) for user in users}
     return sorted(users) if len(kinds) == 1 else []
@@ -93,7 +91,10 @@ def _rewrite(
     with graph.inserting_before(quantize):
         fold = call(graph, ops.reorder_fold, **layout, w_fp4=_weights_are_fp4(quantize, products[0]))
         parts = [graph.call_function(operator.getitem, (copy_meta(quantize, fold), i)) for i in range(3)]
-    for group in _groups(products):
+    for product in [product for product in products if calls(product, ops.grouped_mx_mm)]:
+        product.replace_all_uses_with(_grouped_product(graph, context, parts, product, folded))
+        graph.erase_node(product)
+    for group in _groups([product for product in products if calls(product, ops.mixed_mx_mm)]):
         joint = _joint_product(graph, context, parts, group, folded)
         with graph.inserting_before(group[0]):
             outputs = [graph.call_function(operator.getitem, (joint, i)) for i in range(len(group))]
@@ -103,6 +104,22 @@ def _rewrite(
     for part in list(quantize.users):
         graph.erase_node(part)
     graph.erase_node(quantize)
+
+
+def _grouped_product(
+    graph: fx.Graph, context: PassContext, parts: list[fx.Node], product: fx.Node,
+    folded: dict[fx.Node, tuple[fx.Node, ...]],
+) -> fx.Node:  # fmt: skip
+    """The folded twin of a product with experts."""
+    given = arguments_of(product)
+    w_factor, w_row_scale = _folded_inputs(graph, context, given, folded)
+    kept = {name: value for name, value in given.items() if name not in (*ACTIVATION, "w_scale")}
+    with graph.inserting_before(product):
+        made = call(
+            graph, ops.grouped_folded_mm, q=parts[0], row_scale=parts[1], w_factor=w_factor, w_row_scale=w_row_scale,
+            **kept,
+        )  # fmt: skip
+    return copy_meta(product, made)
 
 
 def _joint_product(
@@ -163,9 +180,11 @@ def _folded_inputs(
         scale = _example(w_scale)
         split = split_of_weight(_example(w4), _example(w6), _example(w8))
         name = f"micromix_folded_{len(context.folded)}"
+        experts, rows = scale.shape[:-2], scale.shape[-2]
+        factor = scale.new_empty((*experts, *factor_shape(rows, split)))
         folded[w_scale] = (
-            context.owner.add_input(graph, f"{name}_factor", scale.new_empty(factor_shape(scale.shape[0], split))),
-            context.owner.add_input(graph, f"{name}_row", scale.new_empty(scale.shape[0], dtype=torch.float32)),
+            context.owner.add_input(graph, f"{name}_factor", factor),
+            context.owner.add_input(graph, f"{name}_row", scale.new_empty((*experts, rows), dtype=torch.float32)),
         )
         context.folded.append((weight, partial(prepared.folded_factors, fp6=product["fp6"])))
     return folded[w_scale]

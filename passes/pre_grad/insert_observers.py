@@ -20,7 +20,7 @@ FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 
 
 def insert_observers(graph: fx.Graph, context: PassContext) -> int:
-    """Insert owner.observe(x, weights, transposed) once per distinct value of x, and observe_output after each linear.
+    """Insert owner.observe(x, weights, ...) once per distinct value of x, and owner.observe_output after each linear.
 
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
@@ -32,14 +32,20 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     for (x, _), sites in groups.items():
         first = sites[0].node
         with graph.inserting_before(first):
-            weights = {site.weight: site.transposed for site in sites}
-            seen = (x, list(weights), list(weights.values()), _flattened_from(x))
+            distinct = list({site.weight: site for site in reversed(sites)}.values())[::-1]
+            columns = zip(*((site.weight, site.transposed, _routing(site)) for site in distinct), strict=True)
+            weights, transposed, routings = map(list, columns)
+            seen = (x, weights, transposed, _flattened_from(x), routings)
             copy_meta(first, graph.call_function(context.owner.observe, seen))
         for site in sites:
             with graph.inserting_after(site.node):
-                watched = graph.call_function(context.owner.observe_output, (site.node, site.weight))
+                watched = graph.call_function(context.owner.observe_output, (site.node, site.weight, _routing(site)))
                 copy_meta(site.node, watched)
     return len(groups)
+
+
+def _routing(site: LinearSite) -> list[fx.Node | None] | None:
+    return None if site.routing is None else list(site.routing)
 
 
 def _flattened_from(x: fx.Node) -> fx.Node | None:

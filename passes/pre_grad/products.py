@@ -21,7 +21,8 @@ PYTHONS_NAMES: Final = {"input": "self"}
 class Product:
     """How an operator multiplies: x @ weight + bias if `transposed`, else x @ weight.T + bias.
 
-    schema: of the operator. x, weight, bias: names of its arguments. grouped: whether rows of x choose the weight.
+    schema: of the operator. x, weight, bias, offs: names of its arguments; the last says where the rows of each of a
+    stack of weights end, as of experts.
     """
 
     schema: Any
@@ -29,7 +30,7 @@ class Product:
     weight: str
     bias: str | None = None
     transposed: bool = True
-    grouped: bool = False
+    offs: str | None = None
 
 
 LINEAR: Final = Product(
@@ -39,7 +40,7 @@ ADDMM: Final = Product(schema=schema_of(aten.addmm.default), x="mat1", weight="m
 MM: Final = Product(schema=schema_of(aten.mm.default), weight="mat2")
 MATMUL: Final = Product(schema=schema_of(aten.matmul.default), weight="other")
 BMM: Final = Product(schema=schema_of(aten.bmm.default), weight="mat2")
-GROUPED_PRODUCT: Final = Product(schema=schema_of(aten._grouped_mm.default), weight="mat2", grouped=True)
+GROUPED_PRODUCT: Final = Product(schema=schema_of(aten._grouped_mm.default), weight="mat2", offs="offs")
 
 FUNCTIONS: Final[dict[Any, Product]] = {
     **dict.fromkeys((torch.nn.functional.linear, BUILTIN_LINEAR, aten.linear.default), LINEAR),
@@ -49,42 +50,57 @@ FUNCTIONS: Final[dict[Any, Product]] = {
     **dict.fromkeys((torch.bmm, aten.bmm.default), BMM),
     **dict.fromkeys((GROUPED_MM, aten._grouped_mm.default), GROUPED_PRODUCT),
 }
+GROUPED_BY_NAME: Final = ("transformers.grouped_mm_fallback", "transformers.grouped_mm_fallback.default")
+"""The same product as transformers has it in float32, which is known only where transformers is."""
 METHODS: Final = {"mm": MM, "matmul": MATMUL, "__matmul__": MATMUL, "bmm": BMM}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operands:
-    """What a product reads; `transposed` and `grouped` as in `Product`."""
+    """What a product reads; `transposed` as in `Product`. offs: where the rows of each expert end, of a grouped one."""
 
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     transposed: bool
-    grouped: bool
+    offs: fx.Node | None = None
 
 
 def operands_of(node: fx.Node) -> Operands | None:
     """The operands of a product, None for other nodes, and for products with factors or an output that is given."""
     if node.op not in ("call_function", "call_method"):
         return None
-    product = METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
+    product = _product_of(node)
     if product is None:
         return None
     given = _given(node, product)
     x, weight = given.pop(product.x, None), given.pop(product.weight, None)
     bias = given.pop(product.bias, None) if product.bias else None
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+    offs = given.pop(product.offs, None) if product.offs else None
+    if (
+        not isinstance(x, fx.Node)
+        or not isinstance(weight, fx.Node)
+        or not (isinstance(offs, fx.Node) or not product.offs)
+    ):
         return None
     defaults = bound(product.schema, (), {})
-    if not product.grouped and any(name not in defaults or value != defaults[name] for name, value in given.items()):
+    if any(name not in defaults or value != defaults[name] for name, value in given.items()):
         return None
     bias = bias if isinstance(bias, fx.Node) else None
-    return Operands(x=x, weight=weight, bias=bias, transposed=product.transposed, grouped=product.grouped)
+    return Operands(x=x, weight=weight, bias=bias, transposed=product.transposed, offs=offs)
+
+
+def _product_of(node: fx.Node) -> Product | None:
+    if node.op == "call_method":
+        return METHODS.get(str(node.target))
+    if str(node.target) in GROUPED_BY_NAME:
+        return Product(schema=schema_of(node.target), x="input", weight="weight", offs="offs")
+    return FUNCTIONS.get(node.target)
 
 
 def _given(node: fx.Node, product: Product) -> dict[str, Any]:
     """Arguments by the names of the operator's schema."""
-    names = {} if product is LINEAR else PYTHONS_NAMES
+    names = {} if product.x == "input" else PYTHONS_NAMES
     return bound(product.schema, node.args, {names.get(name, name): value for name, value in node.kwargs.items()})
 
 

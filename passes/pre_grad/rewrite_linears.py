@@ -1,4 +1,4 @@
-"""Pass 3 (converting): linear -> micromix::reorder_quantize + micromix::mixed_mx_mm.
+"""Pass 3 (converting): linear -> micromix::reorder_quantize + micromix::mixed_mx_mm, or grouped_mx_mm of experts.
 
 Packed weights become inputs of the graph that are looked up for every call: one graph may serve many layers, so a
 constant would be silently wrong.
@@ -7,7 +7,7 @@ constant would be silently wrong.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from micromix_compile.passes.context import LinearPlan, LinearSite, PassContext
 
 aten = torch.ops.aten
+
+ACTIVATION: Final = ("x4", "x6", "x8", "x_scale")
+WEIGHT: Final = ("w4", "w6", "w8", "w_scale")
+"""What a product reads of either side, in the order of a quantizer's results."""
 
 
 def rewrite_linears(graph: fx.Graph, context: PassContext) -> int:
@@ -53,17 +57,24 @@ def _replace(
     example, given = node.meta["example_value"], site.x.meta.get("example_value")
     with graph.inserting_before(node):
 
-        def add(target: object, *args: object) -> fx.Node:
-            return copy_meta(node, graph.call_function(target, args))  # type: ignore[arg-type]
+        def add(target: object, *args: object, **named: object) -> fx.Node:
+            return copy_meta(node, graph.call_function(target, args, named))  # type: ignore[arg-type]
 
         if isinstance(given, torch.Tensor) and given.dtype != example.dtype:  # autocast: as packed modules, cast first
             x = add(aten.to.dtype, x, example.dtype)
         rows = add(aten.reshape.default, x, [-1, site.in_features])
         quantized = copy_meta(node, _quantize(graph, rows, perm, plan))
         parts = [add(operator.getitem, quantized, i) for i in range(4)]
-        product = copy_meta(node, _multiply(graph, parts, weights, site.bias, plan.layout.fp6, example.dtype))
-        leading = [add(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
-        out = add(aten.reshape.default, product, [*leading, site.out_features])
+        operands: dict[str, Any] = dict(zip((*ACTIVATION, *WEIGHT), (*parts, *weights), strict=True))
+        operands |= {"bias": site.bias, "fp6": plan.layout.fp6, "out_dtype": example.dtype}
+        if site.routing is None:
+            product = copy_meta(node, call(graph, ops.mixed_mx_mm, **operands))
+            leading = [add(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
+            out = add(aten.reshape.default, product, [*leading, site.out_features])
+        else:
+            own = site.routing.rows or add(aten.arange.default, add(aten.sym_size.int, x, 0), device=example.device)
+            rows, offs = (add(aten.to.dtype, index, torch.int32) for index in (own, site.routing.offs))
+            out = copy_meta(node, call(graph, ops.grouped_mx_mm, **operands, rows=rows, offs=offs))
     node.replace_all_uses_with(out)
     graph.erase_node(node)
     return out
@@ -71,14 +82,3 @@ def _replace(
 
 def _quantize(graph: fx.Graph, rows: fx.Node, perm: fx.Node, plan: LinearPlan) -> fx.Node:
     return call(graph, ops.reorder_quantize, x=rows, channel_perm=perm, **plan.layout._asdict())
-
-
-def _multiply(
-    graph: fx.Graph, parts: list[fx.Node], weights: list[fx.Node], bias: fx.Node | None, fp6: str, dtype: torch.dtype
-) -> fx.Node:
-    x4, x6, x8, x_scale = parts
-    w4, w6, w8, w_scale = weights
-    return call(
-        graph, ops.mixed_mx_mm, x4=x4, x6=x6, x8=x8, x_scale=x_scale, w4=w4, w6=w6, w8=w8, w_scale=w_scale, bias=bias,
-        fp6=fp6, out_dtype=dtype,
-    )  # fmt: skip

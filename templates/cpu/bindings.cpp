@@ -1,4 +1,5 @@
-// The ops of micromix_compile/ops/exact.py for CPU tensors: checks every argument, then calls the kernels.
+// The ops of micromix_compile/ops/exact.py, and the exact one of ops/grouped.py, for CPU tensors: checks every argument,
+// then calls the kernels.
 #include <limits>
 #include <optional>
 #include <string>
@@ -226,12 +227,77 @@ Tensor mixed_mx_mm(const Tensor& x4, const Tensor& x6, const Tensor& x8, const T
   return out.to(out_dtype);
 }
 
+// Which rows of x each of `experts` reads, checked: rows as they are, and where the rows of each begin and end.
+std::vector<int64_t> ends_of(const Tensor& rows, const Tensor& offs, int64_t tokens, int64_t experts) {
+  const std::pair<const char*, const Tensor*> both[] = {{"rows", &rows}, {"offs", &offs}};
+  for (const auto& [name, index] : both) {
+    CHECK_TYPE(index->scalar_type() == at::kInt, name, " must be int32, got ", name_of(index->dtype()));
+    CHECK_VALUE(index->dim() == 1, name, " must be 1-dimensional, got shape ", text_of(index->sizes()));
+  }
+  CHECK_VALUE(offs.size(0) == experts, "offs must be of the ", experts, " experts of w4, got shape ",
+              text_of(offs.sizes()));
+  std::vector<int64_t> ends{0};
+  const int32_t* given = offs.const_data_ptr<int32_t>();
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    CHECK_VALUE(given[expert] >= ends.back() && given[expert] <= rows.size(0), "offs must ascend from 0 to ",
+                rows.size(0), ", got ", given[expert], " behind ", ends.back(), " (expert ", expert, ")");
+    ends.push_back(given[expert]);
+  }
+  const int32_t* read = rows.const_data_ptr<int32_t>();
+  for (int64_t row = 0; row < ends.back(); ++row) {
+    CHECK_VALUE(read[row] >= 0 && read[row] < tokens, "rows must be from 0 to ", tokens - 1, ", got ", read[row]);
+  }
+  return ends;
+}
+
+Tensor grouped_mx_mm(const Tensor& x4, const Tensor& x6, const Tensor& x8, const Tensor& x_scale, const Tensor& rows,
+                     const Tensor& offs, const Tensor& w4, const Tensor& w6, const Tensor& w8, const Tensor& w_scale,
+                     const std::optional<Tensor>& bias, std::string_view fp6, at::ScalarType out_dtype) {
+  const Coding planes = parse_fp6(fp6) == Fp6::e2m3 ? Coding::fp6_e2m3_planes : Coding::fp6_e3m2_planes;
+  CHECK_VALUE(w4.dim() == 3 && w4.size(0) > 0, "w4 must be (E, N, k4 // 2) of at least one expert, got shape ",
+              text_of(w4.sizes()));
+  const int64_t experts = w4.size(0), columns = w4.size(1);
+  const std::pair<const char*, const Tensor*> others[] = {{"w6", &w6}, {"w8", &w8}, {"w_scale", &w_scale}};
+  for (const auto& [name, part] : others) {
+    CHECK_VALUE(part->dim() > 0 && part->size(0) == experts, name, " must be of the ", experts,
+                " experts of w4, got shape ", text_of(part->sizes()));
+  }
+  Tensor offsets;
+  if (bias.has_value()) {
+    CHECK_VALUE(bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == columns, "bias must have shape (",
+                experts, ", ", columns, "), got ", text_of(bias->sizes()));
+    offsets = bias->to(at::kFloat).contiguous();
+  }
+  const Packed x{"x", x4.contiguous(), x6.contiguous(), x8.contiguous(), x_scale.contiguous()};
+  x.matrix(Coding::e4m3);  // checks it
+  const Tensor read = rows.contiguous();
+  const std::vector<int64_t> ends = ends_of(read, offs.contiguous(), x.scale.size(0), experts);
+  const at::ScalarType kernel_dtype = is_kernel_float(out_dtype) ? out_dtype : at::kFloat;
+  const Tensor out = at::zeros({rows.size(0), columns}, x_scale.options().dtype(kernel_dtype));
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const Packed w{"w", w4[expert].contiguous(), w6[expert].contiguous(), w8[expert].contiguous(),
+                   w_scale[expert].contiguous()};
+    const micromix::QuantizedMatrix right = w.matrix(planes);
+    CHECK_VALUE(x.scale.size(1) == right.blocks, "x has K = ", x.scale.size(1) * kBlock, ", but w has K = ",
+                right.blocks * kBlock);
+    const Tensor own = read.slice(0, ends[expert], ends[expert + 1]);
+    if (own.numel() == 0) continue;
+    const Packed part{"x", x.q4.index_select(0, own), x.q6.index_select(0, own), x.q8.index_select(0, own),
+                      x.scale.index_select(0, own)};
+    micromix::mixed_mx_mm(part.matrix(Coding::e4m3), right,
+                          bias.has_value() ? offsets.const_data_ptr<float>() + expert * columns : nullptr,
+                          out.slice(0, ends[expert], ends[expert + 1]).mutable_data_ptr(), kernel_dtype);
+  }
+  return out.to(out_dtype);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(MICROMIX_NAMESPACE, CPU, m) {
   m.impl("reorder_quantize", &reorder_quantize);
   m.impl("rms_norm_reorder_quantize", &rms_norm_reorder_quantize);
   m.impl("mixed_mx_mm", &mixed_mx_mm);
+  m.impl("grouped_mx_mm", &grouped_mx_mm);
 }
 
 extern "C" __attribute__((visibility("default"))) const char* micromix_isa() { return micromix::isa_name(); }

@@ -17,7 +17,9 @@ def statistics(
     below: dict[Threshold, int] | None = None, elements: int = 1000, abs_mean: torch.Tensor | None = None
 ) -> ChannelStatistics:
     mean = torch.arange(64.0) if abs_mean is None else abs_mean
-    return ChannelStatistics(abs_mean=mean, abs_max=mean, elements=elements, tokens=10, batches=1, below=below or {})
+    return ChannelStatistics(
+        abs_mean=mean, abs_max=mean.clone(), elements=elements, tokens=10, batches=1, below=below or {}
+    )
 
 
 def one_linear(seen: ChannelStatistics, config: MicroMixConfig) -> Recipe:

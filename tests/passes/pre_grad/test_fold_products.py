@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.experts import GroupedExperts
 from support.graphs import context_with, session_with, trace
 from support.models import make_net
 from support.targets import FOLDING, served_by
@@ -55,6 +56,32 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.sigmoid(self.gate(x)[..., :48]) * self.up(x))
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_products_with_experts_fold_each_by_itself(folds: bool) -> None:
+    gm, _, calls = folded_graph(
+        GroupedExperts().eval(), torch.randn(40, 64).bfloat16(), folds=folds, policy="mxfp6", weight_rounding="nearest"
+    )
+    kinds = (
+        {"fold": "reorder_fold", "mm": "grouped_folded_mm"}
+        if folds
+        else {"fold": "reorder_quantize", "mm": "grouped_mx_mm"}
+    )
+    ours = {name: count for name, count in calls.items() if name.startswith("micromix.")}
+    assert ours == {f"micromix.{kinds['fold']}.default": 2, f"micromix.{kinds['mm']}.default": 2}
+    if folds:
+        given = [
+            arguments_of(node) for node in gm.graph.nodes if str(node.target).endswith("grouped_folded_mm.default")
+        ]
+        shapes = [
+            {name: tuple(one[name].meta["example_value"].shape) for name in ("w_factor", "w_row_scale")}
+            for one in given
+        ]
+        assert shapes == [
+            {"w_factor": (3, 1, 96, 4), "w_row_scale": (3, 96)},
+            {"w_factor": (3, 1, 64, 4), "w_row_scale": (3, 64)},
+        ]
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -1,0 +1,164 @@
+"""Experts: calibrated, compiled both ways, packed, saved, loaded; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.experts import MODELS, GroupedExperts, ListedExperts, model_of_experts
+from support.targets import FOLDING, served_by
+
+import micromix_compile as micromix
+from micromix_compile.cli.show import summary
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.linear.experts import MicroMixExperts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.versions
+
+QUICK = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
+CASES = [(name, {}) for name in ("mixtral", "gpt_oss")]
+DEEP = [(name, {"policy": "budget"}) for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "options"), [*CASES, *(pytest.param(*case, marks=pytest.mark.deep) for case in DEEP)])
+def test_a_model_of_experts_runs_the_same_compiled_packed_saved_and_loaded(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokens = model_of_experts(name), torch.randint(0, 96, (2, 24))
+    recipe = micromix.calibrate(
+        model, [tokens], MicroMixConfig(**{"policy": "mxfp8-anchor", **options}), progress=False
+    )
+    held = {fqn: linear for fqn, linear in recipe.linears.items() if linear.experts}
+    assert set(held) == {name for name, p in model.named_parameters() if "experts" in name and p.dim() == 3}
+    assert all(sum(linear.expert_tokens or ()) == 2 * 48 and linear.runs == 2 for linear in held.values())
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    assert not packed.micromix_refused
+    with torch.no_grad():
+        want = packed(tokens).logits
+        tolerance = 1e-3 * float(want.max() - want.min())
+        for compiled in (
+            torch.compile(model, backend="micromix", options={"recipe": recipe}),
+            torch.compile(packed, backend="micromix"),
+        ):
+            assert (compiled(tokens).logits - want).abs().max() < tolerance
+        packed.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(tokens).logits, want)
+        loaded.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(tokens).logits, want)
+
+
+def test_a_checkpoint_of_other_experts_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = model_of_experts("mixtral")
+    recipe = micromix.calibrate(model, [torch.randint(0, 96, (2, 24))], QUICK, progress=False)
+    micromix.quantize_(model, recipe).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    linears = config["quantization_config"]["linears"]
+    fqn = "model.layers.0.mlp.experts.down_proj"
+    for change, message in (
+        ({"experts": 5}, r"down_proj must be \(E, N, C\) = \(4, 64, 96\), got \(5, 64, 96\)"),
+        ({"split": [0, 0, 64]}, "down_proj: split must sum to 96"),
+    ):
+        changed = {**linears, fqn: {**linears[fqn], **change}}
+        edited = {**config, "quantization_config": {**config["quantization_config"], "linears": changed}}
+        path.write_text(json.dumps(edited))
+        micromix.seal(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    del edited["quantization_config"]
+    path.write_text(json.dumps(edited))
+    with pytest.raises(RuntimeError, match="size"):  # as one who does not know our format would load it
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_experts_of_which_one_weight_has_no_recipe_stay_as_they_are() -> None:
+    model = model_of_experts("mixtral")
+    config = MicroMixConfig(
+        policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False, skip=("*lm_head", "*gate", "*down_proj")
+    )
+    recipe = micromix.calibrate(model, [torch.randint(0, 96, (2, 24))], config, progress=False)
+    micromix.quantize_(model, recipe)
+    why = "down_proj, the other weight of the same experts, stays as it is"
+    assert model.micromix_refused == {"model.layers.0.mlp.experts.gate_up_proj": why}
+    assert not any(isinstance(module, MicroMixExperts) for module in model.modules())
+
+
+def test_experts_of_plain_torch_run_quantized_when_compiled_exact_and_folded() -> None:
+    torch.manual_seed(0)
+    model, x = GroupedExperts().eval(), torch.randn(40, 64).bfloat16()
+    recipe = micromix.calibrate(model, [x], QUICK, progress=False)
+    shapes = {fqn: linear.shape for fqn, linear in recipe.linears.items()}
+    assert shapes == {"w_in": (3, 96, 64), "w_out": (3, 64, 96)}
+    with torch.no_grad():
+        want = model(x)
+        exact = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
+        torch._dynamo.reset()
+        with served_by(FOLDING):
+            folded = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
+    scale = want.float().norm()
+    assert 0 < (exact - want).float().norm() / scale < 0.1
+    assert (folded - exact).float().norm() / scale < 0.02
+    micromix.quantize_(model, recipe)
+    reason = "it is a Parameter that GroupedExperts reads directly"
+    assert all(why.startswith(reason) for why in model.micromix_refused.values())  # type: ignore[union-attr]
+
+
+def test_experts_that_no_token_reaches_are_named_and_run(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokens = model_of_experts("mixtral"), torch.randint(0, 96, (1, 40))
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight[2] = -100 * model.model.layers[0].mlp.gate.weight[0]
+    recipe = micromix.calibrate(model, [tokens], MicroMixConfig(policy="mxfp6"), progress=False)
+    linear = recipe.linears["model.layers.0.mlp.experts.down_proj"]
+    assert linear.starved
+    assert recipe.starved["model.layers.0.mlp.experts.down_proj"] == linear.starved
+    named = ", ".join(map(str, linear.starved))
+    said = f"experts of {linear.fqn} saw fewer than 32 calibration tokens and are rounded to nearest: {named}"
+    assert said in caplog.text
+    assert f"{2 * len(linear.starved)} matrices of experts rounded to nearest" in summary(recipe)
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    with torch.no_grad():
+        want, got = model(tokens).logits, packed(tokens).logits
+    assert (got - want).norm() < 0.1 * want.norm()
+
+
+def test_padding_reaches_no_expert() -> None:
+    model, tokens = model_of_experts("mixtral"), torch.randint(0, 96, (2, 24))
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, 15:] = 0
+    recipe = micromix.calibrate(model, [{"input_ids": tokens, "attention_mask": mask}], QUICK, progress=False)
+    up, down = (linear for linear in recipe.linears.values() if linear.experts)
+    assert up.group.statistics.tokens == 39
+    assert down.group.statistics.tokens == 2 * 39
+    assert up.expert_tokens == down.expert_tokens
+    assert sum(up.expert_tokens or ()) == 2 * 39
+    assert up.runs == down.runs == 2
+    assert recipe.macs < recipe.parameters
+
+
+def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None:
+    torch.manual_seed(0)
+    model, x = ListedExperts().eval(), torch.randn(40, 64)
+    recipe = micromix.calibrate(model, [x], MicroMixConfig(policy="mxfp8"), progress=False)
+    assert set(recipe.linears) == {f"experts.{expert}.{layer}" for expert in (0, 1) for layer in ("up", "down")}
+    assert recipe.refused == {f"experts.2.{layer}": "calibration did not reach it" for layer in ("up", "down")}
+    assert [recipe.linears[f"experts.{e}.up"].group.statistics.tokens for e in (0, 1)] == [
+        int((x[:, 0] <= 0).sum()), int((x[:, 0] > 0).sum()),
+    ]  # fmt: skip
+    with torch.no_grad():
+        want = model(x)
+        compiled = torch.compile(model, backend="micromix", options={"recipe": recipe})(x)
+        packed = micromix.quantize_(copy.deepcopy(model), recipe)(x)
+    torch.testing.assert_close(compiled, packed)
+    assert 0 < (packed - want).norm() < 0.1 * want.norm()
