@@ -84,7 +84,7 @@ def texts(facts: Facts) -> dict[str, str]:
     """What must be read on the page, by the names of its elements; of linears by theirs."""
     known = {
         "linears": str(len(facts.linears)),
-        "element-bits": number(facts.element_bits),
+        **({} if facts.element_bits is None else {"element-bits": number(facts.element_bits)}),
         "stored-bits": number(facts.stored_bits),
         "stored-bytes": mebibytes(facts.stored_bytes),
         **{f"bytes-{part}": mebibytes(size) for part, size in facts.bytes_by_part.items()},

@@ -13,7 +13,7 @@ from micromix_compile.integrations import checkpoint
 from micromix_compile.integrations.tensor_files import FLOATS, TensorFiles
 from micromix_compile.numerics.formats import BLOCK_SIZE
 from micromix_compile.numerics.layout import row_bytes, segment_bits, weight_split
-from micromix_compile.recipe.types import Recipe
+from micromix_compile.recipe.types import FEW_TOKENS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from micromix_compile.numerics.layout import Split
-    from micromix_compile.recipe.types import GroupRecipe
+    from micromix_compile.recipe.types import GroupRecipe, LinearRecipe
 
 BF16_BYTES: Final = 2
 _ORDER_BYTES: Final = 4
@@ -53,7 +53,10 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """A linear that is packed. stored_bytes: of its weight with scales."""
+    """A linear that is packed. experts: how many matrices its weight holds, one for each of a layer's experts; None of
+    an ordinary linear. macs: multiply-accumulates a token; None if it is not known by how many matrices one is
+    multiplied. stored_bytes: of its weight with scales.
+    """
 
     fqn: str
     group: str
@@ -63,11 +66,13 @@ class Linear:
     rotated: int
     element_bits: float
     stored_bytes: int
+    experts: int | None
+    macs: float | None
 
     @property
     def parameters(self) -> int:
         """Of the weight, without padding."""
-        return self.in_features * self.out_features
+        return self.in_features * self.out_features * (self.experts or 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +101,14 @@ class Facts:
         return sum(linear.parameters for linear in self.linears)
 
     @property
-    def element_bits(self) -> float:
-        """Bits a channel, weighted by multiply-accumulates."""
-        macs = sum(linear.element_bits * linear.in_features * linear.out_features for linear in self.linears)
-        return macs / max(self.parameters, 1)
+    def element_bits(self) -> float | None:
+        """Bits a channel, weighted by multiply-accumulates; None if these are not known."""
+        macs = [linear.macs for linear in self.linears if linear.macs is not None]
+        if len(macs) < len(self.linears):
+            return None
+        return sum(linear.element_bits * each for linear, each in zip(self.linears, macs, strict=True)) / (
+            sum(macs) or 1
+        )
 
     @property
     def order_bytes(self) -> int:
@@ -130,9 +139,10 @@ class Facts:
         parts = dict.fromkeys(("MXFP4", "MXFP6", "MXFP8", "scales", "orders"), 0)
         for linear in self.linears:
             split, bits = weight_split(linear.split, self.config.weights), segment_bits(self.config.fp6)
+            rows = linear.out_features * (linear.experts or 1)
             for name, channels, each in zip(parts, split, bits, strict=False):
-                parts[name] += linear.out_features * channels * each // 8
-            parts["scales"] += linear.out_features * sum(split) // BLOCK_SIZE
+                parts[name] += rows * channels * each // 8
+            parts["scales"] += rows * sum(split) // BLOCK_SIZE
         parts["orders"] = self.order_bytes
         return parts
 
@@ -162,10 +172,7 @@ def read(path: Path) -> Facts:
 
 def of_recipe(recipe: Recipe, source: str) -> Facts:
     """The facts of a recipe. source: its file's name."""
-    linears = [
-        _linear(fqn, one.group.name, (one.in_features, one.out_features), one.split, one.group.rotated, recipe.config)
-        for fqn, one in recipe.linears.items()
-    ]
+    linears = [_of_linear(one, recipe) for one in recipe.linears.values()]
     costs = [group.statistics.costs for group in recipe.groups.values()]
     return Facts(
         kind="recipe",
@@ -175,7 +182,7 @@ def of_recipe(recipe: Recipe, source: str) -> Facts:
         groups=tuple(_group(group, linears, recipe.config) for group in recipe.groups.values()),
         linears=tuple(linears),
         left_alone=recipe.left_alone,
-        refused=recipe.refused,
+        refused={**recipe.refused, **{fqn: _starved(experts) for fqn, experts in recipe.starved.items()}},
         measured=None if None in costs else all(one.measured for one in costs if one is not None),
         recipe=recipe,
     )
@@ -193,21 +200,25 @@ def _group(group: GroupRecipe, linears: list[Linear], config: MicroMixConfig) ->
     )
 
 
-def _linear(
-    fqn: str, group: str, features: tuple[int, int], split: Split, rotated: int, config: MicroMixConfig
-) -> Linear:
-    """features: (C, N)."""
-    bits = sum(each * k for each, k in zip(segment_bits(config.fp6), split, strict=True))
+def _of_linear(linear: LinearRecipe, recipe: Recipe) -> Linear:
     return Linear(
-        fqn=fqn,
-        group=group,
-        in_features=features[0],
-        out_features=features[1],
-        split=split,
-        rotated=rotated,
-        element_bits=bits / sum(split),
-        stored_bytes=features[1] * row_bytes(weight_split(split, config.weights), config.fp6),
+        fqn=linear.fqn,
+        group=linear.group.name,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        split=linear.split,
+        rotated=linear.group.rotated,
+        element_bits=linear.element_bits,
+        stored_bytes=recipe.stored_bytes_of(linear),
+        experts=linear.experts,
+        macs=linear.macs,
     )
+
+
+def _starved(experts: tuple[int, ...]) -> str:
+    """What is said of a weight that is packed all the same."""
+    named = ", ".join(map(str, experts))
+    return f"packed, but of experts {named} rounded to nearest: fewer than {FEW_TOKENS} calibrated tokens reached them"
 
 
 def _of_checkpoint(directory: Path) -> Facts:
@@ -248,8 +259,21 @@ def _by_number(fqn: str) -> list[tuple[int, str]]:
 
 def _described(fqn: str, fields: Mapping[str, Any], config: MicroMixConfig) -> Linear:
     k4, k6, k8 = fields["split"]
-    features = fields["in_features"], fields["out_features"]
-    return _linear(fqn, fields["group"], features, (k4, k6, k8), fields.get("rotated", 0), config)
+    split: Split = (k4, k6, k8)
+    channels, outputs, experts = fields["in_features"], fields["out_features"], fields.get("experts")
+    bits = sum(each * k for each, k in zip(segment_bits(config.fp6), split, strict=True))
+    return Linear(
+        fqn=fqn,
+        group=fields["group"],
+        in_features=channels,
+        out_features=outputs,
+        split=split,
+        rotated=fields.get("rotated", 0),
+        element_bits=bits / sum(split),
+        stored_bytes=outputs * (experts or 1) * row_bytes(weight_split(split, config.weights), config.fp6),
+        experts=experts,
+        macs=float(outputs * channels) if experts is None else None,
+    )
 
 
 def _floats(directory: Path) -> tuple[int, int]:

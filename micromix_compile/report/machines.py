@@ -29,8 +29,9 @@ class Machine:
 
     def products(self, linear: Linear, facts: Facts) -> list[Product]:
         """How a linear is multiplied there."""
+        config, experts = facts.config, linear.experts is not None
         return products_of(
-            self.target, linear.split, weights=facts.config.weights, activations=facts.config.activations
+            self.target, linear.split, weights=config.weights, activations=config.activations, experts=experts
         )
 
     def counts(self, facts: Facts) -> list[tuple[tuple[str, str, str, str], int]]:

@@ -42,14 +42,19 @@ def named_target(name: str, *, exact: bool = False) -> Target:
     return target_for(Device(type="cuda", model=name, capability=capability, exact=exact))
 
 
-def products_of(target: Target, split: Split, *, weights: str, activations: str) -> list[Product]:
-    """How a target multiplies a linear with this split. weights, activations: the config's.
+def products_of(
+    target: Target, split: Split, *, weights: str, activations: str, experts: bool = False
+) -> list[Product]:
+    """How a target multiplies a linear with this split. weights, activations: the config's. experts: whether the weight
+    is of a layer's experts, which one product takes together.
 
     On Hopper these are the products of bfloat16 models, unless all must be exact.
     """
     present = [name for name, channels in zip(SEGMENTS, split, strict=True) if channels]
     if target.emulated is not None:
         return [Product("any", "plain PyTorch", dict.fromkeys(_weights_of(present, weights), "no matrix instruction"))]
+    if target.takes == "folded" and experts:
+        return [Product("any", "grouped_folded_mm", dict.fromkeys(_weights_of(present, weights), FOLDED_KIND))]
     if target.takes == "folded":
         return _folded(target, _weights_of(present, weights))
     if isinstance(target.exact, cpu.CompiledExact):
@@ -58,12 +63,12 @@ def products_of(target: Target, split: Split, *, weights: str, activations: str)
     if (tiles := target.exact.tiles) is None:
         kernel = type(target.exact).__name__
         return [Product("any", kernel, dict.fromkeys(_weights_of(present, weights), "not known"))]
-    four, other = tiles.kinds
+    (four, other), kernel = tiles.kinds, "grouped_mx_mm" if experts else "mixed_mx_mm"
     both_four = activations == "same"
     by_channels = {name: four if name == "MXFP4" and both_four else other for name in present}
     if weights == "mxfp4":  # one format of weights, whose instruction depends on that of the activations
-        return [Product("any", "mixed_mx_mm", {"MXFP4": " and ".join(dict.fromkeys(by_channels.values()))})]
-    return [Product("any", "mixed_mx_mm", by_channels)]
+        return [Product("any", kernel, {"MXFP4": " and ".join(dict.fromkeys(by_channels.values()))})]
+    return [Product("any", kernel, by_channels)]
 
 
 def _weights_of(present: list[str], weights: str) -> list[str]:

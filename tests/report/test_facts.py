@@ -42,6 +42,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 fqn=f"g{number}.{name}",
                 in_features=channels,
                 out_features=draw(st.integers(1, 99)),
+                expert_tokens=draw(st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple)),
+                runs=draw(st.sampled_from((1.0, 2.5))),
                 group=group,
             )
     left = draw(st.none() | st.tuples(st.integers(0, 10**6), st.integers(0, 10**7)))
@@ -58,6 +60,9 @@ def test_the_numbers_are_the_recipes(recipe: Recipe) -> None:
         original = recipe.linears[linear.fqn]
         assert linear.stored_bytes == recipe.stored_bytes_of(original)
         assert linear.element_bits == original.element_bits
+        starved = original.starved if recipe.config.rounds_weights else ()
+        assert (linear.fqn in facts.refused) == bool(starved)
+        assert all(str(expert) in facts.refused[linear.fqn] for expert in starved)
 
 
 def test_magnitudes_stand_in_the_stored_order_and_padding_is_zero() -> None:

@@ -70,7 +70,7 @@ def test_each_linear_has_its_row(page: Page) -> None:
         predicted = next(group.predicted for group in FACTS.groups if fqn in group.fqns)
         noise = [MEASURED.sqnr[fqn]] if fqn in MEASURED.sqnr else []
         assert [float(value) for value in values] == [*fixed, predicted, *noise]
-    assert page.text.count("not run") == 1
+    assert page.text.count("not measured") == 1
 
 
 def test_what_was_measured_is_on_it(page: Page) -> None:

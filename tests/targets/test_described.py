@@ -44,6 +44,13 @@ def test_hopper_folds_up_to_its_bound_and_is_exact_where_asked() -> None:
     assert set(exact.kinds.values()) == {"wgmma bf16"}
 
 
+def test_experts_have_products_of_their_own_with_the_same_instructions() -> None:
+    for name, kernel in (("sm_90", "grouped_folded_mm"), ("sm_100", "grouped_mx_mm"), ("sm_89", "grouped_mx_mm")):
+        one, *_ = products_of(named_target(name), SPLIT, weights="same", activations="same")
+        (many,) = products_of(named_target(name), SPLIT, weights="same", activations="same", experts=True)
+        assert many == ("any", kernel, one.kinds)
+
+
 def test_what_is_emulated_has_no_matrix_instruction() -> None:
     target = named_target("sm_75")
     assert target.emulated == "compute capability 7.5 has no bfloat16 MMA, 8.0 is the least"
