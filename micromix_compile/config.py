@@ -56,8 +56,16 @@ DEFAULT_SKIP: Final = (
 
 GRANULARITIES: Final = (32, 64, 128)
 
+DEFAULT_ROW_PARALLEL: Final = (
+    *("*o_proj", "*out_proj", "*down_proj", "*c_proj", "*.dense", "*dense_4h_to_h", "*fc2", "*fc_out", "*.w2", "*.wo"),
+)
+"""Linears that tensor parallelism cuts along their input channels: those at the end of attention and of the MLP."""
+
 DEBUGGING: Final = ("dump", "dump_dir")
 """Wishes for one run, which no file carries: someone else's recipe decides numbers, and writes nothing."""
+
+_LISTS: Final = ("skip", "row_parallel", "dump")
+"""Fields that are tuples here and lists in JSON."""
 
 
 Check = Callable[[str, Any], None]
@@ -185,6 +193,9 @@ class MicroMixConfig:
         largest share their blocks with those that lose least by it (see `orders`). Mixed formats sort by size.
     granularity: channels per format are rounded to multiples of this: 32, 64 or 128.
     skip: fnmatch patterns of module names that stay as they are.
+    shards: what number of tensor-parallel ranks, or of which multiple, linears that these cut along their input
+        channels are ordered for (see `numerics.shards`); any number that divides it can load a packed checkpoint.
+    row_parallel: fnmatch patterns of the names of those linears.
     strict: an emulated or plain-PyTorch path is an error instead of a warning.
     exact: never the folded FP8 product of sm_90, which is faster and not exact (see `folding`).
     seed: of the random output directions in which "budget" measures how much each channel matters.
@@ -222,6 +233,14 @@ class MicroMixConfig:
     skip: tuple[str, ...] = field(
         default=DEFAULT_SKIP, metadata=_takes(_are_texts, "Names (fnmatch) of linears to leave as they are; repeatable")
     )
+    shards: int = field(
+        default=1,
+        metadata=_takes(_is_count, "Tensor-parallel ranks, or a multiple, that packed weights can be cut for"),
+    )
+    row_parallel: tuple[str, ...] = field(
+        default=DEFAULT_ROW_PARALLEL,
+        metadata=_takes(_are_texts, "Names (fnmatch) of linears that ranks cut along input channels; repeatable"),
+    )
     strict: bool = field(default=False, metadata=_takes(_is_flag))
     exact: bool = field(default=False, metadata=_takes(_is_flag))
     seed: int = field(default=0, metadata=_takes(_is_seed))
@@ -234,7 +253,7 @@ class MicroMixConfig:
         for one in dataclasses.fields(self):
             Option.of(one).check(one.name, getattr(self, one.name))
         object.__setattr__(self, "scale_rounding", ScaleRounding(self.scale_rounding))
-        for name in ("skip", "dump"):
+        for name in _LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
@@ -283,7 +302,8 @@ class MicroMixConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_mapping` is its inverse."""
         values = dataclasses.asdict(self)
-        return {**values, "scale_rounding": str(self.scale_rounding), "skip": list(self.skip), "dump": list(self.dump)}
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
+        return {**values, "scale_rounding": str(self.scale_rounding), **lists}
 
 
 assert all(granularity % BLOCK_SIZE == 0 for granularity in GRANULARITIES), "granularities are whole blocks"

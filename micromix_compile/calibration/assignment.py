@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from micromix_compile.calibration.costs import rotated_channels
 from micromix_compile.calibration.orders import padded
 from micromix_compile.calibration.policies import policy_of
+from micromix_compile.calibration.sharding import in_shards, joined
 from micromix_compile.config import THRESHOLD_POLICIES
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ NUMERIC_OPTIONS = (
     "scale_search",
     "uniform_order",
     "granularity",
+    "shards",
+    "row_parallel",
 )
 """Options that change orders, splits or packed weights; a recipe stays as it is while these do."""
 
@@ -58,7 +61,7 @@ def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
 
     Weights that calibration rounded are dropped if an option they depend on changes; the new recipe's are rounded to
     nearest, which its config and the log say. Raises ValueError if `config` needs statistics that calibration did not
-    take.
+    take, or shards that don't fit the channels.
     """
     config = decided(config, recipe.config.activations)
     if all(getattr(config, name) == getattr(recipe.config, name) for name in NUMERIC_OPTIONS):
@@ -70,23 +73,19 @@ def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
     ):
         logger.warning("the weights of %s were rounded for other options: now to nearest", recipe.model_id)
         config = dataclasses.replace(config, weight_rounding="nearest", scale_search=False)
-    orders = {
-        name: dataclasses.replace(group, channel_perm=channel_order(group.statistics, config))
-        for name, group in recipe.groups.items()
-    }
-    return with_splits(_with_groups(dataclasses.replace(recipe, config=config, packed={}), orders))
+    return _solved(dataclasses.replace(recipe, config=config, packed={}))
 
 
-def with_splits(recipe: Recipe) -> Recipe:
-    """The recipe with the splits and rotations that its config asks for; orders stay. Raises as `assign` does."""
-    splits = policy_of(recipe.config).split(recipe)
-    groups = {
-        name: dataclasses.replace(
-            group, split=splits[name], rotated=rotated_channels(group, splits[name], recipe.config)
-        )
-        for name, group in recipe.groups.items()
-    }
-    return _with_groups(recipe, groups)
+def _solved(recipe: Recipe) -> Recipe:
+    """The recipe with the orders, splits and rotations that its config asks for. Raises as `assign` does."""
+    config, parts = recipe.config, in_shards(recipe)
+    orders = {name: channel_order(group.statistics, config) for name, group in parts.groups.items()}
+    ordered = {name: dataclasses.replace(group, channel_perm=orders[name]) for name, group in parts.groups.items()}
+    groups = joined(recipe, orders, policy_of(config).split(_with_groups(parts, ordered)))
+    rotated = {name: rotated_channels(group, group.split, config) for name, group in groups.items()}
+    return _with_groups(
+        recipe, {name: dataclasses.replace(group, rotated=rotated[name]) for name, group in groups.items()}
+    )
 
 
 def _with_groups(recipe: Recipe, groups: Mapping[str, GroupRecipe]) -> Recipe:

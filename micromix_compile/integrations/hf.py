@@ -33,7 +33,7 @@ from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS
 from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
-from micromix_compile.recipe.file import check_order
+from micromix_compile.recipe.orders import SHARDS, SPLIT, check_order, shards_of
 from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
 from micromix_compile.verbs.quantize import order_of, share_orders
 
@@ -52,14 +52,8 @@ _LINEARS: Final = Each(
         "in_features": integer(1),
         "out_features": integer(1),
         "experts": integer(1, optional=True),
-        "split": Rule(
-            "three multiples of 32",
-            lambda split: (
-                isinstance(split, list)
-                and len(split) == 3
-                and all(isinstance(k, int) and k >= 0 and k % BLOCK_SIZE == 0 for k in split)
-            ),
-        ),
+        "split": SPLIT,
+        "shards": SHARDS,
         "rotated": Rule(
             "a multiple of 32",
             lambda rotated: isinstance(rotated, int) and rotated >= 0 and rotated % BLOCK_SIZE == 0,
@@ -84,6 +78,8 @@ class MicroMixQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"quantization_config.schema_version must be {known}, got {version!r}")
         for name, wanted in (("config", MAPPING), ("linears", _LINEARS)):
             check(fields.get(name), wanted, f"quantization_config.{name}")
+        for fqn, linear in fields["linears"].items():
+            shards_of(linear, tuple(linear["split"]), f"quantization_config.linears[{fqn!r}]")
         self.quant_method = QUANT_METHOD
         self.schema_version = version
         self.config = MicroMixConfig.from_file(fields["config"]).to_file()

@@ -21,6 +21,7 @@ from micromix_compile.files import write_atomically
 from micromix_compile.numerics.formats import BLOCK_SIZE
 from micromix_compile.numerics.layout import PackedWeight, packed_shapes, weight_split
 from micromix_compile.recipe.fingerprint import SAMPLE_SIZE, Checksums
+from micromix_compile.recipe.orders import SHARDS, check_order, shards_of
 from micromix_compile.recipe.schema import (
     BOOLEAN,
     MAPPING,
@@ -63,6 +64,7 @@ _GROUP: Final = {
     "name": NAME,
     "split": (integer(0), integer(0), integer(0)),
     "rotated": integer(0, optional=True),  # files of before lack it
+    "shards": SHARDS,
     "elements": integer(1),
     "tokens": integer(1),
     "batches": integer(1),
@@ -173,6 +175,8 @@ def _group_to_file(group: GroupRecipe, tensors: dict[str, Tensor]) -> dict[str, 
         "batches": stats.batches,
         "below": [[t.ratio, t.signed, count] for t, count in stats.below.items()],
     }
+    if group.shards:
+        fields["shards"] = [list(split) for split in group.shards]
     if stats.costs is not None:
         tensors[f"{group.name}.activation_costs"] = stats.costs.activations
         tensors[f"{group.name}.weight_costs"] = stats.costs.weights
@@ -298,7 +302,8 @@ def _group(group: dict[str, Any], parts: _Parts) -> GroupRecipe:
     if rotated % BLOCK_SIZE or rotated > perm.numel():
         raise FieldError(f"groups.{named(name)}.rotated must be a multiple of 32 up to {perm.numel()}, got {rotated}")
     channels = int((perm >= 0).sum())
-    check_order(perm, channels, f"{name}.channel_perm")
+    shards = shards_of(group, split, f"groups.{named(name)}")
+    check_order(perm, channels, f"{name}.channel_perm", shards)
     if group["elements"] != group["tokens"] * channels:
         raise FieldError(
             f"groups.{named(name)}.elements must be {group['tokens']} tokens of {channels}, got {group['elements']}"
@@ -312,22 +317,7 @@ def _group(group: dict[str, Any], parts: _Parts) -> GroupRecipe:
         below=_below(group),
         costs=_costs(group, channels, parts),
     )
-    return GroupRecipe(name=name, channel_perm=perm, split=split, rotated=rotated, statistics=statistics)
-
-
-def check_order(perm: Tensor, channels: int, name: str) -> None:
-    """Raise `FieldError` unless `perm` (K,) orders `channels`: each once, and -1 for the rest of whole blocks."""
-    expected = torch.arange(-1, channels, dtype=perm.dtype)
-    padding = -channels % BLOCK_SIZE
-    ordered = perm.sort().values
-    if (
-        perm.numel() != channels + padding
-        or not torch.equal(ordered[padding:], expected[1:])
-        or (ordered[:padding] != -1).any()
-    ):
-        raise FieldError(
-            f"{named(name)} must have each channel from 0 to {channels - 1} once and -1 {padding} times, in any order"
-        )
+    return GroupRecipe(name=name, channel_perm=perm, split=split, rotated=rotated, statistics=statistics, shards=shards)
 
 
 def _below(group: dict[str, Any]) -> dict[Threshold, int]:

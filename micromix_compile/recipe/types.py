@@ -80,6 +80,7 @@ class GroupRecipe:
 
     channel_perm: (K,) int32, K = C rounded up to a multiple of 32, -1 for the padding channels.
     split: (k4, k6, k8), sums to K. rotated: how many channels of the order are rotated, from the first on.
+    shards: the splits of the shards that tensor parallelism cuts it into (see `numerics.shards`); none if it isn't cut.
     """
 
     name: str
@@ -87,6 +88,7 @@ class GroupRecipe:
     split: Split
     statistics: ChannelStatistics
     rotated: int = 0
+    shards: tuple[Split, ...] = ()
 
     def order_on(self, device: torch.device) -> Tensor:
         """channel_perm on a device, as `order_dtype`."""

@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 from weakref import finalize, ref
 
+from micromix_compile.passes.pre_grad.find_linears import OF_EXPERTS
 from micromix_compile.session.candidates import why_never_linear
 from micromix_compile.session.matching import all_parameter_names, model_id, named_modules
 from micromix_compile.session.state import LinearState
@@ -104,7 +105,12 @@ class Names:
         """Why a weight that looks like a linear's has no recipe after calibration."""
         if state.observer is not None and not state.observer.tokens:
             return "its input had no token that counts: all were masked, or there was none"
-        otherwise = "its weight has 3 dimensions, not 2" if state.may_be_experts else "calibration did not reach it"
+        parameter = state.parameter()
+        otherwise = "calibration did not reach it"
+        if state.may_be_experts:
+            otherwise = "its weight has 3 dimensions, not 2"
+        elif parameter is not None and parameter.dim() == 3:
+            otherwise = f"{otherwise}: {OF_EXPERTS}"
         return state.refusal or self.refusals.get(state.name) or otherwise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import TYPE_CHECKING
 
+from micromix_compile.calibration.sharding import check_model
 from micromix_compile.linear.experts import MicroMixExperts
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
@@ -15,7 +16,7 @@ from micromix_compile.session import deciding
 from micromix_compile.session.candidates import how_to_leave_training, say_left_out
 from micromix_compile.session.coverage import Coverage
 from micromix_compile.session.distributed import check_not_distributed
-from micromix_compile.session.matching import find_linear
+from micromix_compile.session.matching import find_linear, named_modules
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
 from micromix_compile.session.weights import PackedWeights
@@ -62,8 +63,8 @@ class Session:
     def prepare(self, model: nn.Module) -> None:
         """Name every 2-dimensional weight of `model` and put it into the present phase.
 
-        Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, or if its weights
-        are spread over processes.
+        Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, if its weights are
+        spread over processes, or if it is to be calibrated for shards that don't fit.
         """
         check_not_training(model)
         check_not_distributed(model)
@@ -75,7 +76,10 @@ class Session:
         if not self.has_candidates:
             reasons = "; ".join(f"{state.name}: {state.refusal}" for state in self.names)
             self._refuse_model(reasons or "no 2-dimensional weight")
-        if self.recipe is not None and not any(state.linear for state in self.names):
+        if self.recipe is None:
+            for config in self.observation.configs:
+                check_model(named_modules(model), config)
+        elif not any(state.linear for state in self.names):
             raise ValueError(
                 f"the recipe was made for {self.recipe.model_id}, and this model is {self.model_id}: "
                 f"it has no {next(iter(self.recipe.linears), 'linear')}"

@@ -146,7 +146,9 @@ def _pack_module(
 def _description(linear: LinearRecipe) -> dict[str, Any]:
     shape = {"in_features": linear.in_features, "out_features": linear.out_features}
     shape |= {} if linear.experts is None else {"experts": linear.experts}
-    layout = {"split": list(linear.split), "rotated": linear.group.rotated}
+    layout: dict[str, Any] = {"split": list(linear.split), "rotated": linear.group.rotated}
+    if linear.group.shards:
+        layout["shards"] = [list(split) for split in linear.group.shards]
     return {**shape, **layout, "group": linear.group.name}
 
 

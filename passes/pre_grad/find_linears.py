@@ -17,6 +17,10 @@ from micromix_compile.passes.pre_grad.products import Operands, is_transpose, op
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+OF_EXPERTS: Final = (
+    "a stack of matrices is covered where grouped products read it; of transformers' experts they do after "
+    'model.set_experts_implementation("grouped_mm")'
+)
 CUTS: Final = ("chunk", "getitem", "narrow", "select", "slice", "split", "split_with_sizes", "tensor_split", "unbind")
 
 
@@ -176,6 +180,8 @@ def _refusal(operands: Operands, inputs: Mapping[fx.Node, object], context: Pass
     whole = inputs.get(_cut_from(weight))
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 2:
         return context.owner.name_of(whole), "it is cut into parts, which are weights of their own"
+    if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 3:
+        return context.owner.name_of(whole), f"a matrix of it is taken out by index: {OF_EXPERTS}"
     if not isinstance(parameter, nn.Parameter):
         return _computed_name(weight, inputs, context), "its weight is computed in the graph, not a Parameter"
     if parameter.dim() < 2:

@@ -57,6 +57,8 @@ VALUES: dict[str, Any] = {
     "uniform_order": "model",
     "granularity": 64,
     "skip": ["*a", "*b"],
+    "shards": 4,
+    "row_parallel": ["*o", "*down"],
 }
 
 

@@ -147,6 +147,7 @@ def test_padding_reaches_no_expert() -> None:
     assert recipe.macs < recipe.parameters
 
 
+@pytest.mark.deep
 def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None:
     torch.manual_seed(0)
     model, x = ListedExperts().eval(), torch.randn(40, 64)
@@ -162,3 +163,13 @@ def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None
         packed = micromix.quantize_(copy.deepcopy(model), recipe)(x)
     torch.testing.assert_close(compiled, packed)
     assert 0 < (packed - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("way", [pytest.param("eager", marks=pytest.mark.deep), "batched_mm"])
+def test_experts_that_are_no_grouped_products_are_named_with_what_to_do(way: str) -> None:
+    model = model_of_experts("mixtral")
+    model.set_experts_implementation(way)
+    recipe = micromix.calibrate(model, [torch.randint(0, 96, (2, 8))], QUICK, progress=False)
+    reasons = [why for name, why in recipe.refused.items() if "experts" in name]
+    assert len(reasons) == 2
+    assert all('model.set_experts_implementation("grouped_mm")' in why for why in reasons)
