@@ -6,11 +6,11 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := micromix_compile passes lowering templates tests bench
+SOURCES := micromix_compile passes lowering templates tests bench examples docs
 
 WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test deep test-versions test-oldest test-newest test-vllm check clean
+.PHONY: demo test deep test-versions test-oldest test-newest test-vllm check docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/micromix demo
@@ -45,8 +45,16 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, into site/; a broken link or reference is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# A source distribution, and a wheel made from it, into dist/.
+dist: $(INSTALLED)
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The data packages come without their dependencies, which nothing here needs: they are only read.

@@ -49,12 +49,13 @@ def fingerprint(root: Path) -> str:
 class PostGradPasses(torch_inductor.CustomGraphPass):
     """Our passes on the post-grad graph. Its uuid is what puts our sources into the cache key.
 
-    passes: runs them. settings: what the compiled code depends on beside the graph and our sources.
+    passes: runs them. settings: what the compiled code depends on beside the graph and our sources, and as "watched"
+    whether somebody looks at the passes.
     """
 
     def __init__(self, passes: Callable[[fx.Graph], object], settings: Mapping[str, Any]) -> None:
         self._passes = passes
-        self._dumps = bool(settings.get("dump"))
+        self._is_watched = bool(settings.get("watched"))
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -75,9 +76,9 @@ class PostGradPasses(torch_inductor.CustomGraphPass):
     def uuid(self) -> str | None:
         """Changes with any source file of the package and with the settings.
 
-        None, with which Inductor leaves its caches alone, where graphs are dumped: from a cache no pass would run.
+        None, with which Inductor leaves its caches alone, where passes are watched: from a cache none would run.
         """
-        if self._dumps:
+        if self._is_watched:
             return None
         return f"{fingerprint(_package_folder())}-{self._settings}"
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from micromix_compile.verbs.calibrate import calibrate, calibrate_each
     from micromix_compile.verbs.quantize import quantize_
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MicroMixConfig",
     "MicroMixExperts",

@@ -15,7 +15,7 @@ from typing import Final
 
 from micromix_compile.passes.context import LinearPlan, LinearSite, Owner, PassContext
 from micromix_compile.passes.graph import input_devices
-from micromix_compile.passes.manager import Pass, for_inductor, identities, run_passes
+from micromix_compile.passes.manager import Pass, counted, for_inductor, identities, is_counting, name_of, run_passes
 from micromix_compile.passes.post_grad.fuse_residual import fuse_residual
 from micromix_compile.passes.post_grad.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.post_grad.fuse_silu_mul import fuse_silu_mul
@@ -39,6 +39,7 @@ __all__ = [
     "Owner",
     "Pass",
     "PassContext",
+    "counted",
     "find_linears",
     "fold_products",
     "for_inductor",
@@ -48,6 +49,8 @@ __all__ = [
     "identities",
     "input_devices",
     "insert_observers",
+    "is_counting",
+    "name_of",
     "open_attention",
     "rewrite_linears",
     "run_passes",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +23,27 @@ logger = logging.getLogger("micromix_compile")
 
 Pass = Callable[["fx.Graph", PassContext], int]
 """A pass changes the graph in place and returns how many places it matched."""
+
+_counts: ContextVar[Counter[str] | None] = ContextVar("counts of passes", default=None)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Collects how many places each pass, by name, matches in all graphs that are compiled inside.
+
+    None of them comes from a cache, for what does has no pass run.
+    """
+    counts: Counter[str] = Counter()
+    token = _counts.set(counts)
+    try:
+        yield counts
+    finally:
+        _counts.reset(token)
+
+
+def is_counting() -> bool:
+    """Whether somebody collects the counts of passes."""
+    return _counts.get() is not None
 
 
 def run_passes(
@@ -37,6 +61,8 @@ def run_passes(
         if matches[name] or not functional:
             clean_up(graph, functional=functional)
         _dump(graph, context, f"after.{name}")
+    if (counts := _counts.get()) is not None:
+        counts.update(matches)
     kind = "post-grad" if functional else "pre-grad"
     logger.debug("%s passes: %s", kind, ", ".join(f"{name} {count}" for name, count in matches.items()))
     return matches

@@ -89,7 +89,7 @@ def test_a_circle_is_found_and_one_inside_functions_or_for_type_checkers_is_none
 
 
 ROOT = PACKAGE.parent
-FOLDERS = ("micromix_compile", "passes", "lowering", "templates", "tests", "bench")
+FOLDERS = ("micromix_compile", "passes", "lowering", "templates", "tests", "bench", "examples")
 MOST_LINES = 400
 MOST_LINES_OF_A_FUNCTION = 60
 SHORT = 25

@@ -79,3 +79,11 @@ def _total(costs: Tensor, split: Split) -> float:
 
 def _rows(costs: Tensor, names: tuple[str, ...]) -> Tensor:
     return costs[[COST_FORMATS.index(name) for name in names]]
+
+
+def predicted_cost(group: GroupRecipe, config: MicroMixConfig) -> float | None:
+    """What rounding a group as its recipe says is predicted to cost, see `ChannelCosts`; None if nobody measured it."""
+    if group.statistics.costs is None:
+        return None
+    costs = rotated_costs(group, config) if group.rotated else costs_in_order(group, config)
+    return None if costs is None else _total(costs, group.split)

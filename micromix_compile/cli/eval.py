@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,7 +21,10 @@ from micromix_compile.cli.models import (
 from micromix_compile.cli.options import (
     CALIBRATION_WINDOWS,
     EVALUATION_WINDOWS,
+    TASK_BATCH,
     TASK_ITEMS,
+    AllowCodeExecution,
+    BatchSize,
     CalibrationWindows,
     Column,
     Data,
@@ -28,26 +33,33 @@ from micromix_compile.cli.options import (
     JsonFile,
     Model,
     RecipeOption,
+    Resume,
+    Rows,
+    Suite,
+    TaskData,
+    TaskItems,
+    Tasks,
     WindowLength,
     Windows,
     changed,
-    choices,
     takes_config,
 )
 from micromix_compile.cli.outputs import check_output
+from micromix_compile.cli.resume import Kept, fingerprint
 from micromix_compile.cli.show import console, note, table, write_json
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import texts, zoo
-from micromix_compile.evaluation.harness import load_harness_task
-from micromix_compile.evaluation.tasks import BUNDLED, load_task
+from micromix_compile.evaluation.harness import TaskSettings, load_harness_task
+from micromix_compile.evaluation.suites import SUITES, LoadedSuite, load_suite
+from micromix_compile.evaluation.task_data import TASK_DATA, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import torch
 
     from micromix_compile.evaluation.harness import HarnessTask
-    from micromix_compile.evaluation.tasks import Task
     from micromix_compile.evaluation.types import RowResult
     from micromix_compile.recipe.types import Recipe
 
@@ -60,24 +72,22 @@ def eval_(
     recipe_file: RecipeOption = None,
     data: Data = texts.DEFAULT_DATA,
     column: Column = "text",
-    rows: Annotated[
-        list[str] | None, typer.Option(help="Rows of the table, separated by spaces or repeated; all by default.")
-    ] = None,
+    rows: Rows = None,
     windows: Windows = EVALUATION_WINDOWS,
     calibration_windows: CalibrationWindows = CALIBRATION_WINDOWS,
     window_length: WindowLength = texts.WINDOW_LENGTH,
     dtype: DType = "float32",
     device: DeviceOption = "cpu",
-    tasks: Annotated[
-        list[str] | None, typer.Option(help=f"Zero-shot tasks: {choices(tuple(BUNDLED))}, or a local .jsonl file.")
-    ] = None,
-    lm_eval: Annotated[
-        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness, by name or as a local .yaml file.")
-    ] = None,
-    task_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = TASK_ITEMS,
+    suite: Suite = None,
+    tasks: Tasks = None,
+    task_items: TaskItems = TASK_ITEMS,
+    task_data: TaskData = "auto",
+    batch_size: BatchSize = TASK_BATCH,
+    allow_code_execution: AllowCodeExecution = False,
+    resume: Resume = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure perplexity, and accuracy on zero-shot tasks, in each format.
+    """Measure perplexity, and what is reached in tasks, in each format.
 
     Every row runs through the compiled backend and is compared with the unquantized model. Of a packed checkpoint,
     which has one format and no unquantized model beside it, only perplexity and tasks are measured.
@@ -85,31 +95,51 @@ def eval_(
     if json_file is not None:
         check_output("--json", json_file, is_file=True)
     names = _row_names(rows, dtype)
+    how = _how(suite, task_items, task_data, batch_size, allow_code_execution)
     check_packed(context, model)
     recipe = load_recipe(recipe_file)
     config = changed(MicroMixConfig() if recipe is None else recipe.config, changes)
+    source = CalibrationText(data=data, column=column, windows=calibration_windows, length=window_length)
+    settings = _settings(model, dtype, source, recipe_file, None if is_packed(model) else config)
+    kept = Kept(resume, {**settings, "device": device, "model files": fingerprint(model)})
     loaded = load(model, dtype, device)
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
-    wanted = _tasks(loaded, tasks, lm_eval, task_items)
-    packed = is_packed(model)
-    if packed:
-        results = _measure_packed(loaded, measured, wanted)
+    wanted = _tasks(loaded, suite, tasks, how)
+    if is_packed(model):
+        results = _measure_packed(loaded, measured, wanted.tasks, resume)
     else:
-        source = CalibrationText(data=data, column=column, windows=calibration_windows, length=window_length)
-        results = measure(loaded, decide(recipe, config, loaded, source), names, measured, wanted)
+        recipe = kept.recipe(functools.partial(decide, recipe, config, loaded, source))
+        results = measure(loaded, recipe, names, measured, wanted.tasks, resume)
     console().print(table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
     if json_file is not None:
-        settings = {
-            "model": model,
-            "data": text.name,
-            "windows": windows,
-            "window_length": window_length,
-            "calibration_windows": None if recipe_file or packed else calibration_windows,
-            "dtype": dtype,
-            "config": None if packed else config.to_dict(),
-        }
-        write_json(json_file, settings, results)
+        write_json(json_file, {**settings, "windows": windows, "tasks left out": wanted.left_out}, results)
+
+
+def _settings(
+    model: str, dtype: str, source: CalibrationText, recipe_file: Path | None, config: MicroMixConfig | None
+) -> dict[str, Any]:
+    """What the numbers depend on; config is None for a packed model."""
+    calibrated = recipe_file is None and config is not None
+    return {
+        "model": model,
+        "data": source.data,
+        "column": source.column,
+        "window_length": source.length,
+        "calibration_windows": source.windows if calibrated else None,
+        "dtype": dtype,
+        "recipe": None if recipe_file is None else fingerprint(recipe_file),
+        "config": None if config is None else config.to_dict(),
+    }
+
+
+def _how(suite: str | None, items: int, data: str, batch_size: int, allow_code_execution: bool) -> TaskSettings:
+    """How tasks are run. Raises UsageError for another suite or another place of data than there are."""
+    if suite not in (None, *SUITES):
+        raise UsageError(f"--suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    if data not in TASK_DATA:
+        raise UsageError(f"--task-data must be one of {', '.join(TASK_DATA)}, got {data!r}")
+    return TaskSettings(items=items, batch_size=batch_size, data=data, allow_code_execution=allow_code_execution)
 
 
 def _row_names(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
@@ -124,13 +154,15 @@ def _row_names(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
     return names
 
 
-def _tasks(
-    loaded: zoo.LoadedModel, tasks: Sequence[str] | None, lm_eval: Sequence[str] | None, items: int
-) -> list[Task | HarnessTask]:
-    """The first `items` of each task that the options name."""
-    own = [load_task(name, loaded.tokenizer, items) for part in tasks or () for name in part.split()]
-    others = [load_harness_task(name, loaded.tokenizer, items) for part in lm_eval or () for name in part.split()]
-    return [*own, *others]
+def _tasks(loaded: zoo.LoadedModel, suite: str | None, tasks: Sequence[str] | None, how: TaskSettings) -> LoadedSuite:
+    """Those of the suite, then those that are named; says what of the suite is left out."""
+    if suite is not None or tasks:
+        how = dataclasses.replace(how, data=resolve(how.data))
+    found = LoadedSuite((), {}) if suite is None else load_suite(suite, loaded.tokenizer, how)
+    for name, reason in found.left_out.items():
+        typer.echo(f"left out: {name}: {reason}", err=True)
+    named = [load_harness_task(name, loaded.tokenizer, how) for part in tasks or () for name in part.split()]
+    return LoadedSuite((*found.tasks, *named), found.left_out)
 
 
 def measure(
@@ -138,21 +170,22 @@ def measure(
     recipe: Recipe,
     rows: Sequence[str],
     windows: torch.Tensor,
-    tasks: Sequence[Task | HarnessTask] = (),
+    tasks: Sequence[HarnessTask] = (),
+    responses: Path | None = None,
 ) -> list[RowResult]:
     """All rows; says on standard error how far it is, for people who watch a log instead of a terminal."""
     from micromix_compile.evaluation.rows import evaluate_rows
 
     results = []
-    for result in evaluate_rows(loaded.model, recipe, rows, windows, tasks=tasks):
+    for result in evaluate_rows(loaded.model, recipe, rows, windows, tasks=tasks, responses=responses):
         results.append(result)
         note(f"{result.row}: perplexity {result.evaluation.perplexity:.3f}")
     return results
 
 
 def _measure_packed(
-    loaded: zoo.LoadedModel, windows: torch.Tensor, tasks: Sequence[Task | HarnessTask]
+    loaded: zoo.LoadedModel, windows: torch.Tensor, tasks: Sequence[HarnessTask], responses: Path | None
 ) -> list[RowResult]:
     from micromix_compile.evaluation.rows import packed_row
 
-    return [packed_row(loaded.model, windows, tasks=tasks)]
+    return [packed_row(loaded.model, windows, tasks=tasks, responses=responses)]

@@ -16,6 +16,7 @@ from micromix_compile.cli.errors import Command
 from micromix_compile.cli.eval import eval_
 from micromix_compile.cli.generate import generate
 from micromix_compile.cli.quantize import quantize
+from micromix_compile.cli.report import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "convert": convert,
     "eval": eval_,
     "generate": generate,
+    "report": report,
     "doctor": doctor,
     "demo": demo,
 }

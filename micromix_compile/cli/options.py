@@ -13,6 +13,8 @@ import typer
 from micromix_compile.cli.errors import UsageError
 from micromix_compile.config import MicroMixConfig, Option
 from micromix_compile.evaluation import zoo
+from micromix_compile.evaluation.suites import SUITES
+from micromix_compile.evaluation.task_data import TASK_DATA
 from micromix_compile.numerics.formats import ScaleRounding
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ DTYPES: Final = ("float32", "bfloat16", "float16")
 EVALUATION_WINDOWS: Final = 12
 CALIBRATION_WINDOWS: Final = 32
 TASK_ITEMS: Final = 200
+TASK_BATCH: Final = 8
 CONVERTED_ACTIVATIONS: Final = ("same", "fp8", "mxfp6", "mxfp8")
 DEMO_PROMPT: Final = "Explain in two sentences why the sky is blue."
 
@@ -61,6 +64,22 @@ Destination = Annotated[Path, typer.Argument(help="Directory to write its twin t
 ConvertedActivations = Annotated[
     str | None,
     typer.Option(help=f"Round activations to these, not as the checkpoint says: {choices(CONVERTED_ACTIVATIONS)}."),
+]
+Rows = Annotated[
+    list[str] | None, typer.Option(help="Rows of the table, separated by spaces or repeated; all by default.")
+]
+Suite = Annotated[str | None, typer.Option(help=f"A set of tasks of lm-eval: {choices(tuple(SUITES))}.")]
+Tasks = Annotated[
+    list[str] | None, typer.Option(help="Tasks or groups of lm-eval, by name or as a local .yaml file; repeatable.")
+]
+TaskItems = Annotated[int, typer.Option(min=1, help="Items of each task; a group shares them out.")]
+TaskData = Annotated[str, typer.Option(help=f"Where tasks get their data: {choices(TASK_DATA)}.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences of a task at once.")]
+AllowCodeExecution = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run programs that the model wrote, for tasks of code.")
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="Directory that keeps answers, so that the same command goes on where it stopped.")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="File to write the results to.")]
 Prompt = Annotated[str, typer.Option(help="What to continue or, with a chat template, to answer.")]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.status import Status
 
-    from micromix_compile.evaluation.types import RowResult
+    from micromix_compile.evaluation.types import Metric, RowResult
     from micromix_compile.recipe.types import Recipe
 
 
@@ -62,7 +62,7 @@ def table(results: Sequence[RowResult], title: str) -> Table:
     for column in ("element\nbits", "stored\nbits", "stored\nMiB", "perplexity", "KL", "top-1"):
         made.add_column(column, justify="right")
     for task in results[0].tasks:
-        made.add_column(f"{task.task}\n({task.items} items)", justify="right")
+        made.add_column(f"{task.task}\n{task.metric}\n({task.items} items)", justify="right")
     for result in results:
         made.add_row(*_cells(result))
     return made
@@ -78,8 +78,13 @@ def _cells(result: RowResult) -> list[str]:
         _number(quality.perplexity, 3),
         _number(quality.kl, 4),
         _number(quality.top1, 3),
-        *(f"{task.accuracy:.3f} ± {task.standard_error:.3f}" for task in result.tasks),
+        *(_metric(task.metrics[task.metric]) for task in result.tasks),
     ]
+
+
+def _metric(metric: Metric) -> str:
+    error = "" if metric.standard_error is None else f" ± {metric.standard_error:.3f}"
+    return f"{metric.value:.3f}{error}"
 
 
 def _number(value: float | None, digits: int) -> str:

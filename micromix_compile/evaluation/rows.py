@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from micromix_compile.calibration.assignment import assign
-from micromix_compile.evaluation.harness import HarnessTask, run_harness_task
+from micromix_compile.evaluation.harness import compiled_twin, run_harness_tasks
 from micromix_compile.evaluation.perplexity import evaluate
-from micromix_compile.evaluation.tasks import run_task
-from micromix_compile.evaluation.types import RowResult
+from micromix_compile.evaluation.types import RowResult, TaskResult
 from micromix_compile.numerics.formats import FP6_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
 
     from micromix_compile.config import MicroMixConfig
-    from micromix_compile.evaluation.tasks import Task
-    from micromix_compile.evaluation.types import LanguageModel, TaskResult
+    from micromix_compile.evaluation.harness import HarnessTask
+    from micromix_compile.evaluation.types import LanguageModel
     from micromix_compile.recipe.types import Recipe
 
 FULL_PRECISION: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -54,20 +54,22 @@ def evaluate_rows(
     rows: Sequence[str],
     windows: Tensor,
     *,
-    tasks: Sequence[Task | HarnessTask] = (),
+    tasks: Sequence[HarnessTask] = (),
+    responses: Path | None = None,
     progress: bool = True,
 ) -> Iterator[RowResult]:
     """One result per row, each on the real model through `torch.compile(backend="micromix")`.
 
     model: an unquantized causal model; it is also the reference. recipe: of that model; its statistics are split again
-    for every row, and its config is the row "micromix". rows: from `row_names(dtype of the model)`.
+    for every row, and its config is the row "micromix". rows: from `row_names(dtype of the model)`. responses: a folder
+    in which answers to the tasks' questions are kept, a file a row, and looked up first.
 
     Raises ValueError for an unknown row, before anything runs, and RuntimeError if a quantized row turns out to be
     the unquantized model.
     """
     dtype = next(model.parameters()).dtype
     configs = [None if row == FULL_PRECISION[dtype] else row_config(row, recipe.config) for row in rows]
-    measured = _Measured(windows, tasks, progress)
+    measured = _Measured(windows, tasks, responses, progress)
     for row, config in zip(rows, configs, strict=True):
         if config is None:
             yield _full_precision(row, model, recipe, measured)
@@ -80,8 +82,17 @@ class _Measured(NamedTuple):
     """What every row is measured on. windows: (W, T) int64."""
 
     windows: Tensor
-    tasks: Sequence[Task | HarnessTask]
+    tasks: Sequence[HarnessTask]
+    responses: Path | None
     progress: bool
+
+    def run_tasks(self, model: Any, row: str, recipe: Recipe | None = None) -> tuple[TaskResult, ...]:
+        """The tasks on `model`, compiled if there is a recipe; its answers are those of `row`."""
+        if not self.tasks:
+            return ()
+        file = None if self.responses is None else self.responses / row
+        runs = model if recipe is None else compiled_twin(model, recipe)
+        return run_harness_tasks(runs, self.tasks, responses=file)
 
 
 def _quantized(row: str, model: nn.Module, recipe: Recipe, measured: _Measured) -> RowResult:
@@ -98,7 +109,7 @@ def _quantized(row: str, model: nn.Module, recipe: Recipe, measured: _Measured) 
         stored_bits=recipe.stored_bits,
         stored_bytes=recipe.stored_bytes,
         evaluation=result,
-        tasks=_run_tasks(compiled, row, measured),
+        tasks=measured.run_tasks(model, row, recipe),
     )
 
 
@@ -111,23 +122,19 @@ def _full_precision(row: str, model: nn.Module, recipe: Recipe, measured: _Measu
         stored_bits=8.0 * item_bytes,
         stored_bytes=recipe.parameters * item_bytes,
         evaluation=replace(result, kl=0.0, top1=1.0),
-        tasks=_run_tasks(model, row, measured),
+        tasks=measured.run_tasks(model, row),
     )
 
 
 def packed_row(
-    model: LanguageModel, windows: Tensor, *, tasks: Sequence[Task | HarnessTask] = (), progress: bool = True
+    model: LanguageModel,
+    windows: Tensor,
+    *,
+    tasks: Sequence[HarnessTask] = (),
+    responses: Path | None = None,
+    progress: bool = True,
 ) -> RowResult:
     """The row of a packed checkpoint: perplexity and tasks only, for want of the unquantized model."""
     result = evaluate(model, windows, label="evaluating packed", progress=progress)
-    measured = _Measured(windows, tasks, progress)
-    return RowResult(row="packed", evaluation=result, tasks=_run_tasks(model, "packed", measured))
-
-
-def _run_tasks(model: Any, row: str, measured: _Measured) -> tuple[TaskResult, ...]:
-    return tuple(
-        run_harness_task(model, task)
-        if isinstance(task, HarnessTask)
-        else run_task(model, task, device=measured.windows.device, label=row, progress=measured.progress)
-        for task in measured.tasks
-    )
+    measured = _Measured(windows, tasks, responses, progress)
+    return RowResult(row="packed", evaluation=result, tasks=measured.run_tasks(model, "packed"))

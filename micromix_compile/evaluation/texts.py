@@ -1,8 +1,9 @@
 """Calibration and evaluation text, split so that calibration never sees what evaluation measures.
 
 Articles keep their order. Every fourth, from the first, calibrates; evaluation takes the articles at offset 1 of every
-four, then those at offset 2, then 3. Articles are joined by blank lines, tokenized without a BOS token and cut into
-windows that don't overlap.
+four, then those at offset 2, then 3. Articles are joined by blank lines, tokenized and cut into windows that don't
+overlap. Where a tokenizer puts a BOS token before every text (Gemma's and Llama 3's do), each window begins with it:
+without it, such models are not themselves.
 """
 
 from __future__ import annotations
@@ -103,20 +104,29 @@ def _pieces(article: str, starts: Iterable[int]) -> Iterator[str]:
 def token_windows(
     articles: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int = WINDOW_LENGTH
 ) -> Tensor:
-    """The first `count` windows of the joined articles: (count, length) int64.
+    """The first `count` windows of the joined articles: (count, length) int64, a BOS token included (see above).
 
     Raises ValueError if the text is too short, or if `count` or `length` is too small to measure anything.
     """
     if count < 1 or length < 2:
         raise ValueError(f"at least 1 window of 2 tokens is needed, got {count} of {length}")
     text = "\n\n".join(articles)
-    needed = count * length
+    prefix = _prefix(tokenizer)
+    new = length - len(prefix)
+    needed = count * new
     ids = _tokenize(text[: needed * _CHARS_PER_TOKEN], tokenizer)
     if len(ids) <= needed:
         ids = _tokenize(text, tokenizer)
     if len(ids) < needed:
-        raise ValueError(f"the text has {len(ids) // length} windows of {length} tokens, but {count} were asked for")
-    return torch.tensor(ids[:needed], dtype=torch.int64, device="cpu").view(count, length)
+        raise ValueError(f"the text has {len(ids) // new} windows of {length} tokens, but {count} were asked for")
+    own = torch.tensor(ids[:needed], dtype=torch.int64, device="cpu").view(count, new)
+    return torch.cat((torch.tensor(prefix, dtype=torch.int64, device="cpu").expand(count, -1), own), dim=1)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token, if the tokenizer puts it before every text."""
+    ids: list[int] = tokenizer("", verbose=False)["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 
@@ -32,17 +34,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """standard_error: the items being a sample; None where there is no estimate."""
+
+    value: float
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """accuracy: the share of `items` that were right. standard_error: of that share, the items being a sample."""
+    """What a model reached in `items` questions. metric: the name of the one in `metrics` that a table shows."""
 
     task: str
     items: int
-    accuracy: float
-
-    @property
-    def standard_error(self) -> float:
-        """sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.items)
+    metric: str
+    metrics: Mapping[str, Metric]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +66,13 @@ class RowResult:
         """Plain values for JSON; a perplexity or divergence that isn't finite becomes None."""
         flat = {**asdict(self), **asdict(self.evaluation)}
         del flat["evaluation"]
-        flat["tasks"] = [{**asdict(task), "standard_error": task.standard_error} for task in self.tasks]
-        return {key: value if _has_json(value) else None for key, value in flat.items()}
+        return {key: _finite(value) for key, value in flat.items()}
 
 
-def _has_json(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """The same, in which numbers that JSON has not are None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None

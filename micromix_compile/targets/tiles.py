@@ -38,13 +38,15 @@ class Tile:
 class MixedTiles:
     """How GPUs of one kind run the mixed matmul.
 
-    name: of the kind. mma: for people. mode: `MODE` of templates/triton/mixed_mx_mm.py. widen_fp4: MXFP4 weights meet
+    name: of the kind. mma: for people. kinds: its matrix instructions as `ptx.mma_kind` names them, where both operands
+    are MXFP4, and elsewhere. mode: `MODE` of templates/triton/mixed_mx_mm.py. widen_fp4: MXFP4 weights meet
     MXFP8 activations as MXFP8, because the compiler has no block-scaled MMA of two element families. shared_memory:
     bytes a program may use. tiles: (largest M, tiles), ascending; the last holds for every M.
     """
 
     name: str
     mma: str
+    kinds: tuple[str, str]
     mode: str
     widen_fp4: bool
     shared_memory: int
@@ -85,6 +87,7 @@ _ANY: Final = 1 << 62
 SM_100: Final = MixedTiles(
     name="sm_100",
     mma="block-scaled MMA",
+    kinds=("tcgen05.mma mxf4", "tcgen05.mma mxf8f6f4"),
     mode="scaled",
     widen_fp4=False,
     shared_memory=232_448,
@@ -100,6 +103,7 @@ SM_100: Final = MixedTiles(
 SM_120: Final = MixedTiles(
     name="sm_120",
     mma="block-scaled MMA",
+    kinds=("mma.sync mxf4nvf4", "mma.sync mxf8f6f4"),
     mode="scaled",
     widen_fp4=True,
     shared_memory=101_376,
@@ -115,6 +119,7 @@ SM_120: Final = MixedTiles(
 SM_90: Final = MixedTiles(
     name="sm_90",
     mma="bfloat16 MMA of exactly dequantized operands",
+    kinds=("wgmma bf16", "wgmma bf16"),
     mode="bf16",
     widen_fp4=False,
     shared_memory=232_448,
@@ -131,6 +136,7 @@ SM_90: Final = MixedTiles(
 BF16: Final = MixedTiles(
     name="bf16",
     mma="bfloat16 MMA of exactly dequantized operands",
+    kinds=("mma.sync bf16", "mma.sync bf16"),
     mode="bf16",
     widen_fp4=False,
     shared_memory=65_536,

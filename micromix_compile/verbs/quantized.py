@@ -18,6 +18,7 @@ from micromix_compile.passes import (
     for_inductor,
     identities,
     input_devices,
+    is_counting,
     run_passes,
 )
 from micromix_compile.session.graph import AppendedInputs, close_graph, open_graph
@@ -92,7 +93,8 @@ class _QuantizedGraph:
 def _cache_settings(config: MicroMixConfig, targets: Sequence[Target] = ()) -> dict[str, Any]:
     """What compiled code depends on beside the graph and this package."""
     named = [[target.name, *sorted(target.passes)] for target in targets]
-    return {**config.to_dict(), "passes": identities(POST_GRAD_PASSES), "targets": named}
+    watched = bool(config.dump) or is_counting()
+    return {**config.to_dict(), "passes": identities(POST_GRAD_PASSES), "targets": named, "watched": watched}
 
 
 def _targets(session: Session, gm: fx.GraphModule, context: PassContext) -> list[Target]:

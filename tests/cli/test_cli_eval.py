@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 from support.command_line import SHORT, run, run_well
 
+from micromix_compile.cli.resume import fingerprint
+from micromix_compile.evaluation import zoo
+
 
 def test_eval_prints_the_rows_and_writes_them_with_their_circumstances(
     small_model: Path, recipe_file: Path, tmp_path: Path
@@ -36,29 +39,14 @@ def test_eval_prints_the_rows_and_writes_them_with_their_circumstances(
     assert content["hardware"]["cpu"]
 
 
-def test_eval_runs_tasks_on_every_row(small_model: Path, recipe_file: Path, tmp_path: Path) -> None:
-    """A column in the table, and accuracy with its error in the file."""
-    request = {"request": {"context": "Up and", "continuation": " down"}, "doc_id": 0, "label": ["down"]}
-    (tmp_path / "words.jsonl").write_text(f"{json.dumps(request)}\n{json.dumps({**request, 'doc_id': 1})}\n")
-    wanted = ("--tasks", tmp_path / "words.jsonl", "--rows", "fp32 mxfp4", "--json", tmp_path / "results.json")
-    out = run_well("eval", "--model", small_model, "--recipe", recipe_file, "--windows", 1, *SHORT, *wanted)
-    assert "words" in out
-    for row in json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]:
-        assert row["tasks"] == [{"task": "words", "items": 2, "accuracy": 0.0, "standard_error": 0.0}]
-    refused = run("eval", "--model", small_model, "--tasks", "words")
-    assert (refused.exit_code, "task must be one of lambada, arc_easy, " in refused.stderr) == (1, True)
-
-
-@pytest.mark.filterwarnings("ignore")  # the harness's own
-def test_eval_runs_tasks_of_the_harness_on_every_row(small_model: Path, recipe_file: Path, tmp_path: Path) -> None:
-    """Beside our own tasks, and with the same number of items."""
-    pytest.importorskip("lm_eval")
+def write_pairs(folder: Path) -> Path:
+    """A task of lm-eval with three items, whose data are here."""
     rows = [{"question": word, "choices": [" down", " up"], "answer": 0} for word in ("Up and", "Left and", "In and")]
-    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     fields = {
         "task": "pairs",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.json")}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
@@ -66,14 +54,81 @@ def test_eval_runs_tasks_of_the_harness_on_every_row(small_model: Path, recipe_f
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    (tmp_path / "pairs.yaml").write_text(json.dumps(fields), "utf-8")  # JSON is YAML
-    wanted = ("--lm-eval", tmp_path / "pairs.yaml", "--task-items", 2, "--rows", "fp32 mxfp4")
+    (folder / "pairs.yaml").write_text(json.dumps(fields), "utf-8")  # JSON is YAML
+    return folder / "pairs.yaml"
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_eval_runs_tasks_on_every_row(small_model: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """A column in the table, and all metrics with their errors in the file."""
+    pytest.importorskip("lm_eval")
+    wanted = ("--tasks", write_pairs(tmp_path), "--task-items", 2, "--rows", "fp32 mxfp4", "--batch-size", 4)
     arguments = ("--model", small_model, "--recipe", recipe_file, "--windows", 1, *SHORT)
     assert "pairs" in run_well("eval", *arguments, *wanted, "--json", tmp_path / "results.json")
     for row in json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]:
-        assert [(task["task"], task["items"]) for task in row["tasks"]] == [("pairs", 2)]
-    refused = run("eval", *arguments, "--lm-eval", "missing.yaml")
+        (task,) = row["tasks"]
+        assert (task["task"], task["items"], task["metric"]) == ("pairs", 2, "acc")
+        assert set(task["metrics"]["acc"]) == {"value", "standard_error"}
+    refused = run("eval", *arguments, "--tasks", "missing.yaml")
     assert (refused.exit_code, "lm-eval has no task 'missing.yaml'" in refused.stderr) == (1, True)
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_an_evaluation_goes_on_where_it_stopped(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither calibrating nor asking again; with another setting it is refused."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    from micromix_compile.cli import eval as command
+
+    kept = ("--resume", tmp_path / "kept", "--tasks", write_pairs(tmp_path), "--rows", "fp32")
+    arguments = ("--model", small_model, "--windows", 1, "--calibration-windows", 1, *SHORT, *kept)
+    first = run_well("eval", *arguments)
+    for module, name in ((HFLM, "_model_call"), (command, "decide")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("asked again"))
+    assert run_well("eval", *arguments) == first
+    refused = run("eval", *arguments, "--data", "c4")
+    assert refused.exit_code == 2
+    assert "kept holds an evaluation with another data: 'wiki', not 'c4'" in refused.stderr
+
+
+def test_eval_refuses_what_it_cannot_do_before_a_model_is_loaded(
+    small_model: Path, tmp_path: Path, no_loading: None
+) -> None:
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (("--suite", "all"), "--suite must be one of zero-shot, paper, got 'all'"),
+        (("--task-data", "disk"), "--task-data must be one of auto, hub, packages, got 'disk'"),
+        (("--resume", tmp_path), f"--resume must be a new directory or one of an evaluation before, got {tmp_path}"),
+        (("--resume", tmp_path / "file"), "--resume must be a new directory or one of an evaluation before"),
+    ):
+        refused = run("eval", "--model", small_model, *arguments)
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
+
+
+def test_what_a_suite_leaves_out_is_said_and_written(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from micromix_compile.cli import eval as command
+    from micromix_compile.evaluation.suites import LoadedSuite
+
+    monkeypatch.setattr(command, "load_suite", lambda *_: LoadedSuite((), {"wikitext": "not here"}))
+    path = tmp_path / "results.json"
+    arguments = ("--model", small_model, "--windows", 1, "--calibration-windows", 1, *SHORT, "--rows", "fp32")
+    result = run("eval", *arguments, "--suite", "paper", "--json", path)
+    assert (result.exit_code, "left out: wikitext: not here" in result.stderr) == (0, True)
+    assert json.loads(path.read_text("utf-8"))["tasks left out"] == {"wikitext": "not here"}
+
+
+def test_a_fingerprint_changes_with_what_it_is_of(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("a")
+    before = fingerprint(tmp_path), fingerprint(tmp_path / "weights")
+    assert before == (fingerprint(str(tmp_path)), fingerprint(tmp_path / "weights"))
+    (tmp_path / "weights").write_text("bc")
+    assert not {*before} & {fingerprint(tmp_path), fingerprint(tmp_path / "weights")}
+    assert fingerprint(zoo.DEFAULT_MODEL) == ""
 
 
 def test_results_may_go_to_a_device_which_stays_one(small_model: Path, recipe_file: Path, tmp_path: Path) -> None:

@@ -19,15 +19,23 @@ if TYPE_CHECKING:
 
 
 class LetterTokenizer:
-    """One token a character, and a BOS token unless told otherwise."""
+    """One token a character; between those that it puts before and after every text unless told otherwise."""
+
+    bos_token_id = 1
+
+    def __init__(self, before: list[int], after: list[int]) -> None:
+        self.before, self.after = before, after
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+        letters = [ord(letter) for letter in text]
+        return {"input_ids": [*self.before, *letters, *self.after] if add_special_tokens else letters}
 
 
-def windows_of(articles: Sequence[str], count: int, length: int) -> torch.Tensor:
+def windows_of(
+    articles: Sequence[str], count: int, length: int, before: list[int] | None = None, after: list[int] | None = None
+) -> torch.Tensor:
     """`token_windows` with a tokenizer that needs no model."""
-    return texts.token_windows(articles, LetterTokenizer(), count, length)
+    return texts.token_windows(articles, LetterTokenizer(before or [], after or []), count, length)
 
 
 @pytest.mark.parametrize("name", ["wiki", "c4", "technical"])
@@ -89,6 +97,18 @@ def test_windows_follow_each_other_without_overlap_or_bos() -> None:
     assert ["".join(map(chr, window)) for window in windows.tolist()] == ["abc\n", "\ndef"]
 
 
+@pytest.mark.parametrize("after", [[], [2]])
+def test_every_window_begins_with_the_bos_token_that_a_tokenizer_wants(after: list[int]) -> None:
+    """Such as Gemma's; what it puts behind a text, as some do with EOS, is no part of running text."""
+    windows = windows_of(["abc", "defg"], 3, 4, [1], after)
+    assert windows[:, 0].tolist() == [1, 1, 1]
+    assert ["".join(map(chr, window)) for window in windows[:, 1:].tolist()] == ["abc", "\n\nd", "efg"]
+    assert windows_of(["abc"], 1, 3, [], [2]).tolist() == [[97, 98, 99]], "a tokenizer without BOS"
+    assert windows_of(["abc"], 1, 3, [7]).tolist() == [[97, 98, 99]], "what comes first there is another token"
+    with pytest.raises(ValueError, match="the text has 3 windows of 4 tokens, but 4 were asked for"):
+        windows_of(["abc", "defg"], 4, 4, [1])
+
+
 def test_a_long_text_is_cut_into_the_same_windows_as_when_tokenized_whole() -> None:
     """The real tokenizer sees only as much text as the windows need; that must not show."""
     tokenizer = zoo.load_tokenizer()
@@ -102,6 +122,8 @@ def test_text_with_long_tokens_is_read_to_its_end() -> None:
 
     class LineTokenizer:
         """One token a line."""
+
+        bos_token_id = None
 
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": [len(line) for line in text.split("\n")]}

@@ -25,6 +25,7 @@ from micromix_compile.passes import (
     POST_GRAD_PASSES,
     Pass,
     PassContext,
+    counted,
     fuse_rms_norm,
     identities,
     run_passes,
@@ -74,6 +75,22 @@ def test_post_grad_graphs_are_dumped_too_whether_or_not_the_code_was_compiled_be
     before, after = ((tmp_path / name).read_text() for name in names[2:4])
     assert "micromix.rms_norm_reorder_quantize" not in before
     assert "micromix.rms_norm_reorder_quantize" in after
+
+
+def test_passes_are_counted_while_somebody_asks_even_of_code_that_was_compiled_before() -> None:
+    net, x = make_net(torch.bfloat16, layers=2), torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(net, backend="micromix", options={"recipe": micromix.calibrate(net, [x])})
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        with counted() as counts, torch.no_grad():
+            compiled(x)
+        found.append({name: count for name, count in counts.items() if count})
+    assert found == [{"find_linears": 6, "rewrite_linears": 6, "share_activations": 2, "fuse_rms_norm": 2}] * 2
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled(x)
+    assert counts.total() == 16, "nobody counts any more"
 
 
 def test_the_passes_that_can_be_dumped_are_those_there_are() -> None:

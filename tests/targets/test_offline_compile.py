@@ -23,6 +23,7 @@ from support.digests import assert_recorded
 from micromix_compile.numerics.layout import RowLayout, activation_shapes, activation_split
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets import offline, ptx, quantizers
+from micromix_compile.targets.described import products_of
 from micromix_compile.targets.offline import Kernel, NotSupported, kernel_of
 from micromix_compile.targets.ptx import Compiled
 from micromix_compile.targets.target import Device, target_for
@@ -288,6 +289,14 @@ def test_each_step_issues_the_matrix_instructions_that_the_tile_needs(case: Case
         steps = [found for name, found in result.mma_blocks if name == kind]
         assert set(steps) == {count}
         assert segments <= len(steps) <= 2 * segments
+
+
+@each_case
+def test_the_instructions_are_those_that_the_device_is_said_to_run(case: Case, result: Compiled) -> None:
+    target = target_for(Device(type="cuda", model="a GPU", capability=divmod(case.capability, 10), exact=True))
+    weights = "mxfp4" if case.w_fp4 else "same"
+    (product,) = products_of(target, offline.SPLIT, weights=weights, activations=case.activations)
+    assert set(" and ".join(product.kinds.values()).split(" and ")) == result.mma.keys()
 
 
 @each_case

@@ -16,6 +16,7 @@ from micromix_compile.numerics.folding import FoldedActivation
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS
 from micromix_compile.numerics.layout import packed_shapes
 from micromix_compile.targets import folded_tiles, offline
+from micromix_compile.targets.described import FOLDED_KIND
 from micromix_compile.targets.expansion import ExpandedWeights, expand_call
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTile
 from micromix_compile.targets.groups import MAX_GROUP
@@ -182,7 +183,7 @@ def test_each_step_of_a_product_issues_fp8_instructions_and_no_others(
     tile, result = case.tile, compiled[case]
     count = (tile.BLOCK_N // 64) * -(-tile.BLOCK_M // 256) * (tile.BLOCK_K // 32) * 4 // tile.num_warps
     assert count > 0
-    assert result.mma_blocks == (("wgmma e4m3", count),) * 3
+    assert result.mma_blocks == ((FOLDED_KIND, count),) * 3
 
 
 @pytest.mark.parametrize("case", params(PRODUCTS, QUICK), ids=str)

