@@ -42,7 +42,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("target_bits", float("nan"), ValueError, "target_bits must be in [4, 16], got {}"),
     ("target_bits", "5", TypeError, "target_bits must be a number, got {}"),
     ("target_kind", "bytes", ValueError, "target_kind must be one of element, stored, time, got {}"),
-    ("weight_rounding", "up", ValueError, "weight_rounding must be one of nearest, gptq, got {}"),
+    ("weight_rounding", "up", ValueError, "weight_rounding must be one of nearest, gptq, guided, got {}"),
     ("uniform_order", "mean", ValueError, "uniform_order must be one of model, sheltered, got {}"),
     ("scale_search", "yes", TypeError, "scale_search must be True or False, got {}"),
     ("seed", -1, ValueError, "seed must be an integer from 0 to 2**63 - 1, got {}"),
