@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from micromix_compile.numerics.layout import weight_split
 from micromix_compile.targets import cpu
 from micromix_compile.targets.target import Device, target_for
 
@@ -56,7 +57,7 @@ def products_of(
     if target.takes == "folded" and experts:
         return [Product("any", "grouped_folded_mm", dict.fromkeys(_weights_of(present, weights), FOLDED_KIND))]
     if target.takes == "folded":
-        return _folded(target, _weights_of(present, weights))
+        return _folded(target, weight_split(split, weights), _weights_of(present, weights))
     if isinstance(target.exact, cpu.CompiledExact):
         isa = cpu.status().isa
         return [Product("any", f"C++, {isa}", dict.fromkeys(_weights_of(present, weights), _CPU_INSTRUCTIONS[isa]))]
@@ -75,13 +76,15 @@ def _weights_of(present: list[str], weights: str) -> list[str]:
     return present if weights == "same" else ["MXFP4"]
 
 
-def _folded(target: Target, formats: list[str]) -> list[Product]:
+def _folded(target: Target, split: Split, formats: list[str]) -> list[Product]:
     tiles = target.folded.tiles
     assert tiles is not None, "who folds has tiles"
-    first = tiles.expand_from
+    last, kernels = tiles.last_packed(split)
     return [
-        Product(f"up to {first - 1}", "folded_mm", dict.fromkeys(formats, FOLDED_KIND)),
+        Product(f"up to {last}", kernels, dict.fromkeys(formats, FOLDED_KIND)),
         Product(
-            f"{first} and more", "expand_weights, then the library", dict.fromkeys(formats, "the library's FP8 product")
+            f"{last + 1} and more",
+            "expand_weights, then the library",
+            dict.fromkeys(formats, "the library's FP8 product"),
         ),
     ]

@@ -15,6 +15,7 @@ from micromix_compile.targets.kernels import columns_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from micromix_compile.numerics.layout import Split
     from micromix_compile.targets.gluon_tiles import GluonTiles, Plan
     from micromix_compile.targets.kernels import FoldedWeight
 
@@ -205,6 +206,12 @@ class FoldedTiles:
     def library_from(self, *, is_expanded: bool) -> int:
         """Rows from which on every product that it fits is the library's. is_expanded: as of `uses_library`."""
         return self.expand_from if is_expanded else self.all_expand_from
+
+    def last_packed(self, split: Split) -> tuple[int, str]:
+        """The most rows of a bfloat16 product that reads weights of this split packed, and its kernels' names."""
+        if self.gluon is None or not self.gluon.takes(split):
+            return self.expand_from - 1, "folded_mm"
+        return self.all_expand_from - 1, "folded_mm and folded_mm_rows"
 
     def uses_library(
         self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype, *, is_expanded: bool = False

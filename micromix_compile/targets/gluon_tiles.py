@@ -204,6 +204,10 @@ class GluonTiles:
             return f"columns must be a multiple of {LINE}, for lines of whole 16 bytes, got {product.columns}"
         return None if sum(product.split) and all(product.columns) else "there is nothing to multiply"
 
+    def takes(self, split: Split) -> bool:
+        """Whether it takes weights of this split at all, in bfloat16 and with whole eights of columns."""
+        return self.refusal(Product(self.most_rows, (LINE,), split, torch.bfloat16, ())) is None
+
     def plan_for(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> Plan | None:
         """How the kernel computes a product of M = rows; None for what it does not take, which is logged once."""
         return _plan(self, Product.of(rows, weights, out_dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.targets import served_by
 
-from micromix_compile.targets import cpu, described
+from micromix_compile.targets import cpu, described, gluon_kernels
 from micromix_compile.targets.described import FOLDED_KIND, Product, named_target, products_of
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90
 from micromix_compile.targets.kernels import PlainExact
@@ -42,6 +42,16 @@ def test_hopper_folds_up_to_its_bound_and_is_exact_where_asked() -> None:
     assert (many.rows, set(many.kinds.values())) == (f"{bound} and more", {"the library's FP8 product"})
     (exact,) = products_of(named_target("sm_90", exact=True), SPLIT, weights="same", activations="same")
     assert set(exact.kinds.values()) == {"wgmma bf16"}
+
+
+def test_the_persistent_kernel_reads_packed_weights_of_more_rows_if_it_takes_the_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gluon_kernels, "refusal", lambda: None)
+    for split, last, kernels in (((64, 64, 32), 1024, "folded_mm and folded_mm_rows"), (SPLIT, 256, "folded_mm")):
+        few, many = products_of(named_target("sm_90"), split, weights="same", activations="fp8")
+        assert (few.rows, few.kernel, set(few.kinds.values())) == (f"up to {last}", kernels, {FOLDED_KIND})
+        assert (many.rows, set(many.kinds.values())) == (f"{last + 1} and more", {"the library's FP8 product"})
 
 
 def test_experts_have_products_of_their_own_with_the_same_instructions() -> None:
