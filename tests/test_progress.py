@@ -86,7 +86,7 @@ def live_observers() -> list[ChannelObserver]:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_calibration_lets_its_moments_go_and_can_be_begun_again(error: type[BaseException]) -> None:
-    model, x = Interrupted().eval(), torch.randn(2, 9, 64)
+    model, x, config = Interrupted().eval(), torch.randn(2, 9, 64), micromix.MicroMixConfig(weight_rounding="gptq")
     wanted = [parameter.requires_grad for parameter in model.parameters()]
 
     def batches() -> Iterator[Tensor]:
@@ -95,14 +95,14 @@ def test_an_interrupted_calibration_lets_its_moments_go_and_can_be_begun_again(e
         raise error("enough")
 
     with pytest.raises(error, match="enough"):
-        micromix.calibrate(model, batches())
+        micromix.calibrate(model, batches(), config)
     assert not live_observers()
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
-    again = micromix.calibrate(model, [x])
+    again = micromix.calibrate(model, [x], config)
     assert not live_observers()
     fresh = Interrupted().eval()
     fresh.load_state_dict(model.state_dict())
-    expected = micromix.calibrate(fresh, [x])
+    expected = micromix.calibrate(fresh, [x], config)
     for fqn, linear in expected.linears.items():
         assert again.linears[fqn].split == linear.split
         assert torch.equal(again.linears[fqn].group.channel_perm, linear.group.channel_perm)

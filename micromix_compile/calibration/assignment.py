@@ -64,6 +64,8 @@ def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
     take, or shards that don't fit the channels.
     """
     config = decided(config, recipe.config.activations)
+    if (config.weight_rounding, recipe.config.weight_rounding) == ("guided", "gptq"):  # there were no gradients
+        config = dataclasses.replace(config, weight_rounding="gptq")
     if all(getattr(config, name) == getattr(recipe.config, name) for name in NUMERIC_OPTIONS):
         return dataclasses.replace(recipe, config=config)
     if (

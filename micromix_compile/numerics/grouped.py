@@ -1,7 +1,7 @@
 """Grouped products: rows of one quantized activation with the weights of the experts that they were routed to.
 
-As in `torch._grouped_mm`, output rows are sorted by expert: `offs` (E,) int32 holds where each expert's rows end, so
-that expert e computes the rows from offs[e - 1], or 0, to offs[e]. What lies behind offs[E - 1] is zero. `rows` (R,)
+As in torch's grouped product, output rows are sorted by expert: `offs` (E,) int32 holds where each expert's rows end,
+so that expert e computes the rows from offs[e - 1], or 0, to offs[e]. What lies behind offs[E - 1] is zero. `rows` (R,)
 int32 says which row of the activation each output row reads: one token may go to several experts, and is quantized
 once. Weights, their scales and biases have a leading dimension of experts.
 

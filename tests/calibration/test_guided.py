@@ -111,6 +111,7 @@ def test_without_gradients_all_tokens_weigh_the_same(policy: str, caplog: pytest
         recipe = micromix.calibrate(net, batches, dataclasses.replace(GUIDED, policy=policy), progress=False)
     assert "has no usable gradient" in caplog.text
     assert recipe.config.weight_rounding == "gptq"
+    assert micromix.assign(recipe, dataclasses.replace(GUIDED, policy=policy)).packed == recipe.packed
     plain = micromix.calibrate(net, batches, dataclasses.replace(PLAIN, policy=policy), progress=False)
     assert recipe.packed.keys() == plain.packed.keys()
     for name, packed in plain.packed.items():

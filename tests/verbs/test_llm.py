@@ -10,7 +10,7 @@ import torch
 from support.llama import LAYERS, calls_of, llama, token_batches
 from support.models import EXACT_DTYPE, fake_quantized
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 import micromix_compile as micromix
 
@@ -129,17 +129,6 @@ def test_padding_of_a_tokenized_batch_does_not_reach_the_statistics() -> None:
             num_key_value_heads=1,
             vocab_size=256,
             max_position_embeddings=64,
-        ),
-        MixtralConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=256,
-            max_position_embeddings=64,
-            num_local_experts=2,
-            num_experts_per_tok=1,
         ),
     ],
     ids=lambda config: config.model_type,

@@ -1,4 +1,4 @@
-"""vLLM's server answers over HTTP from the packed default model, as README's "Serve" section says."""
+"""vLLM's server answers over HTTP from the packed default model, as docs/how-to/serve.md says."""
 
 from __future__ import annotations
 

@@ -102,12 +102,12 @@ def test_a_refused_linear_comes_with_its_reason(
 
 
 def test_a_weight_computed_in_the_graph_is_refused() -> None:
-    weight = nn.Parameter(torch.randn(2, 8, 64))
+    weight = nn.Parameter(torch.randn(8, 64))
 
-    def expert(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, weight[1])
+    def doubled(x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, 2 * weight)
 
-    _, context, _ = trace(expert, torch.randn(3, 64), session=session_with(find_linears))
+    _, context, _ = trace(doubled, torch.randn(3, 64), session=session_with(find_linears))
     assert list(context.refusals.values()) == ["its weight is computed in the graph, not a Parameter"]
 
 
