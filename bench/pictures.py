@@ -34,7 +34,6 @@ ACCURACY: Final = {
     "the paper's method": (COLOURS["MXFP8"], "^"),
     "ours, activations in their weights' formats": (COLOURS["MXFP6"], "D"),
     "ours, 8-bit activations": (COLOURS["MXFP4"], "o"),
-    "ours, 8-bit activations, guided rounding": ("#117733", "*"),
 }
 # Of which series the points have names, how far away, and turned by how much.
 LABELLED: Final = {"one format": ((6, 4), 0), "the paper's method": ((-1, 6), 30)}
