@@ -9,12 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from support.digests import assert_recorded
 from support.fork_server import ForkServer
 from support.inductor_codegen import SPLITS, C
 from support.products import assert_product_is_exact, packed_rows, quantized_rows
 
 from micromix_compile.numerics.layout import activation_split
+from micromix_compile.targets.gluon_kernels import FIRST_TRITON, LAST_TRITON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -261,10 +263,16 @@ def test_a_folded_product_of_any_rows_is_the_library_s_if_it_is_compiled_for_man
 def test_a_folded_product_is_decided_when_it_runs_if_rows_may_be_few_or_the_persistent_kernel_takes_it(
     rows: int, dynamic: bool, widen: int
 ) -> None:
-    """The forks above have an odd number of MXFP6 blocks, which it does not take: their 300 rows are the library's."""
+    """The forks above have an odd number of MXFP6 blocks, which it does not take: their 300 rows are the library's.
+
+    So are these, if it is not known to compile with the Triton that is installed.
+    """
     launches = generated("folded", (9, 0), rows=rows, dynamic=dynamic, widen=widen)["launches"]
-    assert launches.count("torch.ops.micromix.folded_mm") == 4
-    assert not any(name.startswith(("folded_mm_kernel", "expand_weights")) for name in launches)
+    compiles = FIRST_TRITON <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= LAST_TRITON
+    is_decided_later = compiles or rows == 16
+    assert launches.count("torch.ops.micromix.folded_mm") == (4 if is_decided_later else 0)
+    assert any(name.startswith("expand_weights") for name in launches) != is_decided_later
+    assert not any(name.startswith("folded_mm_kernel") for name in launches)
 
 
 def load(name: str, source: str, folder: Path) -> ModuleType:
