@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from micromix_compile.calibration.guided import check_finite
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -93,9 +95,16 @@ class ExpertObserver:
     def _zeros(self, values: Tensor) -> Tensor:
         return values.new_zeros(len(self.tokens), values.shape[1], values.shape[1])
 
-    def moments_for(self, weight_rounding: str) -> Tensor | None:
-        """Those by which weights are rounded so; None where no expert saw a token, or no gradient came to any."""
-        return self.guided if weight_rounding == "guided" else self.moments
+    def moments_for(self, weight_rounding: str, name: str) -> Tensor | None:
+        """Those by which weights are rounded so; None where no expert saw a token, or no gradient came to any.
+
+        name: of the weight, for errors. Raises ValueError as `check_finite` does.
+        """
+        if weight_rounding != "guided":
+            return self.moments
+        if self.guided is not None:
+            check_finite(self.guided, name)
+        return self.guided
 
     def forget_moments(self) -> None:
         """Free them."""

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_finite(moment: Tensor, name: str) -> None:
+    """Raise ValueError if gradients at the outputs of `name` were not finite, or their squares are not in float32.
+
+    moment: (..., C, C), a sum of |g|**2 x x^T.
+    """
+    if not bool(moment.diagonal(dim1=-2, dim2=-1).isfinite().all()):
+        raise ValueError(
+            f"gradients at the outputs of {name} are not finite, or float32 cannot hold their squares: "
+            f"weight_rounding='gptq' needs none"
+        )
+
+
 class GuidedMoment:
     """Accumulates the moment of one group's inputs over passes forward and backward.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micromix_compile.calibration.guided import GuidedMoment
+from micromix_compile.calibration.guided import GuidedMoment, check_finite
 from micromix_compile.calibration.token_layout import TokenLayout
 from micromix_compile.recipe.types import ChannelStatistics, Threshold
 
@@ -70,7 +70,7 @@ class ChannelObserver:
     def moment_for(self, weight_rounding: str) -> Tensor:
         """The moment by which weights are rounded so; zeros if no gradient ever came to these linears' outputs.
 
-        Raises ValueError if gradients were not finite, or their squares are not in float32.
+        Raises ValueError as `check_finite` does.
         """
         if weight_rounding != "guided":
             assert self.moment is not None, "moments are kept where weights are rounded"
@@ -79,11 +79,7 @@ class ChannelObserver:
         if moment is None:
             channels = self._abs_mean.numel()
             return torch.zeros(channels, channels, dtype=torch.float32, device="cpu")
-        if not bool(moment.diagonal().isfinite().all()):
-            raise ValueError(
-                f"gradients at the outputs of {self.name} are not finite, or float32 cannot hold their squares: "
-                f"weight_rounding='gptq' needs none"
-            )
+        check_finite(moment, self.name)
         return moment
 
     def forget_moments(self) -> None:

@@ -152,7 +152,8 @@ def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool
         for state, experts in ((state, state.experts) for state in members if state.experts is not None):
             starved = recipe.linears[state.name].starved
             weight = _matrices([state])[state.name]
-            packed[state.name] = round_experts(weight, group, experts.moments_for(rounding), starved, recipe.config)
+            moments = experts.moments_for(rounding, state.name)
+            packed[state.name] = round_experts(weight, group, moments, starved, recipe.config)
             if not keep_moments:
                 experts.forget_moments()
         if not keep_moments:

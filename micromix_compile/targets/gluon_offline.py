@@ -6,16 +6,14 @@ python -m micromix_compile.targets.gluon_offline    reads a JSON list of kernels
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from micromix_compile.targets.gluon_kernels import compile_kernel
 from micromix_compile.targets.gluon_tiles import GluonKernel, GluonTile
-from micromix_compile.targets.offline import ptxas_log
+from micromix_compile.targets.offline import in_process, ptxas_log
 from micromix_compile.targets.ptx import Compiled, inspect_binary
 from micromix_compile.targets.sass import disassemble
 
@@ -54,13 +52,8 @@ class GluonCompiled:
 
 def compile_all(kernels: Sequence[GluonKernel]) -> list[GluonCompiled]:
     """Compile each, in order, in one fresh process. Raises RuntimeError if a compilation fails."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "micromix_compile.targets.gluon_offline"]
-    text = json.dumps([asdict(kernel) for kernel in kernels])
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"compiling offline ended with code {done.returncode}:\n{done.stderr[-4000:]}")
-    return [GluonCompiled.from_fields(fields) for fields in json.loads(done.stdout)]
+    found = in_process("micromix_compile.targets.gluon_offline", kernels)
+    return [GluonCompiled.from_fields(fields) for fields in found]
 
 
 def inspect_kernel(kernel: GluonKernel) -> GluonCompiled:

@@ -271,15 +271,24 @@ def ptxas_log() -> Iterator[io.StringIO]:
         yield log
 
 
-def _compile_in_process(kernels: Sequence[Kernel]) -> list[Compiled | NotSupported]:
-    """`compile_kernel` of each in a new process without the interpreter."""
+def in_process(module: str, kernels: Sequence[Any]) -> list[dict[str, Any]]:
+    """What a module, run in a new process without the interpreter, prints of these dataclasses: a JSON object each.
+
+    Raises RuntimeError if it ends with an error.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "micromix_compile.targets.offline"]
     text = json.dumps([asdict(kernel) for kernel in kernels])
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"compiling offline ended with code {done.returncode}:\n{done.stderr[-4000:]}")
-    return [_result(fields) for fields in json.loads(done.stdout)]
+    results: list[dict[str, Any]] = json.loads(done.stdout)
+    return results
+
+
+def _compile_in_process(kernels: Sequence[Kernel]) -> list[Compiled | NotSupported]:
+    """`compile_kernel` of each in a new process."""
+    return [_result(fields) for fields in in_process("micromix_compile.targets.offline", kernels)]
 
 
 def _result(fields: dict[str, Any]) -> Compiled | NotSupported:

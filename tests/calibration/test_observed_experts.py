@@ -47,10 +47,15 @@ def test_each_expert_counts_the_rows_that_it_reads_and_that_are_no_padding(routi
     for expert, token, row in pairs:
         moments[expert] += torch.outer(x[token], x[token])
         guided[expert] += torch.outer(x[token], x[token]) * slope[row].square().sum()
-    torch.testing.assert_close(observer.moments_for("gptq"), moments)
-    torch.testing.assert_close(observer.moments_for("guided"), guided)
+    torch.testing.assert_close(observer.moments_for("gptq", "w"), moments)
+    torch.testing.assert_close(observer.moments_for("guided", "w"), guided)
+    if pairs:
+        assert observer.guided is not None
+        observer.guided[0, 1, 1] = torch.inf
+        with pytest.raises(ValueError, match=r"outputs of w are not finite.*weight_rounding='gptq'"):
+            observer.moments_for("guided", "w")
     observer.forget_moments()
-    assert observer.moments_for("gptq") is None
+    assert observer.moments_for("gptq", "w") is None
 
 
 CONFIG = MicroMixConfig(activations="fp8", weight_rounding="gptq", rotate="none")
