@@ -310,3 +310,12 @@ class MicroMixConfig:
 
 
 assert all(granularity % BLOCK_SIZE == 0 for granularity in GRANULARITIES), "granularities are whole blocks"
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless it is a `MicroMixConfig`."""
+    if not isinstance(config, MicroMixConfig):
+        raise TypeError(
+            f"config must be a MicroMixConfig, got {type(config).__name__}; "
+            f"MicroMixConfig(**options) makes one of a mapping"
+        )

@@ -12,7 +12,9 @@ from micromix_compile.integrations.checkpoint import QUANT_METHOD, SCHEMA_VERSIO
 from micromix_compile.linear.experts import MicroMixExperts, weight_names
 from micromix_compile.linear.packed import ChannelOrder, MicroMixLinear
 from micromix_compile.linear.replacing import leave_fast_paths, replace, take_over, why_not_replaced
+from micromix_compile.lowering.torch_private.regions import original_module
 from micromix_compile.ops.pack import packed_weight
+from micromix_compile.recipe.types import check_recipe
 from micromix_compile.session.candidates import how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed
 from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names
@@ -41,11 +43,12 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     model can be saved with save_pretrained afterwards.
 
     Raises ValueError if the recipe was made for another model, naming both, if one of its linears is packed already,
-    or if one has to stay and the recipe's config is strict. The model is as it was then: nothing is replaced before
-    everything is packed, for which there must be memory.
+    or if one has to stay and the recipe's config is strict; TypeError for what is no model or no recipe. The model is
+    as it was then: nothing is replaced before everything is packed, for which there must be memory.
     """
-    wrapped = model
-    model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's
+    check_recipe(recipe)
+    wrapped: nn.Module = model
+    model = original_module(wrapped)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: {how_to_leave_training(model)}")
     check_not_distributed(model)
@@ -61,7 +64,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     described = {name: _description(linear) for name, linear in places.items()}
     share_orders(model, {name: linear.group.name for name, linear in places.items()})
     _describe(model, recipe.config, described)
-    model.micromix_refused = refused
+    model.micromix_refused = refused  # type: ignore[assignment]
     logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
     return wrapped
 
@@ -180,3 +183,6 @@ def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_file()}
         model.config.quantization_config = {**fields, "linears": linears}  # type: ignore[union-attr]
+        for module in model.modules():  # as `from_pretrained` does: some models call their linears only then
+            if hasattr(module, "save_pretrained"):
+                module.config._is_quantized = True  # type: ignore[union-attr]

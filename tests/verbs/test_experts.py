@@ -167,11 +167,30 @@ def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None
     assert 0 < (packed - want).norm() < 0.1 * want.norm()
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.deep)])
+def test_experts_of_batched_products_are_those_of_grouped_ones(name: str) -> None:
+    model, tokens = model_of_experts(name), torch.randint(0, 96, (2, 24))
+    mask = (torch.arange(24) < torch.tensor([[24], [15]])).long()
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    recipe = micromix.calibrate(model, [batch], MicroMixConfig(policy="budget"), progress=False)
+    model.set_experts_implementation("batched_mm")  # as `generate` does to decode on a GPU
+    again = micromix.calibrate(model, [batch], MicroMixConfig(policy="budget"), progress=False)
+    for fqn, linear in recipe.linears.items():
+        other = again.linears[fqn]
+        assert (other.split, other.expert_tokens, other.runs) == (linear.split, linear.expert_tokens, linear.runs)
+        assert torch.equal(other.group.channel_perm, linear.group.channel_perm)
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    with torch.no_grad():
+        want = packed(tokens).logits
+        got = torch.compile(model, backend="micromix", options={"recipe": recipe, "strict": True})(tokens).logits
+    assert (got - want).abs().max() < 1e-3 * (want.max() - want.min())
+
+
 @versions
-@pytest.mark.parametrize("way", [pytest.param("eager", marks=pytest.mark.deep), "batched_mm"])
-def test_experts_that_are_no_grouped_products_are_named_with_what_to_do(way: str) -> None:
+@pytest.mark.deep
+def test_experts_in_a_loop_are_named_with_what_to_do() -> None:
     model = model_of_experts("mixtral")
-    model.set_experts_implementation(way)
+    model.set_experts_implementation("eager")
     recipe = micromix.calibrate(model, [torch.randint(0, 96, (2, 8))], QUICK, progress=False)
     reasons = [why for name, why in recipe.refused.items() if "experts" in name]
     assert len(reasons) == 2
