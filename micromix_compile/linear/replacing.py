@@ -54,8 +54,6 @@ def why_not_replaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     name: of a linear module, or of a Parameter that belongs to none. modules: all of the model by their names.
     """
     module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight directly, not through a linear's forward"
     if name.rpartition(".")[2] in READ_DIRECTLY.get(_class_of(parent), ()):
         return f"{type(parent).__name__} reads its weight directly, not through a linear's forward"
     if module is None:

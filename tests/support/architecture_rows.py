@@ -21,6 +21,7 @@ import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.experts import MicroMixExperts
 from micromix_compile.linear.packed import MicroMixLinear
+from micromix_compile.lowering.torch_private.tensors import is_convolution
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ OPTIONS: Final[dict[str, Any]] = {"policy": "mxfp8-anchor", "weight_rounding": "
 """Quick to calibrate, and the same without gradients: what the one-line form comes to, `calibrate` does, too."""
 WAYS: Final = ("recipe", "one line", "packed")
 OUTPUTS: Final = ("logits", "text_embeds", "image_embeds")
+EMBEDDING: Final = "it is an embedding"
 FILE: Final = Path(__file__).with_suffix(".json")
 PAGE: Final = Path(__file__).parents[2] / "docs" / "architectures.md"
 MARKS: Final = ("<!-- made by tests/integrations/test_architectures.py -->\n", "<!-- end -->\n")
@@ -145,9 +147,9 @@ def _left(model: nn.Module, covered: set[str], refused: Mapping[str, str]) -> di
     for full_name, parameter in model.named_parameters():
         name = _starred(full_name.removesuffix(".weight"))
         if parameter.dim() > 1 and name not in covered:
-            kind = type(model.get_submodule(full_name.rpartition(".")[0])).__name__
-            fallback = "it is a convolution" if "Conv" in kind else "no product reads it"
-            left[name] = "it is an embedding" if kind == "Embedding" else reasons.get(name, fallback)
+            module = model.get_submodule(full_name.rpartition(".")[0])
+            fallback = "it is a convolution" if is_convolution(module) else "no product reads it"
+            left[name] = EMBEDDING if isinstance(module, nn.Embedding) else reasons.get(name, fallback)
     return left
 
 
@@ -174,10 +176,16 @@ def table(rows: Mapping[str, Row]) -> str:
     ]
     reasons: dict[str, str] = {}
     for name, row in rows.items():
-        left = dict.fromkeys(_short(one) for one, why in row.left.items() if why != "it is an embedding")
-        reasons |= {_short(one): why for one, why in row.left.items() if why != "it is an embedding"}
+        left = {_short(one): why for one, why in row.left.items() if why != EMBEDDING}
+        reasons |= left
         shares = [f"{100 * share:.1f} %" for share in (row.published_share, row.published_body, row.share)]
-        cells = [name, _size(row.published), *shares, f"{max(row.differences.values()):.0e}", ", ".join(left)]
+        cells = [
+            name,
+            _size(row.published),
+            *shares,
+            f"{max(row.differences.values()):.0e}".replace("0e+00", "0"),
+            ", ".join(left),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     because: dict[str, list[str]] = {}
     for one, why in sorted(reasons.items()):

@@ -175,6 +175,33 @@ def test_strict_refuses_a_linear_under_vmap() -> None:
         strict(x)
 
 
+class Escaping(Masked):
+    """A linear, another that is multiplied by a part of its weight, and one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.second(x) + torch.nn.functional.linear(x, self.first.weight[:32])
+
+
+def test_weights_that_escape_are_named_and_refused_when_strict(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = Escaping().eval(), [torch.randn(2, 5, 64)]
+    recipe = micromix.calibrate(net, x, MicroMixConfig(policy="mxfp8", **NEAREST))
+    assert set(recipe.linears) == {"second"}
+    said = (
+        "2 weights of Escaping stay unquantized (first: it is cut into parts, which are weights of their own; "
+        "idle: calibration did not reach it)"
+    )
+    assert said in caplog.text
+    with pytest.raises(ValueError, match=re.escape(f"strict=True: {said}; name them in skip if that is meant")):
+        micromix.calibrate(net, x, MicroMixConfig(policy="mxfp8", strict=True, **NEAREST))
+    skip = ("first", "idle")
+    meant = micromix.calibrate(net, x, MicroMixConfig(policy="mxfp8", strict=True, skip=skip, **NEAREST))
+    assert set(meant.linears) == {"second"}
+
+
 @pytest.mark.parametrize("ran", [False, True])
 def test_a_compiled_model_under_vmap_is_refused(ran: bool) -> None:
     net, x = model(), torch.randn(3, 5, 64)
