@@ -133,7 +133,7 @@ class Shapes:
     def __init__(self, graph: fx.Graph, *, sort: bool) -> None:
         self._graph = graph
         self._sort = sort
-        self._all: dict[fx.Node, Routing] = {}
+        self._all: dict[tuple[fx.Node, bool], Routing] = {}
         self._chosen: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def enter(self, site: LinearSite, x: fx.Node) -> Entered:
@@ -149,26 +149,29 @@ class Shapes:
         """Of as many rows for each matrix, in their order."""
         assert site.batch is not None, "it is of a batched product"
         device, experts = site.parameter.device, site.parameter.shape[0]
-        if site.x not in self._all:
+        key = site.x, site.turned
+        if key not in self._all:
             each = self._add(site, aten.sym_size.int, x, 1)
             count = self._add(site, aten.arange.start, 1, experts + 1, dtype=torch.int32, device=device)
             tokens = None
             if site.batch.is_all_tokens:
                 own = self._add(site, aten.arange.default, each, device=device)
                 tokens = self._add(site, aten.repeat.default, own, [experts])
-            self._all[site.x] = Routing(self._add(site, aten.mul.Tensor, count, each), None, tokens)
-        return Entered(x, self._all[site.x])
+            self._all[key] = Routing(self._add(site, aten.mul.Tensor, count, each), None, tokens)
+        return Entered(x, self._all[key])
 
     def _by_index(self, site: LinearSite, x: fx.Node) -> Entered:
-        """Of a matrix for each row."""
+        """Of a matrix for each row. An index of E or more is of no expert, as in packed ones: the row becomes zero."""
         batch = site.batch
         assert batch is not None, "it is of a batched product"
         assert batch.experts is not None, "by an index"
         if batch.experts not in self._chosen:
-            device, dtype = site.parameter.device, _example(batch.experts).dtype
-            order = self._add(site, aten.argsort.stable, batch.experts, stable=True)
-            chosen = self._add(site, aten.index.Tensor, batch.experts, [order])
-            each = self._add(site, aten.arange.default, site.parameter.shape[0], dtype=dtype, device=device)
+            count = site.parameter.shape[0]
+            from_the_end = self._add(site, aten.mul.Scalar, self._add(site, aten.lt.Scalar, batch.experts, 0), count)
+            own = self._add(site, aten.add.Tensor, batch.experts, from_the_end)  # int64
+            order = self._add(site, aten.argsort.stable, own, stable=True)
+            chosen = self._add(site, aten.index.Tensor, own, [order])
+            each = self._add(site, aten.arange.default, count, device=site.parameter.device)
             ends = self._add(site, aten.searchsorted.Tensor, chosen, each, right=True, out_int32=True)
             self._chosen[batch.experts] = ends, order
         ends, order = self._chosen[batch.experts]

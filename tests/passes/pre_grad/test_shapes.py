@@ -23,6 +23,7 @@ CONFIG = MicroMixConfig(policy="mxfp8", weight_rounding="nearest", scale_search=
 EXPERTS, TOKENS, CHANNELS, OUT = 3, 5, 64, 32
 CHOSEN = torch.tensor([2, 0, 0, 2, 2, 0, 2, 2, 0, 0])
 """Nobody chooses the second; two rows are of each token."""
+FROM_THE_END = torch.where(CHOSEN == 2, -1, CHOSEN).int()
 
 
 def copies(x: Tensor) -> Tensor:
@@ -57,6 +58,10 @@ SHAPES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], Cal
         STACK, lambda x, w: torch.bmm(w[CHOSEN], torch.relu(copies(x)).unsqueeze(-1)),
         lambda x, w: torch.einsum("rc,rnc->rn", torch.relu(copies(x)), w[CHOSEN])[..., None],
     ),
+    "by index from the end": (
+        TRANSPOSED, lambda x, w: torch.bmm(copies(x).unsqueeze(1), w[FROM_THE_END]),
+        lambda x, w: torch.einsum("rc,rcn->rn", copies(x), w[CHOSEN])[:, None],
+    ),
     "by index, both transposed": (
         TRANSPOSED, lambda x, w: w.mT[CHOSEN] @ copies(x).unsqueeze(-1),
         lambda x, w: torch.einsum("rc,rcn->rn", copies(x), w[CHOSEN])[..., None],
@@ -77,7 +82,12 @@ class Multiplied(nn.Module):
         return self._product(x, self.weight) + 0
 
 
-@pytest.mark.parametrize("name", SHAPES)
+QUICK = ("left", "all", "by index, left", "by index, rows of their own", "by index from the end")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.deep) for name in SHAPES]
+)
 def test_a_product_of_any_shape_runs_quantized(name: str) -> None:
     shape, product, _ = SHAPES[name]
     model, x = Multiplied(shape, product).eval(), torch.randn(TOKENS, CHANNELS)
@@ -107,7 +117,7 @@ def test_the_costs_of_a_product_of_any_shape_are_those_of_what_it_is(name: str) 
 
 def test_experts_see_the_tokens_that_were_sent_to_them_and_no_padding() -> None:
     x, mask = torch.randn(TOKENS, CHANNELS), torch.tensor([[1, 1, 1, 0, 1]])
-    for name in ("by index", "by index, left"):
+    for name in ("by index", "by index, left", "by index from the end"):
         shape, product, _ = SHAPES[name]
         batch = {"x": x, "attention_mask": mask}
         recipe = micromix.calibrate(Multiplied(shape, product).eval(), [batch], CONFIG, progress=False)
