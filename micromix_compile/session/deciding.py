@@ -35,6 +35,9 @@ logger = logging.getLogger("micromix_compile")
 UNDECIDED: Final = MicroMixConfig(policy="mxfp8", uniform_order="model", activations="same", rotate="none")
 """The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
 
+SHOWN: Final = 8
+"""Weights that a message names of those that stay; `Recipe.refused` has all."""
+
 Groups = dict["ChannelObserver", list["LinearState"]]
 """The linears that read one activation, by who observed it."""
 
@@ -171,8 +174,9 @@ def _say_escaped(names: Names, recipe: Recipe, *, strict: bool) -> None:
     escaped = {name: why for name, why in recipe.refused.items() if name.partition(" (")[0] not in wished}
     if not escaped:
         return
-    listed = "; ".join(f"{name}: {why}" for name, why in escaped.items())
-    message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({listed})"
+    listed = [f"{name}: {why}" for name, why in escaped.items()]
+    shown = "; ".join([*listed[:SHOWN], *(["..."] if len(listed) > SHOWN else [])])
+    message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({shown})"
     if strict:
         raise ValueError(f"strict=True: {message}; name them in skip if that is meant")
     logger.warning(message)

@@ -28,10 +28,13 @@ def is_of_attention(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 def why_not_in_attention(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Why a weight of an nn.MultiheadAttention can't be packed, or None if it can."""
-    attention = modules[name.rpartition(".")[0]]
+    holder = name.rpartition(".")[0]
+    attention = modules[holder]
     assert isinstance(attention, nn.MultiheadAttention), "it is of attention"
     if hasattr(modules[""], "save_pretrained"):
         return "a checkpoint of transformers could not be loaded with it: packed attention of torch.nn is not read back"
+    if not holder:
+        return "its attention is the model itself, which nothing can stand in for"
     return why_not_attention(attention)
 
 

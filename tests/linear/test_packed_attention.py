@@ -88,6 +88,14 @@ def test_a_sequence_without_a_batch_is_one() -> None:
         made(x, is_causal=True)
 
 
+def test_attention_that_is_the_whole_model_stays_and_is_named() -> None:
+    model, x = nn.MultiheadAttention(64, HEADS, batch_first=True).eval(), torch.randn(BATCH, TIME, 64)
+    recipe = micromix.calibrate(model, [{"query": x, "key": x, "value": x}], NEAREST, progress=False)
+    micromix.quantize_(model, recipe)
+    reason = "its attention is the model itself, which nothing can stand in for"
+    assert model.micromix_refused == dict.fromkeys(("in_proj_weight", "out_proj"), reason)
+
+
 class Special(nn.MultiheadAttention):
     """A class of a user's."""
 
