@@ -1,8 +1,8 @@
 """A static cache of transformers that keeps keys and values as 8-bit bytes.
 
 Works with transformers' models as they are: a layer's `update` writes the new tokens as bytes and returns what
-attention reads, dequantized, in the graph where the model is compiled. The tokens of a call are read as they came, those
-of calls before it from their bytes.
+attention reads, dequantized, in the graph where the model is compiled. The tokens of a call are read as they came,
+those of calls before it from their bytes.
 """
 
 from __future__ import annotations
@@ -89,10 +89,8 @@ class QuantizedStaticLayer(StaticLayer):  # type: ignore[misc]
         position = _given_position(*args, **kwargs)
         if position is None:
             position = torch.arange(tokens, device=self.device) + self.cumulative_length
-            self.cumulative_length.add_(tokens)
-        else:
-            self.cumulative_length.copy_(position[-1] + 1)
         write_kv(key_states, value_states, position, *self._parts(), SCALE_ROUNDING)
+        self.cumulative_length.copy_(position[-1] + 1)
         return (
             read_kv(self.keys, self.key_scale, key_states, position),
             read_kv(self.values, self.value_scale, value_states, position),
@@ -133,6 +131,8 @@ class QuantizedStaticCache(StaticCache):  # type: ignore[misc]
     encoder-decoder, a kind of layer that it has no bytes for, and for a model of which no layer would be quantized.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: PreTrainedConfig, max_cache_len: int, *, cache_format: str = "fp8") -> None:
         check_cache_format(cache_format)
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
@@ -140,9 +140,7 @@ class QuantizedStaticCache(StaticCache):  # type: ignore[misc]
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"config must be of a decoder, got the encoder-decoder {type(config).__name__}")
         super().__init__(config=config, max_cache_len=max_cache_len)
-        self.layers: list[Any] = [
-            _quantized(layer, index, max_cache_len, cache_format) for index, layer in enumerate(self.layers)
-        ]
+        self.layers = [_quantized(layer, i, max_cache_len, cache_format) for i, layer in enumerate(self.layers)]
         self._say_what_stays(max_cache_len)
 
     @property

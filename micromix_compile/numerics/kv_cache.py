@@ -77,8 +77,8 @@ def write_kv(
     """Quantize keys and values of T tokens and write them to their positions in the cache.
 
     key: (B, H, T, Dk), value: (B, H, T, Dv), float32, bfloat16 or float16. position: (T,) int32 or int64, distinct,
-    from 0 to L - 1. k_q: (B, H, L, Dk), v_q: (B, H, L, Dv), k_scale, v_scale: (B, H, L, blocks of a head), all uint8 and
-    contiguous. A block with a NaN or an infinity gets scale 255, so that it reads as NaN.
+    from 0 to L - 1. k_q: (B, H, L, Dk), v_q: (B, H, L, Dv), k_scale, v_scale: (B, H, L, blocks of a head), all uint8
+    and contiguous. A block with a NaN or an infinity gets scale 255, so that it reads as NaN.
     Raises TypeError or ValueError for what is otherwise; reads `position`, and so waits for the device.
     """
     check_write_kv(key, value, position, k_q, k_scale, v_q, v_scale, scale_rounding)
