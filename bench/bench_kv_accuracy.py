@@ -1,7 +1,7 @@
 """Accuracy of a model that reads its context from a cache of 8-bit bytes, beside the same model with a BF16 cache.
 
     python bench/bench_kv_accuracy.py [--length 2048] [--steps 64] [--windows 12] [--dtype bfloat16] [--json FILE]
-    python bench/bench_kv_accuracy.py --chunk 256
+    python bench/bench_kv_accuracy.py --chunk 256 --recent 0
 
 Each window goes through the default model with an empty static cache as generation takes it: a prompt of all but the
 last `steps` tokens at once, then a token a step, each of which reads the whole context from the cache. Figures are of
@@ -32,7 +32,9 @@ from transformers import StaticCache
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.machine import hardware, versions
+from micromix_compile.integrations.kv_cache import RECENT
 from micromix_compile.numerics.kv_cache import CACHE_FORMATS
+from micromix_compile.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,14 +45,15 @@ REFERENCE = "as the model"
 AT_ONCE = f"{REFERENCE}, all tokens at once"
 
 
-def caches_of(config: Any) -> dict[str, Callable[[int], Any]]:
+def caches_of(config: Any, recent: int) -> dict[str, Callable[[int], Any]]:
     """By name, what makes an empty cache of so many tokens."""
-    quantized = {name: partial(micromix.QuantizedStaticCache, config, cache_format=name) for name in CACHE_FORMATS}
+    make = partial(micromix.QuantizedStaticCache, config, recent=recent)
+    quantized = {name: partial(make, cache_format=name) for name in CACHE_FORMATS}
     return {REFERENCE: partial(StaticCache, config), **quantized, AT_ONCE: partial(StaticCache, config)}
 
 
 def bytes_of_a_token(cache: Any) -> int:
-    """Of keys and values of all layers of a cache for one sequence."""
+    """Of keys and values of all layers of a cache for one sequence, without its recent tokens."""
     names = ("keys", "values", "key_scale", "value_scale")
     parts = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return sum(part.nbytes for part in parts if part is not None) // cache.layers[0].max_cache_len
@@ -65,11 +68,14 @@ def log_probabilities(model: Any, cache: Any, tokens: Tensor, sizes: Sequence[in
     return torch.cat(logits, dim=1)[0, -count:].float().log_softmax(-1)
 
 
-def measure(model: Any, windows: Tensor, sizes: Sequence[int], count: int) -> list[dict[str, Any]]:
+def measure(model: Any, windows: Tensor, sizes: Sequence[int], count: int, recent: int) -> list[dict[str, Any]]:
     """A row for each cache: means over the last `count` of the tokens of each window (W, T + 1)."""
-    makers, sums = caches_of(model.config), {name: torch.zeros(4, dtype=torch.float64) for name in caches_of(None)}
+    makers, sums = (
+        caches_of(model.config, recent),
+        {name: torch.zeros(4, dtype=torch.float64) for name in caches_of(None)},
+    )
     sizes_of_a_token = {}
-    for window in windows.split(1):
+    for window in track(windows.split(1), "windows"):
         tokens, targets = window[:, :-1], window[0, -count:]
         expected: Tensor | None = None
         for name, make in makers.items():
@@ -81,6 +87,7 @@ def measure(model: Any, windows: Tensor, sizes: Sequence[int], count: int) -> li
             nll = -log_q.gather(1, targets[:, None])[:, 0].double()
             sums[name] += torch.stack([one.sum() for one in (nll, kl, agreed, kl.square())]).cpu()
             sizes_of_a_token[name] = bytes_of_a_token(cache)
+            print(name, f"KL {kl.mean():.5f} in this window", file=sys.stderr, flush=True)
     predictions = len(windows) * count
     return [
         {
@@ -103,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--chunk", type=int)
+    parser.add_argument("--recent", type=int, default=RECENT)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -114,7 +122,7 @@ def main() -> None:
     if chunk:
         sizes = [chunk] * (length // chunk) + [length % chunk] * bool(length % chunk)
     with torch.inference_mode():
-        rows = measure(model, windows.to(options.device), sizes, length if chunk else steps)
+        rows = measure(model, windows.to(options.device), sizes, length if chunk else steps, options.recent)
     table = Table("cache", "bytes of a token", "perplexity", "KL", "top-1")
     for row in rows:
         kl = f"{row['kl']:.5f} ± {row['kl_standard_error']:.5f}"

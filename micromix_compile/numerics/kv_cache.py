@@ -57,17 +57,42 @@ def dequantize_kv(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled.flatten(-2).to(dtype)
 
 
-def read_kv(q: Tensor, scale: Tensor, states: Tensor, position: Tensor) -> Tensor:
-    """What the attention of a step reads: the cache dequantized, and the step's own tokens as they came.
+def read_kv(q: Tensor, scale: Tensor, recent: Tensor, recent_position: Tensor) -> Tensor:
+    """A cache dequantized, but for the newest tokens, which are as they came.
 
-    q, scale: as of `dequantize_kv`, with the step's tokens written. states: (B, H, T, D), their keys or values, at
-    position: (T,) int32 or int64. Returns (B, H, L, D) of states' dtype.
+    q, scale: as of `dequantize_kv`. recent: (B, H, R, D) float32, bfloat16 or float16, the token of position p in slot
+    p % R. recent_position: (R,) int64, the positions of those that are there; -1 is none. R may be 0. Returns
+    (B, H, L, D) of recent's dtype.
     """
-    values = dequantize_kv(q, scale, states.dtype)
+    values, slots = dequantize_kv(q, scale, recent.dtype), recent.shape[2]
+    if not slots:
+        return values
+    place = torch.arange(q.shape[2], device=q.device)
+    slot = place % slots
+    is_recent = recent_position.index_select(0, slot) == place
+    return torch.where(is_recent[:, None], recent.index_select(2, slot), values)
+
+
+def put_states(values: Tensor, states: Tensor, position: Tensor) -> Tensor:
+    """values (B, H, L, D), a tensor that nothing else reads, with states (B, H, T, D) at position (T,)."""
     if states.shape[2] == 1:  # one kernel with the dequantization, where that is compiled
-        own = torch.arange(q.shape[2], device=q.device) == position
+        own = torch.arange(values.shape[2], device=values.device) == position
         return torch.where(own[:, None], states, values)
     return values.index_copy_(2, position.to(torch.int64), states)
+
+
+def keep_recent(recent: Tensor, states: Tensor, position: Tensor) -> None:
+    """Put the last of the states (B, H, T, D), at consecutive positions (T,), into their slots: see `read_kv`."""
+    if slots := recent.shape[2]:
+        newest = position[-slots:].to(torch.int64)
+        recent.index_copy_(2, newest % slots, states[:, :, -slots:])
+
+
+def keep_position(recent_position: Tensor, position: Tensor) -> None:
+    """The same of their positions."""
+    if slots := recent_position.shape[0]:
+        newest = position[-slots:].to(torch.int64)
+        recent_position.index_copy_(0, newest % slots, newest)
 
 
 def write_kv(

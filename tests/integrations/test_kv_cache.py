@@ -31,7 +31,8 @@ SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64,
 }  # fmt: skip
-BATCH, PROMPT, LENGTH, HEAD = 2, 9, 24, 32
+NAMES = ("keys", "key_scale", "values", "value_scale", "recent_keys", "recent_values", "recent_position")
+BATCH, PROMPT, LENGTH, HEAD, RECENT = 2, 9, 24, 32, 4
 
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
@@ -43,10 +44,14 @@ def prompt() -> Tensor:
     return torch.randint(0, 64, (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
 
 
+def quantized(model: Any, cache_format: str = "fp8", recent: int = RECENT) -> QuantizedStaticCache:
+    """One that reads most tokens from bytes."""
+    return QuantizedStaticCache(model.config, LENGTH, cache_format=cache_format, recent=recent)
+
+
 def held(cache: Any) -> list[Tensor]:
     """All that a quantized cache holds."""
-    names = ("keys", "key_scale", "values", "value_scale")
-    return [getattr(layer, name) for layer in cache.layers for name in names]
+    return [getattr(layer, name) for layer in cache.layers for name in NAMES]
 
 
 def decode(model: Any, cache: Any, tokens: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ def test_it_holds_the_bytes_of_what_the_model_wrote_in_the_size_that_they_have(
     """The first layer's keys and values do not depend on the cache: the other's are what was to be quantized."""
     model = llama(dtype)
     cache, plain = (
-        QuantizedStaticCache(model.config, LENGTH, cache_format=cache_format),
+        quantized(model, cache_format),
         StaticCache(model.config, LENGTH),
     )
     assert cache.nbytes == 0
@@ -83,29 +88,39 @@ def test_it_holds_the_bytes_of_what_the_model_wrote_in_the_size_that_they_have(
         assert torch.equal(q, codes)
         assert torch.equal(scale, byte)
     assert int(cache.get_seq_length()) == steps().shape[1]
-    one_head = HEAD + (1 if cache_format == "fp8" else HEAD // 32)
-    assert cache.nbytes == 2 * SIZES["num_hidden_layers"] * BATCH * SIZES["num_key_value_heads"] * LENGTH * one_head
+    one_head = LENGTH * (HEAD + (1 if cache_format == "fp8" else HEAD // 32)) + RECENT * HEAD * dtype.itemsize
+    assert cache.nbytes == 2 * SIZES["num_hidden_layers"] * BATCH * SIZES["num_key_value_heads"] * one_head
 
 
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
 def test_logits_stay_near_those_of_transformers_cache(cache_format: str) -> None:
     """Those of the prompt are the same: a call reads its own tokens as they came."""
     model = llama()
-    got = decode(model, QuantizedStaticCache(model.config, LENGTH, cache_format=cache_format), steps())
+    got = decode(model, quantized(model, cache_format), steps())
     want = decode(model, StaticCache(model.config, LENGTH), steps())
     assert torch.equal(got[:, :PROMPT], want[:, :PROMPT])
     assert 0 < (got - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("recent", [0, 1, 3, LENGTH + 1])
+def test_recent_tokens_are_read_as_they_came(recent: int) -> None:
+    """If all are, nothing differs from transformers' cache, whatever the steps; fewer are worse."""
+    model = llama()
+    want = decode(model, StaticCache(model.config, LENGTH), steps())
+    got = decode(model, quantized(model, recent=recent), steps())
+    assert torch.equal(got, want) == (recent > LENGTH)
+    assert recent > LENGTH or (got - want).norm() > (decode(model, quantized(model, recent=10), steps()) - want).norm()
 
 
 def test_a_prompt_in_parts_and_sequences_of_other_lengths() -> None:
     """Padding on the left is masked as ever, and parts leave the same bytes in the first layer as all at once."""
     model, mask = llama(), torch.ones(BATCH, PROMPT, dtype=torch.long)
     mask[0, :4] = 0
-    whole, parts = (QuantizedStaticCache(model.config, LENGTH) for _ in range(2))
+    whole, parts = (quantized(model) for _ in range(2))
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         want = model(prompt(), attention_mask=mask, position_ids=positions, past_key_values=whole).logits
-        alone = model(prompt()[:1, 4:], past_key_values=QuantizedStaticCache(model.config, LENGTH)).logits
+        alone = model(prompt()[:1, 4:], past_key_values=quantized(model)).logits
         got = [
             model(prompt()[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part],
                   past_key_values=parts).logits
@@ -132,7 +147,7 @@ def test_compiled_steps_are_one_graph_each_and_write_in_place(backend: str, earl
         config = micromix.MicroMixConfig(policy="mxfp8", weight_rounding="nearest", scale_search=False)
         micromix.quantize_(model, micromix.calibrate(model, [prompt()], config, progress=False))
     fast = torch.compile(model, backend=backend, fullgraph=True)
-    cache, eager = QuantizedStaticCache(model.config, LENGTH), QuantizedStaticCache(model.config, LENGTH)
+    cache, eager = quantized(model), quantized(model)
     if early:
         cache.early_initialization(BATCH, SIZES["num_key_value_heads"], HEAD, torch.float32, torch.device("cpu"))
     memory = [part.data_ptr() for part in held(cache)] if early else []
@@ -147,15 +162,15 @@ def test_compiled_steps_are_one_graph_each_and_write_in_place(backend: str, earl
 
 def test_generation_by_tokens_and_beams_and_again_after_a_reset() -> None:
     model = llama()
-    cache = QuantizedStaticCache(model.config, LENGTH)
+    cache = quantized(model)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "past_key_values": cache}
     first = model.generate(prompt(), **options)
     assert first.shape == (BATCH, PROMPT + 8)
     cache.reset()
     assert int(cache.get_seq_length()) == 0
-    assert not any(part.any() for part in held(cache))
+    assert not any((part + (part == -1)).any() for part in held(cache)), "all is zero or no position"
     assert torch.equal(model.generate(prompt(), **options), first)
-    beams = {**options, "past_key_values": QuantizedStaticCache(model.config, LENGTH), "num_beams": 2}
+    beams = {**options, "past_key_values": quantized(model), "num_beams": 2}
     plain = {**options, "past_key_values": StaticCache(model.config, LENGTH), "num_beams": 2}
     assert torch.equal(model.generate(prompt(), **beams), model.generate(prompt(), **plain))
 
@@ -163,7 +178,7 @@ def test_generation_by_tokens_and_beams_and_again_after_a_reset() -> None:
 def test_windows_that_hold_the_whole_cache_are_quantized() -> None:
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=LENGTH)).eval()
-    cache = QuantizedStaticCache(model.config, LENGTH)
+    cache = quantized(model)
     assert all(isinstance(layer, QuantizedStaticLayer) for layer in cache.layers)
     assert cache.is_sliding == [True, True]
     got, want = decode(model, cache, steps()), decode(model, StaticCache(model.config, LENGTH), steps())
@@ -191,6 +206,8 @@ def test_bad_arguments_are_named() -> None:
     config = LlamaConfig(**SIZES)
     with pytest.raises(ValueError, match=r"cache_format must be one of fp8, mxfp8, got 'int4'"):
         QuantizedStaticCache(config, LENGTH, cache_format="int4")
+    with pytest.raises(ValueError, match=r"recent must be a number of tokens, 0 or more, got -1"):
+        QuantizedStaticCache(config, LENGTH, recent=-1)
     for length in (0, 2.5):
         with pytest.raises(ValueError, match=rf"max_cache_len must be a number of tokens, 1 or more, got {length}"):
             QuantizedStaticCache(config, length)  # type: ignore[arg-type]
@@ -201,7 +218,7 @@ def test_heads_that_mxfp8_does_not_divide_are_refused_at_the_first_token() -> No
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"'mxfp8' takes heads of a multiple of 32 channels, got 48"):
             model(prompt(), past_key_values=QuantizedStaticCache(model.config, LENGTH, cache_format="mxfp8"))
-        model(prompt(), past_key_values=QuantizedStaticCache(model.config, LENGTH))
+        model(prompt(), past_key_values=quantized(model))
 
 
 def test_more_tokens_than_the_cache_holds_are_an_error() -> None:
@@ -215,4 +232,4 @@ def test_more_tokens_than_the_cache_holds_are_an_error() -> None:
 def test_training_through_it_is_refused() -> None:
     model = llama()
     with pytest.raises(RuntimeError, match=r"has no gradient: call the model under torch.no_grad\(\)"):
-        model(prompt(), past_key_values=QuantizedStaticCache(model.config, LENGTH))
+        model(prompt(), past_key_values=quantized(model))

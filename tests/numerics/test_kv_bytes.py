@@ -13,7 +13,16 @@ from support.strategies import blocks, matrices, scale_roundings
 
 from micromix_compile.numerics import reference
 from micromix_compile.numerics.checks import FLOAT_DTYPES
-from micromix_compile.numerics.kv_cache import CACHE_FORMATS, block_of, dequantize_kv, read_kv, write_kv
+from micromix_compile.numerics.kv_cache import (
+    CACHE_FORMATS,
+    block_of,
+    dequantize_kv,
+    keep_position,
+    keep_recent,
+    put_states,
+    read_kv,
+    write_kv,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,23 +80,31 @@ def test_every_code_with_every_scale_reads_as_the_reference_has_it(dtype: torch.
     assert torch.equal(got.signbit() | got.isnan(), want.signbit() | want.isnan())
 
 
-@pytest.mark.parametrize("positions", [[3], [5, 0, 3], [2, 3, 4]])
+@pytest.mark.parametrize("slots", [0, 1, 3, 8])
+@pytest.mark.parametrize("calls", [[[0, 1, 2, 3, 4]], [[0, 1], [2], [3], [4, 5]], [[0, 1, 2, 3, 4], [1, 2]]])
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
-def test_a_steps_own_tokens_are_read_as_they_came_and_others_from_bytes(
-    positions: list[int], cache_format: str
+def test_own_and_recent_tokens_are_read_as_they_came_and_others_from_bytes(
+    slots: int, calls: list[list[int]], cache_format: str
 ) -> None:
-    position = torch.tensor(positions)
-    before, new = torch.randn(2, 3, 6, 64), torch.randn(2, 3, len(positions), 64)
-    q = torch.zeros(before.shape, dtype=torch.uint8)
+    """Positions that are written again are read as they came last."""
+    q = torch.zeros((2, 3, 6, 64), dtype=torch.uint8)
     scale = torch.zeros((2, 3, 6, 64 // block_of(cache_format, 64)), dtype=torch.uint8)
-    cache = (q, scale, q.clone(), scale.clone())
-    write_kv(before, before, torch.arange(6), *cache, "fit")
-    write_kv(new, new, position, *cache, "fit")
-    got = read_kv(q, scale, new, position)
-    assert torch.equal(got[:, :, position], new)
-    others = [place for place in range(6) if place not in positions]
-    assert torch.equal(got[:, :, others], dequantize_kv(q, scale, torch.float32)[:, :, others])
-    assert (got - before)[:, :, others].abs().max() < 0.07 * before.abs().max()
+    recent, recent_position = torch.zeros(2, 3, slots, 64), torch.full((slots,), -1)
+    came, exact = torch.zeros(2, 3, 6, 64), [-1] * slots
+    for positions in calls:
+        position, new = torch.tensor(positions), torch.randn(2, 3, len(positions), 64)
+        values = read_kv(q, scale, recent, recent_position)
+        write_kv(new, new, position, q, scale, q.clone(), scale.clone(), "fit")
+        keep_recent(recent, new, position)
+        keep_position(recent_position, position)
+        got = put_states(values, new, position)
+        came[:, :, positions] = new
+        from_bytes = [place for place in range(6) if place not in {*positions, *exact}]
+        as_they_came = [place for place in range(6) if place not in from_bytes]
+        assert torch.equal(got[:, :, as_they_came], came[:, :, as_they_came])
+        assert torch.equal(got[:, :, from_bytes], dequantize_kv(q, scale, torch.float32)[:, :, from_bytes])
+        for place in positions if slots else []:
+            exact[place % slots] = place
 
 
 def test_heads_that_have_no_whole_blocks_and_other_names_are_refused() -> None:
