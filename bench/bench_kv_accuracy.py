@@ -70,10 +70,8 @@ def log_probabilities(model: Any, cache: Any, tokens: Tensor, sizes: Sequence[in
 
 def measure(model: Any, windows: Tensor, sizes: Sequence[int], count: int, recent: int) -> list[dict[str, Any]]:
     """A row for each cache: means over the last `count` of the tokens of each window (W, T + 1)."""
-    makers, sums = (
-        caches_of(model.config, recent),
-        {name: torch.zeros(4, dtype=torch.float64) for name in caches_of(None)},
-    )
+    makers = caches_of(model.config, recent)
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in makers}
     sizes_of_a_token = {}
     for window in track(windows.split(1), "windows"):
         tokens, targets = window[:, :-1], window[0, -count:]
