@@ -65,7 +65,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for _, members in groupby(parts, key=lambda part: _kind(part[0][1])):
             rows = {}
             for (name, described), size in members:
-                cut = self._cut(name, described, input_size, rank, ranks)
+                cut = cut_of(name, described, self._config, input_size, rank, ranks)
                 rows[name] = size
             linear = self._linear(described, cut, sum(rows.values()), params_dtype)
             runs.append(Run(runs[-1].stop if runs else 0, rows, cut, linear))
@@ -107,17 +107,6 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         return output_partition_sizes
 
-    def _cut(self, name: str, described: dict[str, Any], input_size: int, rank: int, ranks: int) -> Cut:
-        """What the rank takes of the channels."""
-        if described["in_features"] != input_size:
-            raise ValueError(f"{name} has {described['in_features']} input channels, vLLM's layer {input_size}")
-        split: Split = tuple(described["split"])
-        if sum(split) != padded_channels(input_size):
-            raise ValueError(f"{name}: split must sum to {padded_channels(input_size)} channels, got {list(split)}")
-        shards = shards_of(described, split, name) or (split,)
-        check_ranks(len(shards), ranks, name)
-        return Cut(shards, rank, ranks, w_fp4=self._config.weights == "mxfp4")
-
     def _linear(self, described: dict[str, Any], cut: Cut, rows: int, dtype: torch.dtype) -> MicroMixLinear:
         """An empty packed linear of this rank."""
         config = self._config
@@ -132,6 +121,23 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             bias=None,
             dtype=dtype,
         )
+
+
+def cut_of(
+    name: str, described: Mapping[str, Any], config: MicroMixConfig, channels: int, rank: int, ranks: int
+) -> Cut:
+    """What a rank takes of the channels of a packed weight.
+
+    Raises ValueError, which names it, if it has not so many `channels`, or is not ordered for so many ranks.
+    """
+    if described["in_features"] != channels:
+        raise ValueError(f"{name} has {described['in_features']} input channels, vLLM's layer {channels}")
+    split: Split = tuple(described["split"])
+    if sum(split) != padded_channels(channels):
+        raise ValueError(f"{name}: split must sum to {padded_channels(channels)} channels, got {list(split)}")
+    shards = shards_of(described, split, name) or (split,)
+    check_ranks(len(shards), ranks, name)
+    return Cut(shards, rank, ranks, w_fp4=config.weights == "mxfp4")
 
 
 def _kind(described: Mapping[str, Any]) -> tuple[Any, ...]:
