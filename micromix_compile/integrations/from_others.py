@@ -86,9 +86,14 @@ class Conversion:
     linears: Mapping[str, LinearPlan]
     named: str | None
 
+    @property
+    def all_mxfp4(self) -> bool:
+        """Whether all weights are, which stay so whatever the activations are."""
+        return all(plan.form == "mxfp4" for plan in self.linears.values())
+
     def held(self, plan: LinearPlan) -> str:
         """The format in which a weight is held, so that its activations are what they should be."""
-        return plan.form if all(one.form == "mxfp4" for one in self.linears.values()) else plan.activations
+        return plan.form if self.all_mxfp4 else plan.activations
 
     @property
     def config(self) -> MicroMixConfig:
@@ -97,8 +102,8 @@ class Conversion:
         rounding = Counter(plan.scale_rounding for plan in plans).most_common(1)[0][0]
         activations = {plan.activations for plan in plans}
         return MicroMixConfig(
-            policy=activations.pop() if len(activations) == 1 else "budget",
-            weights="same" if all(self.held(plan) == plan.activations for plan in plans) else "mxfp4",
+            policy=next(iter(activations)) if len(activations) == 1 else "budget",
+            weights="mxfp4" if self.all_mxfp4 and activations != {"mxfp4"} else "same",
             activations="same" if self.named in (None, "mxfp8") else self.named,
             rotate="none",
             fp6=FP6,
@@ -139,9 +144,10 @@ def write_packed(source: Path, target: Path, activations: str | None) -> Convers
         write_tensors(target, _shards(files, conversion), len(files.paths))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    described = {name: plan.describe(conversion.config) for name, plan in conversion.linears.items()}
+    ours = conversion.config
+    described = {name: plan.describe(ours) for name, plan in conversion.linears.items()}
     fields = {"quant_method": checkpoint.QUANT_METHOD, "schema_version": checkpoint.SCHEMA_VERSION}
-    config["quantization_config"] = {**fields, "config": conversion.config.to_file(), "linears": described}
+    config["quantization_config"] = {**fields, "config": ours.to_file(), "linears": described}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     checkpoint.seal(target)
     return conversion
