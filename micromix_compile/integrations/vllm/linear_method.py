@@ -84,7 +84,8 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         first = layer.packed[0]
         target = target_of(first.weight_scale.device, exact=self._config.exact)
         folds = target.takes == "folded" and first.weight_dtype == torch.bfloat16
-        layer.folded = [_fold(linear) if folds else None for linear in layer.packed]
+        keep = self._config.keep_expanded
+        layer.folded = [_fold(linear, keep_expanded=keep) if folds else None for linear in layer.packed]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., N) of this rank, plus the bias (N,)."""
@@ -164,19 +165,22 @@ class _Folded(NamedTuple):
     w_factor: Tensor
     w_row_scale: Tensor
     w_fp4: bool
+    expanded: list[Tensor]
 
 
-def _fold(linear: MicroMixLinear) -> _Folded:
+def _fold(linear: MicroMixLinear, *, keep_expanded: bool) -> _Folded:
     weight, split = _weight(linear), linear.split
     w_split = split_of_weight(*weight[:3])
     factor, row_scale = prepared.folded_factors(*weight, fp6=linear.layout.fp6)
     (order,) = prepared.short_order(linear.order.channel_perm)
-    return _Folded(order, factor, row_scale, weights_are_fp4(split, w_split))
+    expanded = list(prepared.expanded_weight(*weight, fp6=linear.layout.fp6)) if keep_expanded else []
+    return _Folded(order, factor, row_scale, weights_are_fp4(split, w_split), expanded)
 
 
 def _folded_product(linear: MicroMixLinear, folded: _Folded, x: Tensor, bias: Tensor | None) -> Tensor:
     w4, w6, w8, _ = _weight(linear)
     quantized = ops.reorder_fold(x, folded.channel_perm, *linear.layout, folded.w_fp4)
     weight = ([w4], [w6], [w8], [folded.w_factor], [folded.w_row_scale])
-    (out,) = ops.folded_mm(*quantized, *weight, [] if bias is None else [bias], linear.layout.fp6, x.dtype)
+    biases = [] if bias is None else [bias]
+    (out,) = ops.folded_mm(*quantized, *weight, biases, folded.expanded, linear.layout.fp6, x.dtype)
     return out

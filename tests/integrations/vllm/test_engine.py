@@ -74,7 +74,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("packed")
     kinds = {
         "llama": ("llama", {}),
-        "same": ("llama", {"activations": "same", "policy": "mxfp8-anchor", "lam": 1.5}),
+        "same": ("llama", {"activations": "same", "policy": "mxfp8-anchor", "lam": 1.5, "keep_expanded": True}),
         "apart": ("llama", {}),
         "mxfp4": ("llama", {"weights": "mxfp4", "shards": 2}),
         "shards": ("llama", {"shards": 2}),
