@@ -248,9 +248,8 @@ def outcome(originals: Originals, kind: str, number: str, folder: Path) -> tuple
         clear = isinstance(error, ValueError | OSError) and str(path) in str(error)
         # Of files of any origin transformers refuses what has not the shapes of the model, in a report that it logs.
         clear |= isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
-        clear |= sealed and kind.startswith(
-            "packed"
-        )  # what an edit does that was meant, is between it and transformers
+        # What an edit does that was meant, is between it and transformers.
+        clear |= sealed and kind.startswith("packed")
         return "refused" if clear else "unclear error", f"{type(error).__name__}: {str(error)[:300]}"
     finally:
         shutil.rmtree(path, ignore_errors=True)
