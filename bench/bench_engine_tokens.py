@@ -98,15 +98,22 @@ def difference(model: Any, prompt: list[int], eager: tuple[list[int], Tensor], e
 
 def of_engine(checkpoint: Path, prompts: list[list[int]], tokens: int, ranks: int) -> list[Answer]:
     """In a process of its own, for vLLM sets up distributed groups, threads and log handlers for the one it is in."""
-    job = json.dumps({"checkpoint": str(checkpoint), "prompts": prompts, "tokens": tokens, "ranks": ranks})
-    command = [sys.executable, __file__, "--job", job]
-    done = subprocess.run(command, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as scratch:
+        job = {
+            "checkpoint": str(checkpoint),
+            "prompts": prompts,
+            "tokens": tokens,
+            "ranks": ranks,
+            "out": f"{scratch}/a",
+        }
+        command = [sys.executable, __file__, "--job", json.dumps(job)]
+        subprocess.run(command, env={**os.environ, **QUIET}, stdout=sys.stderr, check=True)
+        found = json.loads(Path(job["out"]).read_text("utf-8"))
     return [Answer(one, [{int(t): v for t, v in step.items()} for step in steps]) for one, steps in found]
 
 
-def run_engine(checkpoint: str, prompts: list[list[int]], tokens: int, ranks: int) -> None:
-    """Print what an engine answers, as JSON in the last line."""
+def run_engine(checkpoint: str, prompts: list[list[int]], tokens: int, ranks: int, out: str) -> None:
+    """Write what an engine answers to a file, as JSON."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "disable_log_stats": True}
@@ -115,7 +122,8 @@ def run_engine(checkpoint: str, prompts: list[list[int]], tokens: int, ranks: in
     outputs = engine.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], wanted, use_tqdm=False)
     first = [output.outputs[0] for output in outputs]
     plain = [[{t: found.logprob for t, found in step.items()} for step in one.logprobs] for one in first]
-    print("\n" + json.dumps([(list(one.token_ids), steps) for one, steps in zip(first, plain, strict=True)]))
+    answers = [(list(one.token_ids), steps) for one, steps in zip(first, plain, strict=True)]
+    Path(out).write_text(json.dumps(answers), "utf-8")
 
 
 def compare(checkpoint: Path, ranks: list[int], count: int, tokens: int) -> bool:
