@@ -1,6 +1,7 @@
 """Accuracy against bits on the default model: policies, roundings, shards, calibration texts and sizes, seeds.
 
-    python bench/bench_accuracy.py [--studies table curve ...] [--windows 12] [--device cuda] [--csv FILE] [--plot FILE]
+    python bench/bench_accuracy.py [--studies table curve ...] [--rows NAME ...] [--seeds 0 ...] [--windows 12]
+                                   [--device cuda] [--csv FILE] [--plot FILE]
 
 Every row is a packed model (the bytes that run), compared window by window with the unquantized one in float32. The
 evaluation text is never calibrated on. One calibration serves all rows that differ in options only.
@@ -142,7 +143,7 @@ class CachedLogits:
 
     def __call__(self, *, input_ids: Tensor, use_cache: bool) -> Any:
         """An output with `logits`."""
-        key = input_ids.numpy(force=True).tobytes()
+        key = input_ids.cpu().numpy().tobytes()
         if key not in self._logits:
             self._logits[key] = self._model(input_ids=input_ids, use_cache=use_cache).logits.half()
         return SimpleNamespace(logits=self._logits[key])
@@ -234,8 +235,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=["table"])
     parser.add_argument("--rows", nargs="+", help="only rows whose name begins so")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only calibrations of these seeds")
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="where all of it runs, such as cuda")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
@@ -246,6 +248,8 @@ def main() -> None:
     shown = ("row", "data", "samples", "seed", "element_bits", "stored_bits")
     shown += ("perplexity", "loss_se", "kl", "top1")
     for calibration in (calibration for study in arguments.studies for calibration in STUDIES[study]):
+        if arguments.seeds and calibration.seed not in arguments.seeds:
+            continue
         if arguments.rows:
             kept = {n: c for n, c in calibration.rows.items() if n.startswith(tuple(arguments.rows))}
             calibration = replace(calibration, rows=kept)

@@ -164,10 +164,11 @@ def _hopper(device: Device) -> Target:
     """sm_90, exact."""
     reason = gluon_kernels.refusal()
     if reason is not None:
-        logger.info("%s: products of 64 to 1,024 rows run as others do: %s", device.model, reason)
+        logger.info("%s: products that the persistent kernels take run as others do: %s", device.model, reason)
     gluon = gluon_sm_90(device.processors) if reason is None else None
     tiles = replace(FOLDED_SM_90, processors=device.processors, gluon=gluon)
-    grouped = TritonGrouped(SM_90, replace(GROUPED_SM_90, processors=device.processors))
+    many = GROUPED_SM_90.many if reason is None else ()
+    grouped = TritonGrouped(SM_90, replace(GROUPED_SM_90, processors=device.processors, many=many))
     return replace(_gpu(SM_90)(device), folded=TritonFolded(tiles), grouped=grouped)
 
 
