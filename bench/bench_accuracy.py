@@ -1,4 +1,4 @@
-"""Accuracy against bits on the default model: policies, roundings, calibration texts and sizes, seeds.
+"""Accuracy against bits on the default model: policies, roundings, shards, calibration texts and sizes, seeds.
 
     python bench/bench_accuracy.py [--studies table curve ...] [--rows NAME ...] [--seeds 0 ...] [--windows 12]
                                    [--device cuda] [--csv FILE] [--plot FILE]
@@ -96,6 +96,14 @@ ACTIVATIONS = {
     for activations in ("fp8", "same", "mxfp6")
     for rotate in ("none", "auto", "all")
 }
+# 576 channels go into o_proj, which 4 or 8 shards of whole blocks do not divide: then down_proj's 1,536 alone are cut.
+CUT = {("*o_proj", "*down_proj"): (1, 2, 6), ("*down_proj",): (2, 4, 8)}
+SHARDS = {
+    f"budget {bits}, shards {shards} of {' '.join(names)}": Config(target_bits=bits, shards=shards, row_parallel=names)
+    for bits in (5.48, 4.5)
+    for names, counts in CUT.items()
+    for shards in counts
+}
 KEY = {name: TABLE[name] for name in ("budget 5.48", "budget 4.5")}
 
 
@@ -119,6 +127,7 @@ STUDIES: dict[str, list[Calibration]] = {
     "activations": [
         Calibration(study="activations", rows=ACTIVATIONS, seed=seed, offset=32 * seed) for seed in (0, 1, 2)
     ],
+    "shards": [Calibration(study="shards", rows=SHARDS)],
     "texts": [Calibration(study="texts", rows=KEY, data=data, samples=10) for data in ("wiki", "c4", "technical")],
     "samples": [Calibration(study="samples", rows=KEY, samples=samples) for samples in (8, 128)],
     "seeds": [Calibration(study="seeds", rows=KEY, seed=seed, offset=32 * seed) for seed in (1, 2, 3)],

@@ -116,9 +116,7 @@ def gluon_tile_argument(text: str) -> GluonTile:
     m, n, x_stages, p_stages, registers, per_sm = map(int, found.groups()[:6])
     loader = (REGISTERS // per_sm - n // CONSUMER_WEIGHTS * 128 * registers) // 128 // 8 * 8
     chunk = 64 if m > 128 else 32 if m >= 64 else 16
-    return GluonTile(
-        m, n, x_stages, p_stages, chunk, registers, min(loader, 40), PER_SM=per_sm, TURNS=bool(found[7])
-    )
+    return GluonTile(m, n, x_stages, p_stages, chunk, registers, min(loader, 40), PER_SM=per_sm, TURNS=bool(found[7]))
 
 
 def gluon_tile_name(tile: GluonTile) -> str:
