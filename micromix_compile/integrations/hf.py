@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.integrations import checkpoint
+from micromix_compile.integrations import checkpoint, tensor_parallel
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
 from micromix_compile.linear.packed import MicroMixLinear
@@ -105,6 +105,9 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
             logger.warning("the tensors of a packed model come from no file: damage to them can't be seen")
         config = MicroMixConfig.from_file(self.quantization_config.config)
         self.quantization_config.linears = _names_here(model, self.quantization_config.linears)
+        self._ranks = tensor_parallel.ranks_of(model)
+        if self._ranks is not None:
+            tensor_parallel.check_plan(self.quantization_config.linears, self._ranks)
         layouts = self._layouts = dict[str, _Layout]()
         linears = self.quantization_config.linears
         for holder, weights in holders_of(linears).items():
@@ -121,9 +124,17 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, MicroMixLinear):
                 _take_tensors(module)
             _check_loaded(fqn, module, self._layouts[fqn])
-        _check_orders(model, self.quantization_config.linears)
+        linears = self.quantization_config.linears
+        _check_orders(model, linears)
         self.quantization_config.schema_version = SCHEMA_VERSION  # in which it is saved
-        share_orders(model, {fqn: d["group"] for fqn, d in self.quantization_config.linears.items()})
+        groups = {fqn: described["group"] for fqn, described in linears.items()}
+        if self._ranks is not None:
+            w_fp4 = self.quantization_config.config["weights"] == "mxfp4"
+            tensor_parallel.keep_own_parts(model, linears, self._ranks, w_fp4=w_fp4)
+            groups = {fqn: f"{group} cut: {self._ranks.cuts(fqn)}" for fqn, group in groups.items()}
+        elif (count := getattr(model, "_tp_size", None) or 1) > 1:
+            tensor_parallel.check_version(count)
+        share_orders(model, groups)
         for module in packed.values():
             module.compact()  # type: ignore[operator]
         return model
@@ -271,6 +282,7 @@ def _sealing(save: Any) -> Any:
         )
         if not packed or getattr(self, "_hf_peft_config_loaded", False):  # adapters alone
             return save(self, *args, **kwargs)
+        tensor_parallel.check_whole(self)
         if given.arguments.get("push_to_hub"):
             raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
         with own_names(self):
