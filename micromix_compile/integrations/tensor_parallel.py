@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from micromix_compile.numerics.layout import Split
 
 OLDEST: Final = (5, 19)
-"""Of transformers, by its first two numbers: before, its layers gave linears DTensors, which our operations don't take."""
+"""Of transformers, by its first two numbers. Before, its layers gave linears DTensors."""
 
 _ROWS: Final = ("colwise", "colwise_gather_output", "colwise_rep")
 _COLUMNS: Final = ("rowwise", "rowwise_rep", "rowwise_split_input")
@@ -32,9 +32,9 @@ _WHOLE: Final = ("replicate",)
 
 
 class Ranks(NamedTuple):
-    """How many processes hold a model together, which of them this is, and transformers' plan for it."""
+    """How many processes hold a model together, which of these this is, and transformers' plan for it."""
 
-    count: int
+    size: int
     rank: int
     plan: Mapping[str, str]
 
@@ -85,31 +85,29 @@ def check_plan(linears: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> None:
         style = ranks.style(fqn)
         if "experts" in described:
             raise ValueError(
-                f"{fqn}: packed experts can't be dealt to {ranks.count} ranks, linears can: calibrate with a pattern in "
+                f"{fqn}: packed experts can't be dealt to {ranks.size} ranks, linears can: calibrate with a pattern in "
                 f"skip that matches it"
             )
         if style is not None and style not in (*_ROWS, *_COLUMNS, *_WHOLE):
             known = ", ".join((*_ROWS, *_COLUMNS, *_WHOLE))
             raise ValueError(f"{fqn}: its style in tp_plan must be one of {known} for a packed linear, got {style!r}")
-        if style in _ROWS and described["out_features"] < ranks.count:
-            raise ValueError(f"{fqn} has {described['out_features']} outputs, which {ranks.count} ranks can't share")
+        if style in _ROWS and described["out_features"] < ranks.size:
+            raise ValueError(f"{fqn} has {described['out_features']} outputs, which {ranks.size} ranks can't share")
         if style in _COLUMNS:
-            check_ranks(len(_shards(described, fqn)), ranks.count, fqn)
+            check_ranks(len(_shards(described, fqn)), ranks.size, fqn)
 
 
-def keep_own_parts(
-    model: nn.Module, linears: Mapping[str, Mapping[str, Any]], ranks: Ranks, *, w_fp4: bool
-) -> None:
+def keep_own_parts(model: nn.Module, linears: Mapping[str, Mapping[str, Any]], ranks: Ranks, *, w_fp4: bool) -> None:
     """Let each packed linear that the plan cuts keep the rank's part. w_fp4: weights are all MXFP4."""
     for fqn, described in linears.items():
         linear: Any = model.get_submodule(fqn)
         style = ranks.style(fqn)
         linear._hf_quantized_needs_local_tp = True  # transformers then hands it plain tensors, with gradients or not
         if style in _ROWS:
-            each = -(-linear.out_features // ranks.count)  # as torch.chunk does, by which biases are cut
+            each = -(-linear.out_features // ranks.size)  # as torch.chunk does, by which biases are cut
             linear.keep_part(slice(ranks.rank * each, (ranks.rank + 1) * each), Cut((linear.split,)))
         elif style in _COLUMNS:
-            linear.keep_part(slice(None), Cut(_shards(described, fqn), ranks.rank, ranks.count, w_fp4))
+            linear.keep_part(slice(None), Cut(_shards(described, fqn), ranks.rank, ranks.size, w_fp4))
 
 
 def check_whole(model: nn.Module) -> None:

@@ -11,7 +11,12 @@ from torch import nn
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering.torch_private import recompile_limit
-from micromix_compile.lowering.torch_private.regions import compiles_ahead, running_region, running_transform, source_modules
+from micromix_compile.lowering.torch_private.regions import (
+    compiles_ahead,
+    running_region,
+    running_transform,
+    source_modules,
+)
 from micromix_compile.session.distributed import check_not_distributed
 from micromix_compile.session.heirloom import inherited_recipe, leave_heirloom
 from micromix_compile.session.registry import SessionKey, find_session, model_of, remember

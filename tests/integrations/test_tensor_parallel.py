@@ -123,7 +123,7 @@ def test_what_ranks_cannot_do_is_said(answers: dict[str, list[Any]], name: str, 
 def test_a_plan_that_packed_linears_have_no_part_for_is_refused() -> None:
     linear = {"in_features": 64, "out_features": 2, "split": [64, 0, 0], "group": "g"}
     plans = {
-        "packed_colwise": "its style in tp_plan must be one of colwise, .*, replicate for a packed linear, got 'packed_",
+        "packed_colwise": "its style in tp_plan must be one of colwise, .*, replicate for a packed linear, got 'pack",
         "colwise": "layers.3.fc has 2 outputs, which 4 ranks can't share",
         "rowwise": "layers.3.fc is ordered for shards=1, which 4 ranks do not divide",
     }
