@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.integrations.checkpoint import seal
     from micromix_compile.integrations.convert import convert, load_converted
+    from micromix_compile.integrations.on_load import MicroMixQuantConfig
     from micromix_compile.linear.experts import MicroMixExperts
     from micromix_compile.linear.packed import MicroMixLinear
     from micromix_compile.recipe.types import Recipe
@@ -34,6 +35,7 @@ __all__ = [
     "MicroMixConfig",
     "MicroMixExperts",
     "MicroMixLinear",
+    "MicroMixQuantConfig",
     "Recipe",
     "assign",
     "calibrate",
@@ -50,6 +52,7 @@ _HOMES = {
     "MicroMixConfig": "config",
     "MicroMixExperts": "linear.experts",
     "MicroMixLinear": "linear.packed",
+    "MicroMixQuantConfig": "integrations.on_load",
     "Recipe": "recipe.types",
     "assign": "calibration.assignment",
     "calibrate": "verbs.calibrate",

@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -274,7 +275,8 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 WITHOUT_US = """
-import sys
+import os, sys
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 sys.modules["micromix_compile"] = None
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -295,6 +297,22 @@ def test_importing_the_package_is_enough_to_load(original: Path, order: str, ear
     code += "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
     done = python(code + "print(type(m.model.layers[0].mlp.up_proj).__name__)", original)
     assert done.stdout.strip() == "MicroMixLinear", done.stderr
+
+
+@pytest.mark.parametrize("first", [pytest.param("torch", marks=pytest.mark.deep), "transformers.modeling_utils"])
+def test_an_installed_package_needs_no_import(original: Path, tmp_path: Path, first: str) -> None:
+    """An installation of its own says what pyproject.toml does; the one here may be older."""
+    table = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    (entry,) = table["project"]["entry-points"]["torch.backends"].values()
+    folder = tmp_path / "another-0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 0\n", "utf-8")
+    (folder / "entry_points.txt").write_text(f"[torch.backends]\nmicromix = {entry}\n", "utf-8")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import {first};"
+    code += "heavy = 'micromix_compile.session' in sys.modules;"
+    code += "from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+    done = python(code + "print(heavy, type(m.model.layers[0].mlp.up_proj).__name__)", original)
+    assert done.stdout.strip() == "False MicroMixLinear", done.stderr
 
 
 def test_safetensors_own_functions_save_and_load_a_packed_model(tmp_path: Path) -> None:
