@@ -14,6 +14,7 @@ import transformers
 
 from micromix_compile.numerics.shards import Cut, check_ranks
 from micromix_compile.recipe.orders import shards_of
+from micromix_compile.session.distributed import is_distributed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,11 +113,11 @@ def keep_own_parts(model: nn.Module, linears: Mapping[str, Mapping[str, Any]], r
 
 def check_whole(model: nn.Module) -> None:
     """Raise ValueError if this process holds a part of a packed model."""
-    count = getattr(model, "_tp_size", None) or 1
+    name, count = type(model).__name__, getattr(model, "_tp_size", None) or 1
     if count > 1:
-        raise ValueError(
-            f"{type(model).__name__} is dealt to {count} ranks, of which each holds a part: load it on one to save it"
-        )
+        raise ValueError(f"{name} is dealt to {count} ranks, of which each holds a part: load it on one to save it")
+    if any(is_distributed(parameter) for parameter in model.parameters()):
+        raise ValueError(f"{name} is sharded over processes, of which each holds a part: load it on one to save it")
 
 
 def _shards(described: Mapping[str, Any], fqn: str) -> tuple[Split, ...]:

@@ -39,7 +39,7 @@ def check_not_distributed(model: nn.Module, around: Iterable[nn.Module] = ()) ->
     if is_packed(model):
         return
     for parameter_name, parameter in model.named_parameters():
-        if _is_a(parameter, "torch.distributed.tensor", "DTensor"):
+        if is_distributed(parameter):
             raise ValueError(
                 f"{name} can't be quantized: its weight {parameter_name} {tuple(parameter.shape)} is a DTensor (tensor "
                 f"parallel or FSDP2), and only plain tensors are supported"
@@ -49,6 +49,11 @@ def check_not_distributed(model: nn.Module, around: Iterable[nn.Module] = ()) ->
 def is_packed(model: nn.Module) -> bool:
     """Whether it holds packed weights."""
     return any(isinstance(module, MicroMixLinear | MicroMixExperts) for module in model.modules())
+
+
+def is_distributed(parameter: object) -> bool:
+    """Whether it is a DTensor."""
+    return _is_a(parameter, "torch.distributed.tensor", "DTensor")
 
 
 def _is_a(value: object, home: str, name: str) -> bool:

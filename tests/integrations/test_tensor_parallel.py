@@ -1,4 +1,4 @@
-"""transformers' tensor parallelism of packed checkpoints, on two processes that talk over gloo."""
+"""Packed checkpoints on two processes that talk over gloo: tensor parallelism of transformers, and FSDP2."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ def answers(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactor
         "parts": {"job": "parts", "checkpoint": checkpoints["same"]},
         "three": {"job": "numbers", "checkpoint": checkpoints["three"]},
         "saved": {"job": "saved", "checkpoint": checkpoints["same"], "folder": str(tmp_path_factory.mktemp("part"))},
+        "fsdp": {"job": "sharded", "checkpoint": checkpoints["same"], "as_parameters": True},
+        "fsdp of buffers": {"job": "sharded", "checkpoint": checkpoints["same"], "as_parameters": False},
         "stages": {"job": "numbers", "checkpoint": checkpoints["same"], "tp_plan": None, "pp_size": 2},
     }
     return dict(zip(jobs, run_ranks(2, *jobs.values()), strict=True))
@@ -99,6 +101,18 @@ def test_a_rank_keeps_its_part_of_each_weight_and_nothing_else(answers: dict[str
             assert part["equal"], name
             assert part["shape"] == shapes[name.rpartition(".")[2].removesuffix("_proj")]
             assert part["bytes"] <= part["needed"] + 4 * 256, name  # each tensor begins on a boundary
+
+
+@pytest.mark.parametrize(("name", "share"), [("fsdp", 0.5), ("fsdp of buffers", 1.0)])
+def test_fsdp_shards_packed_weights_where_they_are_parameters(
+    answers: dict[str, list[Any]], name: str, share: float
+) -> None:
+    for found in answers[name]:
+        assert found["share"] == share, found
+        assert found["logits"] == 0
+        assert found["gradient"] == 0
+        assert found["state"]
+        assert "LlamaForCausalLM is sharded over processes, of which each holds a part" in found["saving"]
 
 
 @pytest.mark.deep  # half a minute of two processes

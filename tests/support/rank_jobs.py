@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import micromix_compile.integrations.hf  # noqa: F401 - registers the quantizer
 
@@ -132,13 +133,45 @@ def compiled(checkpoint: str, **plan: Any) -> dict[str, Any]:
     return {"logits": far, "calls": calls}
 
 
+def sharded(checkpoint: str, *, as_parameters: bool) -> dict[str, Any]:
+    """How far logits, gradients and the state dict of FSDP2's model are from those of the whole one, and what of the
+    packed bytes this process holds."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    import micromix_compile as micromix
+
+    whole, model = load(checkpoint), load(checkpoint)
+    micromix.packed_as_parameters_(model) if as_parameters else None
+    for module in (*model.model.layers, model):
+        fully_shard(module, shard_placement_fn=micromix.by_rows)
+    packed = [m for m in model.modules() if isinstance(m, micromix.MicroMixLinear)]
+    tensors = [t for m in packed for t in (m.weight_q4, m.weight_q6, m.weight_q8, m.weight_scale)]
+    own = sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
+    found: dict[str, Any] = {"share": own / sum(t.numel() for t in tensors)}
+    inputs, outputs = whole.get_input_embeddings()(IDS).detach(), []
+    for one in (model, whole):
+        x = inputs.clone().requires_grad_()
+        logits = one(inputs_embeds=x).logits
+        logits.square().sum().backward()
+        outputs.append((logits.detach(), x.grad))
+    found["logits"], found["gradient"] = (difference(a, b) for a, b in zip(*outputs, strict=True))
+    state, wanted = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), whole.state_dict()
+    found["state"] = state.keys() == wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in wanted)
+    try:
+        model.save_pretrained(checkpoint + "-again")
+    except ValueError as error:
+        found["saving"] = str(error)
+    return found
+
+
 def saved(checkpoint: str, folder: str) -> None:
     """Fails: a part is no checkpoint."""
     load_dealt(checkpoint).save_pretrained(folder)
 
 
 JOBS: Final[dict[str, Callable[..., Any]]] = {
-    "numbers": numbers, "parts": parts, "compiled": compiled, "saved": saved,
+    "numbers": numbers, "parts": parts, "compiled": compiled, "sharded": sharded, "saved": saved,
 }  # fmt: skip
 
 
