@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from support.llama import llama, token_batches
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import micromix_compile as micromix
 
@@ -16,6 +16,6 @@ def test_generate_batch_gives_each_prompt_the_tokens_that_generate_gives() -> No
     prompts = [torch.randint(1, 256, (length,)).tolist() for length in (5, 2, 9, 1)]
     wanted = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     expected = [model.generate(torch.tensor([prompt]), wanted)[0, len(prompt) :].tolist() for prompt in prompts]
-    paged = GenerationConfig(**wanted.to_diff_dict(), num_blocks=64, max_batch_tokens=64)
-    found = model.generate_batch(inputs=prompts, generation_config=paged, progress_bar=False)
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=16)  # else most of the memory
+    found = model.generate_batch(inputs=prompts, generation_config=wanted, continuous_batching_config=small)
     assert [found[f"req_{i}"].generated_tokens for i in range(len(prompts))] == expected
