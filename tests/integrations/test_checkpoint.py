@@ -191,6 +191,9 @@ def test_checkpoints_in_several_files_load_and_are_verified(original: Path, tmp_
     with pytest.raises(ValueError, match="was changed after the checkpoint was written") as error:
         logits(tmp_path)
     assert str(error.value).startswith(str(shards[1]))
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"no {shards[1].name} in .*: the checkpoint is not whole, copy"):
+        logits(tmp_path)
 
 
 def test_files_of_two_savings_in_one_directory_are_refused(original: Path, tmp_path: Path) -> None:
