@@ -56,24 +56,36 @@ def run_in_a_fresh_process(folder: Path, *jobs: dict[str, Any]) -> tuple[list[Te
 @pytest.mark.versions
 @pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch's own, of tensors on a CPU
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_packed_model_compiled_for_a_file_runs_in_a_fresh_process(tmp_path: Path, device: str) -> None:
+def test_a_packed_model_in_a_file_runs_in_a_fresh_process(tmp_path: Path, device: str) -> None:
     """A function of aot_compile has no weights: whoever calls it hands it the model."""
     net, x = packed_net(EXACT_DTYPE, device), X.to(device, EXACT_DTYPE)
-    function = ahead(net, x, exact=True)
-    exported = tmp_path / "exported.pt2"
+    exported, function = str(tmp_path / "exported.pt2"), str(tmp_path / "function")
+    ahead(net, x, exact=True).save_compiled_function(function)
     with torch.no_grad():
         torch.export.save(torch.export.export(net, (x,)), exported)
         expected = net(x)
-    function.save_compiled_function(str(tmp_path / "function"))
     jobs = [
-        {"kind": "exported", "file": str(exported), "inputs": (x,)},
-        {"kind": "function", "file": str(tmp_path / "function"), "inputs": (x,), "model": net},
+        {"kind": "exported", "file": exported, "inputs": (x,)},
+        {"kind": "function", "file": function, "inputs": (x,), "model": net},
     ]
     outputs, (imported, has_transformers) = run_in_a_fresh_process(tmp_path, *jobs)
     assert torch.equal(outputs[0], expected)
     assert torch.equal(outputs[1], expected)
     assert {"verbs", "session", "passes"}.isdisjoint(imported)
     assert not has_transformers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_function_for_a_gpu_runs_in_a_fresh_process(tmp_path: Path, mode: str) -> None:
+    """In bfloat16 with FP8 activations, which sm_90 folds: it makes what its products read beside packed weights."""
+    net, x = packed_net(torch.bfloat16, "cuda", activations="fp8"), X.cuda().bfloat16()
+    function = str(tmp_path / "function")
+    ahead(net, x, mode=mode).save_compiled_function(function)
+    with torch.no_grad():
+        expected = torch.compile(net, backend="micromix")(x)
+    outputs, _ = run_in_a_fresh_process(tmp_path, {"kind": "function", "file": function, "inputs": (x,), "model": net})
+    assert torch.equal(outputs[0], expected)
 
 
 @pytest.mark.deep  # Inductor's C++ for a package takes half a minute
