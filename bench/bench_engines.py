@@ -133,8 +133,10 @@ def prepare(arguments: Arguments, folder: Path, engines: Sequence[str]) -> list[
     """Pack the model, write what the engines load, and return prompts with what eager says to them."""
     model, tokenizer = zoo.load_model(arguments.model, torch.float32, progress=False)
     corpus = texts.load_texts()
-    windows = texts.token_windows(corpus.calibration, tokenizer, 16, 256)
-    config = micromix.MicroMixConfig(activations="same", shards=SHARDS, weight_rounding="gptq")
+    windows = texts.token_windows(corpus.calibration, tokenizer, 4, 128)
+    config = micromix.MicroMixConfig(
+        activations="same", shards=SHARDS, weight_rounding="nearest", scale_search=False, policy="mxfp8-anchor"
+    )
     micromix.quantize_(model, micromix.calibrate(model, windows.split(1), config)).save_pretrained(folder / "packed")
     prompts = [row[: 8 + 2 * i] for i, row in enumerate(texts.token_windows(corpus.evaluation, tokenizer, 20, 64))]
     asked = [(prompt, generate(model, prompt, arguments.tokens)) for prompt in prompts[: arguments.prompts]]
