@@ -49,7 +49,7 @@ class AheadGraph(SerializableCallable):
 
 def check_ahead(session: Session) -> None:
     """Raise ValueError unless all that the compiled code of a model depends on can be in a file."""
-    if not session.is_packed or not session.takes_no_options:
+    if not session.takes_no_options:
         model = session.model_id
         raise ValueError(
             f"aot_compile takes a model that quantize_ has packed, {model} holds plain linears: pack it first"
