@@ -62,6 +62,9 @@ def verify(files: Iterable[str | os.PathLike[str]]) -> None:
     Raises FileNotFoundError or ValueError, which name the file, the tensor or the field, and what to do.
     """
     paths = [Path(file) for file in files]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name} in {path.parent}: the checkpoint is not whole, copy it anew")
     path = paths[0].parent / _CONFIG
     sealed = verify_config(path)
     if sealed is None:

@@ -53,16 +53,16 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     modules = named_modules(model)
     check_not_packed(recipe, modules, model_id(model))
     matched = match_linears(recipe, names, model_id=model_id(model))
-    places, refused = _places([(names[parameter], linear) for parameter, linear in matched], modules)
-    _say_refused(refused, strict=recipe.config.strict)
+    places, refused = places_of([(names[parameter], linear) for parameter, linear in matched], modules)
+    say_refused(refused, strict=recipe.config.strict)
     linears = {name: linear for name, linear in places.items() if linear.experts is None}
     experts = {name: linear for name, linear in places.items() if linear.experts is not None}
     replace(modules, {**_packed_modules(linears, modules, recipe), **packed_experts(experts, modules, recipe)})
-    described = {name: _description(linear) for name, linear in places.items()}
+    descriptions = {name: description(linear) for name, linear in places.items()}
     share_orders(model, {name: linear.group.name for name, linear in places.items()})
-    _describe(model, recipe.config, described)
+    describe(model, recipe.config, descriptions)
     model.micromix_refused = refused
-    logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
+    logger.info("quantized %d linears: %s", len(descriptions), recipe.bits_text)
     return wrapped
 
 
@@ -74,7 +74,7 @@ def check_not_packed(recipe: Recipe, modules: Mapping[str, nn.Module], model: st
                 raise ValueError(f"{model} is packed already: {fqn} is a {type(module).__name__}")
 
 
-def _places(
+def places_of(
     matched: Sequence[tuple[Sequence[str], LinearRecipe]], modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, LinearRecipe], dict[str, str]]:
     """By name: the linears to replace, and why others stay. An embedding that is tied to a linear stays as a matter
@@ -96,7 +96,7 @@ def _places(
     return {name: linear for name, linear in places.items() if name not in refused}, refused
 
 
-def _say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
+def say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
     """Raise ValueError if `strict`, and something is refused."""
     if refused and strict:
         raise ValueError(f"strict=True: {'; '.join(f'{name} stays as it is: {why}' for name, why in refused.items())}")
@@ -143,7 +143,8 @@ def _pack_module(
     return made
 
 
-def _description(linear: LinearRecipe) -> dict[str, Any]:
+def description(linear: LinearRecipe) -> dict[str, Any]:
+    """What a packed checkpoint says of a linear."""
     shape = {"in_features": linear.in_features, "out_features": linear.out_features}
     shape |= {} if linear.experts is None else {"experts": linear.experts}
     layout: dict[str, Any] = {"split": list(linear.split), "rotated": linear.group.rotated}
@@ -175,7 +176,7 @@ def order_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, "order"
 
 
-def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:
+def describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:
     """Leave what a loader needs in a Hugging Face model's config."""
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_file()}
