@@ -54,3 +54,17 @@ def test_a_model_of_experts_runs_compiled_and_packed(name: str, exact: bool) -> 
             torch.compile(packed, backend="micromix", options={"exact": exact}),
         ):
             assert (compiled(tokens).logits.float() - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_generate_runs_experts_quantized_though_it_batches_their_products(name: str) -> None:
+    """To decode on a GPU transformers takes each token's matrices out by index and calls `torch.bmm`."""
+    model, tokens = model_of_experts(name, torch.bfloat16).cuda(), torch.randint(3, 96, (2, 24), device="cuda")
+    recipe = micromix.calibrate(model, [tokens], QUICK, progress=False)
+    model.compile(backend="micromix", options={"recipe": recipe, "strict": True})
+
+    def generate() -> None:
+        model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+
+    generate()  # compiles
+    assert sum("grouped" in name for name in launches(generate)) == 2 * 4
