@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.integrations.checkpoint import seal
     from micromix_compile.integrations.convert import convert, load_converted
+    from micromix_compile.integrations.fsdp import by_rows, packed_as_parameters_
+    from micromix_compile.integrations.kv_cache import QuantizedStaticCache
+    from micromix_compile.integrations.on_load import MicroMixQuantConfig
     from micromix_compile.linear.experts import MicroMixExperts
     from micromix_compile.linear.packed import MicroMixLinear
     from micromix_compile.recipe.types import Recipe
@@ -34,12 +37,16 @@ __all__ = [
     "MicroMixConfig",
     "MicroMixExperts",
     "MicroMixLinear",
+    "MicroMixQuantConfig",
+    "QuantizedStaticCache",
     "Recipe",
     "assign",
+    "by_rows",
     "calibrate",
     "calibrate_each",
     "convert",
     "load_converted",
+    "packed_as_parameters_",
     "quantize_",
     "recipe_of",
     "refresh",
@@ -50,12 +57,16 @@ _HOMES = {
     "MicroMixConfig": "config",
     "MicroMixExperts": "linear.experts",
     "MicroMixLinear": "linear.packed",
+    "MicroMixQuantConfig": "integrations.on_load",
+    "QuantizedStaticCache": "integrations.kv_cache",
     "Recipe": "recipe.types",
     "assign": "calibration.assignment",
+    "by_rows": "integrations.fsdp",
     "calibrate": "verbs.calibrate",
     "calibrate_each": "verbs.calibrate",
     "convert": "integrations.convert",
     "load_converted": "integrations.convert",
+    "packed_as_parameters_": "integrations.fsdp",
     "quantize_": "verbs.quantize",
     "recipe_of": "session.registry",
     "refresh": "changes.versions",

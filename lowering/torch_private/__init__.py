@@ -6,7 +6,7 @@
     dynamo              graph inputs and their sources, guards, copies of Dynamo's graphs, its settings
     regions             which module is compiled or runs
     recompile_limit     what counts towards Dynamo's limit
-    inductor            compiling a graph, options, passes of one's own
+    inductor            compiling a graph, also for a file, options, passes of one's own
     patterns            the pattern matcher
     lowerings           Inductor's IR, lowerings, sizes
     user_kernels        launches of Triton kernels in Inductor's graphs
@@ -19,6 +19,7 @@ to 2.15. What looks for names or texts inside of torch, where a change would not
                         RuntimeError
     recompile_limit     the caller's variables "code" and "compiler_fn", and the function that is replaced: RuntimeError
     regions             the function "compile_wrapper" and its variable "fn": RuntimeError
+    regions             the function "aot_compile" beside it: tests/verbs/test_ahead.py
     dynamo              the texts of sources, which name weights, masks and what is resumed, and the key "grapharg":
                         tests/lowering/test_torch_private.py
     dynamo              the mark of inputs that stay where they are: tests/lowering/test_torch_private.py

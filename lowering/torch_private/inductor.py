@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch._inductor
 import torch._inductor.config
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable, SerializableCallable
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 if TYPE_CHECKING:
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CustomGraphPass",
+    "SerializableCallable",
+    "bytes_of_compiled",
     "compile_nodes",
     "compile_with_inductor",
+    "compiled_of_bytes",
     "inductor_options",
     "inductor_setting",
     "mode_options",
@@ -31,6 +35,19 @@ def compile_with_inductor(
 
     compiled = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
     assert callable(compiled), "a graph that is not exported compiles to a function"
+    return compiled
+
+
+def bytes_of_compiled(compiled: Callable[..., Any]) -> bytes:
+    """What `compile_with_inductor` returned while torch.compile's aot_compile ran, as bytes for a file."""
+    return BundledAOTAutogradSerializableCallable.serialize_compile_artifacts(
+        BundledAOTAutogradSerializableCallable(compiled)
+    )
+
+
+def compiled_of_bytes(data: bytes) -> Callable[..., Any]:
+    """The reverse of `bytes_of_compiled`."""
+    compiled: Callable[..., Any] = BundledAOTAutogradSerializableCallable.deserialize_compile_artifacts(data)
     return compiled
 
 

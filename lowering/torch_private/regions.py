@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 WRAPPER: Final = "compile_wrapper"
 """The function in Dynamo's module eval_frame that a call of what was compiled runs first."""
+AHEAD: Final = "aot_compile"
+"""The one beside it that compiles for a file."""
 WRAPPED: Final = "fn"
-"""Its variable that holds what was compiled."""
+"""Their variable that holds what was compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def running_region() -> Region:
     frame: FrameType | None = sys._getframe()
     running: list[nn.Module] = []
     compiled: nn.Module | None = None
-    while frame is not None and not _is_wrapper(frame.f_code):
+    while frame is not None and not _is_wrapper(frame.f_code, WRAPPER, AHEAD):
         _add_module(running, frame)
         frame = frame.f_back
     if frame is not None:
@@ -67,8 +69,16 @@ def running_region() -> Region:
     return Region(compiled, running, [module for module in around if module is not compiled])
 
 
-def _is_wrapper(code: CodeType) -> bool:
-    return code.co_name == WRAPPER and code.co_filename == eval_frame.__file__ and WRAPPED in code.co_freevars
+def compiles_ahead() -> bool:
+    """Whether this thread compiles for `torch.compile(...).aot_compile`, and not for a call."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not _is_wrapper(frame.f_code, WRAPPER, AHEAD):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == AHEAD
+
+
+def _is_wrapper(code: CodeType, *names: str) -> bool:
+    return code.co_name in names and code.co_filename == eval_frame.__file__ and WRAPPED in code.co_freevars
 
 
 @cache
@@ -77,7 +87,7 @@ def _expect_wrapper() -> None:
     codes = [value.__code__ for kind in _classes() for value in vars(kind).values() if hasattr(value, "__code__")]
     while codes:
         code = codes.pop()
-        if _is_wrapper(code):
+        if _is_wrapper(code, WRAPPER):
             return
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     raise changed(f"a function {WRAPPER} with the variable {WRAPPED} in {eval_frame.__name__}")

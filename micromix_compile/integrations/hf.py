@@ -28,8 +28,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.integrations import checkpoint
+from micromix_compile.integrations import checkpoint, tensor_parallel
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
+from micromix_compile.integrations.dequantizing import dequantize_
 from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("micromix_compile")
 
-_Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each buffer of a packed linear."""
 
 _LINEARS: Final = Each(
@@ -104,29 +105,33 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             logger.warning("the tensors of a packed model come from no file: damage to them can't be seen")
         config = MicroMixConfig.from_file(self.quantization_config.config)
-        self.quantization_config.linears = _names_here(model, self.quantization_config.linears)
-        layouts = self._layouts = dict[str, _Layout]()
-        linears = self.quantization_config.linears
-        for holder, weights in holders_of(linears).items():
-            layouts[holder] = _layout(_put_empty(model, holder, empty_experts, weights, config))
-        for fqn in (fqn for fqn, described in linears.items() if "experts" not in described):
-            packed = _put_empty(model, fqn, _empty_linear, linears[fqn], config)
-            layouts[fqn] = _layout(packed)
-            _await_tensors(packed, scale="weight_scale" if self.quantization_config.schema_version == 1 else "weight")
-            getattr(model, "all_tied_weights_keys", {}).pop(f"{fqn}.weight", None)
+        linears = self.quantization_config.linears = names_here(model, self.quantization_config.linears)
+        self._ranks = tensor_parallel.ranks_of(model)
+        if self._ranks is not None:
+            tensor_parallel.check_plan(linears, self._ranks)
+        scale = "weight_scale" if self.quantization_config.schema_version == 1 else "weight"
+        self._layouts = put_empty(model, linears, config, scale=scale)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        packed = {fqn: model.get_submodule(fqn) for fqn in self._layouts}
-        for fqn, module in packed.items():
-            if isinstance(module, MicroMixLinear):
-                _take_tensors(module)
-            _check_loaded(fqn, module, self._layouts[fqn])
-        _check_orders(model, self.quantization_config.linears)
+        packed = take_loaded(model, self._layouts)
+        linears = self.quantization_config.linears
+        _check_orders(model, linears)
         self.quantization_config.schema_version = SCHEMA_VERSION  # in which it is saved
-        share_orders(model, {fqn: d["group"] for fqn, d in self.quantization_config.linears.items()})
-        for module in packed.values():
+        groups = {fqn: described["group"] for fqn, described in linears.items()}
+        if self._ranks is not None:
+            w_fp4 = self.quantization_config.config["weights"] == "mxfp4"
+            tensor_parallel.keep_own_parts(model, linears, self._ranks, w_fp4=w_fp4)
+            groups = {fqn: f"{group} cut: {self._ranks.cuts(fqn)}" for fqn, group in groups.items()}
+        elif (count := getattr(model, "_tp_size", None) or 1) > 1:
+            tensor_parallel.check_version(count)
+        share_orders(model, groups)
+        for module in packed:
             module.compact()  # type: ignore[operator]
         return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        """What `model.dequantize()` leaves the work to."""
+        return dequantize_(model, dtype)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes per element: packed tensors are stored as they are."""
@@ -144,6 +149,34 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Any dtype of activations works; what the checkpoint says is kept."""
         return dtype
+
+
+def put_empty(
+    model: nn.Module, linears: dict[str, Any], config: MicroMixConfig, *, scale: str = "weight"
+) -> dict[str, Layout]:
+    """Put empty packed modules, as `linears` describes them, in the places of those of a model on the meta device.
+
+    scale: under which name scales come. Returns the layout of each by its name, for `take_loaded`.
+    """
+    layouts: dict[str, Layout] = {}
+    for holder, weights in holders_of(linears).items():
+        layouts[holder] = _layout(_put_empty(model, holder, empty_experts, weights, config))
+    for fqn in (fqn for fqn, described in linears.items() if "experts" not in described):
+        packed = _put_empty(model, fqn, _empty_linear, linears[fqn], config)
+        layouts[fqn] = _layout(packed)
+        _await_tensors(packed, scale=scale)
+        getattr(model, "all_tied_weights_keys", {}).pop(f"{fqn}.weight", None)
+    return layouts
+
+
+def take_loaded(model: nn.Module, layouts: dict[str, Layout]) -> list[nn.Module]:
+    """The packed modules of `put_empty`, filled. Raises ValueError, which names the tensor, if one is not."""
+    packed = [model.get_submodule(fqn) for fqn in layouts]
+    for (fqn, layout), module in zip(layouts.items(), packed, strict=True):
+        if isinstance(module, MicroMixLinear):
+            _take_tensors(module)
+        _check_loaded(fqn, module, layout)
+    return packed
 
 
 def _put_empty(model: nn.Module, fqn: str, make: Callable[..., Any], described: Any, config: MicroMixConfig) -> Any:
@@ -184,11 +217,11 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
     )
 
 
-def _layout(module: nn.Module) -> _Layout:
+def _layout(module: nn.Module) -> Layout:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in module.named_buffers()}
 
 
-def _check_loaded(fqn: str, module: nn.Module, layout: _Layout) -> None:
+def _check_loaded(fqn: str, module: nn.Module, layout: Layout) -> None:
     """Raise ValueError unless all of a packed module came from the checkpoint, in its shapes; names the tensor.
 
     transformers fills with anything what it does not find, and some of its versions take any shape.
@@ -239,7 +272,7 @@ def _take_tensors(packed: MicroMixLinear) -> None:
         buffers["weight_scale"] = buffers.pop("weight")
 
 
-def _names_here(model: nn.Module, linears: dict[str, Any]) -> dict[str, Any]:
+def names_here(model: nn.Module, linears: dict[str, Any]) -> dict[str, Any]:
     """Linears by their names in `model`, which may be the base of what was packed, or have another head.
 
     A head that it does not have is left out; any other name that fits nowhere stays.
@@ -271,6 +304,7 @@ def _sealing(save: Any) -> Any:
         )
         if not packed or getattr(self, "_hf_peft_config_loaded", False):  # adapters alone
             return save(self, *args, **kwargs)
+        tensor_parallel.check_whole(self)
         if given.arguments.get("push_to_hub"):
             raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
         with own_names(self):
@@ -309,6 +343,8 @@ def _check_config(path: Path) -> None:
     if not checkpoint.is_ours(config):
         return
     checkpoint.verify_config(path)
+    for index in checkpoint.index_files(path.parent):
+        checkpoint.read_index(index)  # before transformers reads it
     try:
         MicroMixQuantizationConfig(**config["quantization_config"])
     except (TypeError, ValueError) as error:

@@ -1,6 +1,8 @@
-"""Packed checkpoints load wherever this package is imported: `hf` is, as soon as transformers' models are.
+"""Packed checkpoints load wherever this package is installed: `hf` is imported as soon as transformers' models are.
 
-transformers takes seconds to import, so `import micromix_compile` does not; it waits for somebody else to.
+transformers takes seconds to import, so `import micromix_compile` does not; it waits for somebody else to. transformers
+has no entry points for quantizers. torch has, for what extends it (the group `torch.backends`): `install` is called
+when torch is imported, unless the variable TORCH_DEVICE_BACKEND_AUTOLOAD is 0.
 """
 
 from __future__ import annotations
@@ -26,10 +28,16 @@ class _Finder:
     """Finds nothing itself: whoever imports what it waits for gets that as ever, and then `hf`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The usual finders' spec of the awaited module, with a loader that goes on to `hf`; None for all others."""
-        if name != _AWAITED or self not in sys.meta_path:
+        """The usual finders' spec of the awaited module, with a loader that goes on to `hf`; None for all others.
+
+        Where the awaited one was on its way when the wait began, `hf` comes before the first import behind it.
+        """
+        if self not in sys.meta_path or not (name == _AWAITED or _is_there()):
             return None
         sys.meta_path.remove(self)
+        if name != _AWAITED:
+            _register()
+            return None
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
@@ -43,11 +51,17 @@ class _Finder:
 
 
 def install() -> None:
-    """Register the quantizer when transformers' models are imported; now, if they are."""
-    if _AWAITED in sys.modules:
+    """Register the quantizer when transformers' models are imported; now, if they are. Once is enough."""
+    if _is_there():
         _register()
-    else:
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _is_there() -> bool:
+    """Whether the awaited module has been imported to its end: it imports torch in its first lines."""
+    spec = getattr(sys.modules.get(_AWAITED), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
 
 
 def _register() -> None:

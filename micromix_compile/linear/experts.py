@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.numerics.layout import RowLayout, Split
 
-INTERFACE: Final = frozenset(
-    {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel"}
-)
-"""Attributes by which transformers' experts say how they are used."""
+INTERFACE: Final = frozenset({"has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel"})
+"""Attributes by which transformers' experts say how they are used. 5.20 added `has_post_expert_norm`."""
 
 BATCHED: Final = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
 """Experts without that interface: each multiplies as many rows, which come one expert behind the other, by
@@ -154,7 +152,7 @@ class MicroMixExperts(nn.Module):
         inner = self._multiply(up, x, rows, offs)
         inner = self.experts_class._apply_gate(self, inner) if original.has_gate else original.act_fn(inner)
         out = self._multiply(down, inner, torch.arange(len(rows), dtype=torch.int32, device=rows.device), offs)
-        if original.has_post_expert_norm:
+        if vars(self).get("has_post_expert_norm", False):
             out = original.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         unsorted = weighted[torch.argsort(order)]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from micromix_compile.config import MicroMixConfig
+    from micromix_compile.numerics.shards import Cut
 
 
 class ChannelOrder(nn.Module):
@@ -54,7 +55,8 @@ class MicroMixLinear(nn.Linear):
 
     order: one module shared by all linears of a group. Buffers: weight_q4, weight_q6, weight_q8 and weight_scale as in
     `PackedWeight`. bias: (N,) or None. weight: (N, C), made from these whenever it is read, and read-only; weight_dtype
-    is its dtype, that of the weight which was packed, and follows conversions of the module.
+    is its dtype, that of the weight which was packed, and follows conversions of the module. rows, channels: N and C of
+    what it holds, which is less than out_features and in_features after `keep_part`.
 
     forward: (..., C) float -> (..., N) of the same dtype. The gradient with respect to the input and the bias is that
     of the dequantized weight; packed weights have none, so that adapters around them can be trained, not they.
@@ -80,6 +82,7 @@ class MicroMixLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features = in_features
         self.out_features = out_features
+        self.rows, self.channels = out_features, in_features
         self.layout = config.row_layout(split, rotated)
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.order = ChannelOrder(torch.empty(sum(split), dtype=torch.int32, device=device))
@@ -98,7 +101,7 @@ class MicroMixLinear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """The weight (N, C) in the model's order of channels, as `weight_dtype`; its values are made when read."""
-        shape = (self.out_features, self.in_features)
+        shape = (self.rows, self.channels)
         if torch.compiler.is_compiling():
             return self._dequantize()  # an operation of the graph, which goes away where only the dtype is read
         return DequantizedWeight(self._dequantize, shape, self.weight_dtype, self.weight_scale.device)
@@ -106,7 +109,7 @@ class MicroMixLinear(nn.Linear):
     def _dequantize(self) -> Tensor:
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale, self.order.channel_perm)
         out: Tensor = torch.ops.micromix.dequantize_weight(
-            *weight, self.in_features, self.layout.fp6, self.layout.rotated, self.weight_dtype
+            *weight, self.channels, self.layout.fp6, self.layout.rotated, self.weight_dtype
         )
         return out
 
@@ -157,16 +160,30 @@ class MicroMixLinear(nn.Linear):
         parts = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
         self.load_packed(PackedWeight(*packing.in_one_storage(parts, parts[0].device)), self.order.channel_perm)
 
+    def keep_part(self, rows: slice, cut: Cut) -> None:
+        """Keep what one of several ranks holds: some rows of all channels, or the channels of `cut` of all rows.
+
+        in_features and out_features stay those of the whole, of which tensor parallelism wants to know.
+        """
+        order = self.order.channel_perm
+        whole = PackedWeight(self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
+        part = cut.weight(PackedWeight(*(t[..., rows, :] for t in whole)))
+        self.rows = len(range(*rows.indices(self.rows)))
+        self.channels //= cut.ranks
+        self.layout = self.layout.of_split(cut.split, cut.rotated(self.layout.rotated))
+        self.order = ChannelOrder(cut.order(order)) if cut.ranks > 1 else self.order
+        self.load_packed(PackedWeight(*packing.in_one_storage(part, order.device)), self.order.channel_perm)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., N), under autocast in its dtype. Raises ValueError for another C."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} channels, got shape {tuple(x.shape)}")
+        if x.shape[-1] != self.channels:
+            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.channels)
         out = packed_product(rows, self.bias, self.order.channel_perm, weight, self.layout)
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return out.reshape(*x.shape[:-1], self.rows)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

@@ -84,11 +84,16 @@ def why_special(module: nn.Module) -> str | None:
 
 def take_over(packed: nn.Module, original: nn.Module) -> None:
     """Let `packed` have the hooks of `original`, in their order and with their handles, its mode and its attributes."""
-    for name in _CALL_HOOKS:
-        vars(packed)[name] = vars(original)[name]  # the very dictionary: a handle removes its hook from that
+    take_over_hooks(packed, original)
     for name, value in vars(original).items():
         vars(packed).setdefault(name, value)
-    packed.training = original.training
+
+
+def take_over_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Let `module` have the hooks of `other`, in their order and with their handles, and its mode."""
+    for name in _CALL_HOOKS:
+        vars(module)[name] = vars(other)[name]  # the very dictionary: a handle removes its hook from that
+    module.training = other.training
 
 
 def replace(modules: Mapping[str, nn.Module], replacements: Mapping[str, nn.Module]) -> None:

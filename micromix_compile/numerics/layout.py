@@ -49,6 +49,11 @@ class RowLayout(NamedTuple):
         """(k4, k6, k8)."""
         return self.k4, self.k6, self.k8
 
+    def of_split(self, split: Split, rotated: int) -> RowLayout:
+        """The same of other channels."""
+        k4, k6, k8 = split
+        return self._replace(k4=k4, k6=k6, k8=k8, rotated=rotated)
+
 
 class PackedWeight(NamedTuple):
     """A quantized (N, C) weight: w4 (N, k4 // 2), w6 (3, N, k6 // 4), w8 (N, k8), w_scale (N, K // 32), uint8.

@@ -129,9 +129,14 @@ def in_one_storage(parts: Sequence[Tensor], device: torch.device) -> list[Tensor
 
 
 def with_own_storage(part: Tensor) -> Tensor:
-    """`part` of `in_one_storage` as a tensor whose storage begins and ends with it, in the same memory."""
+    """`part` of `in_one_storage` as a tensor whose storage begins and ends with it, in the same memory.
+
+    What is no plain tensor, such as FSDP's, is returned as it is.
+    """
+    if type(part) is not Tensor or part.device.type == "meta":
+        return part
     storage = part.untyped_storage()
-    if part.device.type == "meta" or storage.nbytes() == part.numel():
+    if storage.nbytes() == part.numel():
         return part
     start = part.storage_offset()
     own = torch.empty(0, dtype=part.dtype, device=part.device)

@@ -81,7 +81,12 @@ class AppendedInputs:
     def values(self, session: Session, args: Sequence[Any]) -> tuple[list[LinearState], list[Any]]:
         """(states of the weights among a call's `args`, what is appended to these)."""
         packed = {i: session.packed(args[i]) for i in self.weights}
-        given = [*args, *(packed[i][index] for i, index in self.packed)]
+        more = self.made(args, [packed[i][index] for i, index in self.packed])
+        return [session.state(args[i]) for i in self.weights], more
+
+    def made(self, args: Sequence[Any], packed: Sequence[Any] = ()) -> list[Any]:
+        """What is appended to a call's `args`: what was packed of weights, and what is made of that and of these."""
+        given = [*args, *packed]
         for places, make in self.folded:
             given += make(*[given[i] for i in places])
-        return [session.state(args[i]) for i in self.weights], given[len(args) :]
+        return given[len(args) :]

@@ -79,7 +79,7 @@ def find_linear(recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *
         if linear is not None:
             if parameter.is_meta:
                 raise ValueError(f"{name} of {model_id} is on the meta device, which holds no values: load it first")
-            _check_same_weight(recipe, linear, parameter, model_id)
+            check_same_weight(recipe, linear, parameter, model_id)
             return linear
     tails = {
         fqn: max(_common_tail(fqn, name) for name in names)
@@ -113,7 +113,8 @@ def _fits(linear: LinearRecipe, parameter: Tensor) -> bool:
     return parameter.shape[:-2] == leading and sorted(parameter.shape[-2:]) == sorted(linear.shape[-2:])
 
 
-def _check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Parameter, model_id: str) -> None:
+def check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Parameter, model_id: str) -> None:
+    """Raise ValueError, which names both models, unless the weight is the one that the linear was calibrated with."""
     both = f"the recipe was made for {recipe.model_id}, and this model is {model_id}"
     if special := why_no_plain_weight(parameter):
         raise ValueError(f"{linear.fqn} can't be quantized: {special}")

@@ -6,8 +6,6 @@ import fnmatch
 from typing import TYPE_CHECKING
 
 from micromix_compile.calibration.sharding import check_model
-from micromix_compile.linear.experts import MicroMixExperts
-from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
@@ -15,7 +13,7 @@ from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
 from micromix_compile.session.candidates import how_to_leave_training, say_left_out
 from micromix_compile.session.coverage import Coverage
-from micromix_compile.session.distributed import check_not_distributed
+from micromix_compile.session.distributed import check_not_distributed, is_packed
 from micromix_compile.session.matching import find_linear, named_modules
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
@@ -70,7 +68,7 @@ class Session:
         check_not_distributed(model)
         self.names.belong_to(model)
         self.names.take_in(model, self._decide)
-        self.is_packed = any(isinstance(module, MicroMixLinear | MicroMixExperts) for module in model.modules())
+        self.is_packed = is_packed(model)
         if self.is_packed:
             return
         if not self.has_candidates:

@@ -11,10 +11,16 @@ from torch import nn
 
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering.torch_private import recompile_limit
-from micromix_compile.lowering.torch_private.regions import running_region, running_transform, source_modules
+from micromix_compile.lowering.torch_private.regions import (
+    compiles_ahead,
+    running_region,
+    running_transform,
+    source_modules,
+)
 from micromix_compile.session.distributed import check_not_distributed
 from micromix_compile.session.heirloom import inherited_recipe, leave_heirloom
 from micromix_compile.session.registry import SessionKey, find_session, model_of, remember
+from micromix_compile.verbs.ahead import check_ahead
 from micromix_compile.verbs.observed import compile_self_converting
 from micromix_compile.verbs.options import Options, parse_options
 from micromix_compile.verbs.quantized import compile_quantized
@@ -51,7 +57,10 @@ def micromix(
     """
     parsed = parse_options(mode, options)
     session = _session_of(gm, example_inputs, parsed)
-    session.versions.add(recompile_limit.current_compile_id())
+    if compiles_ahead():
+        check_ahead(session)
+    else:
+        session.versions.add(recompile_limit.current_compile_id())
     if session.recipe is None and not session.is_packed:
         leave = partial(_leave_heirloom, key=parsed.key)
         return compile_self_converting(session, gm, example_inputs, on_converted=leave)

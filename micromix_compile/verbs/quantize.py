@@ -62,16 +62,16 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     modules = named_modules(model)
     check_not_packed(recipe, modules, model_id(model))
     matched = match_linears(recipe, names, model_id=model_id(model))
-    places, refused = _places([(names[parameter], linear) for parameter, linear in matched], modules)
-    _say_refused(refused, strict=recipe.config.strict)
+    places, refused = places_of([(names[parameter], linear) for parameter, linear in matched], modules)
+    say_refused(refused, strict=recipe.config.strict)
     experts = {name: linear for name, linear in places.items() if linear.experts is not None}
     attention = {name: linear for name, linear in places.items() if is_of_attention(name, modules)}
     linears = {name: linear for name, linear in places.items() if name not in {*experts, *attention}}
     packed = packed_experts(experts, modules, recipe) | packed_attention(attention, modules, recipe)
     replace(modules, {**_packed_modules(linears, modules, recipe), **packed})
-    described = {name: _description(linear) for name, linear in places.items()}
+    described = {name: description(linear) for name, linear in places.items()}
     share_orders(model, {name: linear.group.name for name, linear in places.items()})
-    _describe(model, recipe.config, described)
+    describe(model, recipe.config, described)
     model.micromix_refused = refused  # type: ignore[assignment]
     logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
     return wrapped
@@ -85,7 +85,7 @@ def check_not_packed(recipe: Recipe, modules: Mapping[str, nn.Module], model: st
                 raise ValueError(f"{model} is packed already: {fqn} is a {type(module).__name__}")
 
 
-def _places(
+def places_of(
     matched: Sequence[tuple[Sequence[str], LinearRecipe]], modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, LinearRecipe], dict[str, str]]:
     """By name: the linears to replace, and why others stay. An embedding that is tied to a linear stays as a matter
@@ -119,7 +119,7 @@ def _why_not(name: str, linear: LinearRecipe, modules: Mapping[str, nn.Module]) 
     return why_not_replaced(name, modules)
 
 
-def _say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
+def say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
     """Raise ValueError if `strict`, and something is refused."""
     if refused and strict:
         raise ValueError(f"strict=True: {'; '.join(f'{name} stays as it is: {why}' for name, why in refused.items())}")
@@ -148,7 +148,8 @@ def _packed_modules(
     return {name: made[modules[name]] for name in places}
 
 
-def _description(linear: LinearRecipe) -> dict[str, Any]:
+def description(linear: LinearRecipe) -> dict[str, Any]:
+    """What a packed checkpoint says of a linear."""
     shape = {"in_features": linear.in_features, "out_features": linear.out_features}
     shape |= {} if linear.experts is None else {"experts": linear.experts}
     layout: dict[str, Any] = {"split": list(linear.split), "rotated": linear.group.rotated}
@@ -182,7 +183,7 @@ def order_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, "order"
 
 
-def _describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:
+def describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:
     """Leave what a loader needs in a Hugging Face model's config."""
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_file()}

@@ -11,6 +11,7 @@ import torch
 from micromix_compile import ops
 from micromix_compile.linear.gradient import wants_gradients
 from micromix_compile.lowering import inductor
+from micromix_compile.lowering.torch_private import regions
 from micromix_compile.ops.prepared import Kept
 from micromix_compile.passes import (
     CONVERT_PASSES,
@@ -23,6 +24,7 @@ from micromix_compile.passes import (
 )
 from micromix_compile.session.graph import AppendedInputs, close_graph, open_graph
 from micromix_compile.targets.target import target_of
+from micromix_compile.verbs.ahead import AheadGraph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +65,8 @@ def compile_quantized(
             post_grad_passes=for_inductor(POST_GRAD_PASSES, context),
             settings=_cache_settings(session.config, targets),
         )
+    if regions.compiles_ahead():
+        return AheadGraph(compiled, appended, gradients=gradients)
     return _QuantizedGraph(session, compiled, appended, gradients=gradients).run
 
 

@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,12 +185,27 @@ def test_checkpoints_in_several_files_load_and_are_verified(original: Path, tmp_
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
     assert torch.equal(logits(tmp_path), logits(original))
+    index = tmp_path / "model.safetensors.index.json"
+    said = index.read_bytes()
+    for damaged, message in {
+        said.replace(b"model-00002", b"\xff"): "is not JSON",
+        said.replace(b'"model-00002', b'1, "x": "'): "weight_map must be a mapping from tensors to files",
+        said.replace(b'"metadata"', b'"x"'): "metadata must be a mapping, got None",
+    }.items():
+        index.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message) as error:
+            logits(tmp_path)
+        assert str(error.value).startswith(str(index))
+    index.write_bytes(said)
     tensors = load_file(shards[1])
     flip(next(iter(tensors.values())))
     save_file(tensors, shards[1], metadata={"format": "pt"})
     with pytest.raises(ValueError, match="was changed after the checkpoint was written") as error:
         logits(tmp_path)
     assert str(error.value).startswith(str(shards[1]))
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"no {shards[1].name} in .*: the checkpoint is not whole, copy"):
+        logits(tmp_path)
 
 
 def test_files_of_two_savings_in_one_directory_are_refused(original: Path, tmp_path: Path) -> None:
@@ -274,7 +290,8 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 WITHOUT_US = """
-import sys
+import os, sys
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 sys.modules["micromix_compile"] = None
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -295,6 +312,22 @@ def test_importing_the_package_is_enough_to_load(original: Path, order: str, ear
     code += "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
     done = python(code + "print(type(m.model.layers[0].mlp.up_proj).__name__)", original)
     assert done.stdout.strip() == "MicroMixLinear", done.stderr
+
+
+@pytest.mark.parametrize("first", [pytest.param("torch", marks=pytest.mark.deep), "transformers.modeling_utils"])
+def test_an_installed_package_needs_no_import(original: Path, tmp_path: Path, first: str) -> None:
+    """An installation of its own says what pyproject.toml does; the one here may be older."""
+    table = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    (entry,) = table["project"]["entry-points"]["torch.backends"].values()
+    folder = tmp_path / "another-0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 0\n", "utf-8")
+    (folder / "entry_points.txt").write_text(f"[torch.backends]\nmicromix = {entry}\n", "utf-8")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import {first};"
+    code += "heavy = 'micromix_compile.session' in sys.modules;"
+    code += "from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+    done = python(code + "print(heavy, type(m.model.layers[0].mlp.up_proj).__name__)", original)
+    assert done.stdout.strip() == "False MicroMixLinear", done.stderr
 
 
 def test_safetensors_own_functions_save_and_load_a_packed_model(tmp_path: Path) -> None:

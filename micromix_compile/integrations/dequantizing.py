@@ -1,0 +1,72 @@
+"""`model.dequantize()`: a packed model of transformers as a plain one again, with the values that its weights have."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from micromix_compile.integrations.tensor_parallel import check_whole
+from micromix_compile.linear.experts import MicroMixExperts
+from micromix_compile.linear.packed import MicroMixLinear
+from micromix_compile.linear.replacing import take_over_hooks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def dequantize_(model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
+    """Put modules of the original classes in the places of packed ones, one after the other. Returns `model`.
+
+    dtype: of the weights, or its name; None for what they had before they were packed. Raises ValueError if this
+    process holds a part of the model only.
+    """
+    check_whole(model)
+    wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, MicroMixLinear | MicroMixExperts)}
+    originals = _originals(model)
+    for name, module in packed.items():
+        original = originals.get_submodule(name)
+        _fill(original, module, wanted)
+        take_over_hooks(original, module)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, original)
+    return model  # type: ignore[no-any-return]
+
+
+def _originals(model: Any) -> nn.Module:
+    """A model of the same class without weights."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        made: nn.Module = type(model)(config)
+    return made
+
+
+@torch.no_grad()
+def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.dtype | None) -> None:
+    """Give a module the weights of the packed one, and the very Parameters and modules that this has beside them."""
+    if isinstance(packed, MicroMixLinear):
+        matrix = packed.dequantized() + 0
+        weights = {"weight": matrix if isinstance(original, nn.Linear) else matrix.T}  # GPT-2's is (C, N)
+    else:
+        stacked = {name: _experts(packed, name, getattr(original, name).dtype) for name in packed.layouts}
+        weights = {name: w.mT if original.is_transposed else w for name, w in stacked.items()}
+        original._modules.update({name: packed._modules[name] for name in original._modules})
+    kept = {name: p for name, p in packed._parameters.items() if p is not None}
+    original._parameters.update(kept)
+    for name, weight in weights.items():
+        original._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
+
+
+def _experts(packed: MicroMixExperts, name: str, dtype: torch.dtype) -> Tensor:
+    """(E, N, C) of a weight of experts."""
+    order, layout = packed.get_buffer(f"{name}_order.channel_perm"), packed.layouts[name]
+    channels = int((order >= 0).sum())
+    each = [
+        torch.ops.micromix.dequantize_weight(*parts, order, channels, layout.fp6, layout.rotated, dtype)
+        for parts in zip(*packed.packed(name), strict=True)
+    ]
+    return torch.stack(each)
