@@ -134,10 +134,10 @@ def test_a_prompt_in_parts_and_sequences_of_other_lengths() -> None:
 @pytest.mark.parametrize(
     ("backend", "early"),
     [
-        ("inductor", True),
-        ("micromix", False),
+        ("micromix", True),
+        pytest.param("micromix", False, marks=pytest.mark.deep),
+        pytest.param("inductor", True, marks=pytest.mark.deep),
         pytest.param("inductor", False, marks=pytest.mark.deep),
-        pytest.param("micromix", True, marks=pytest.mark.deep),
     ],
 )
 def test_compiled_steps_are_one_graph_each_and_write_in_place(backend: str, early: bool) -> None:
