@@ -109,15 +109,17 @@ class QuantizedStaticLayer(StaticLayer):  # type: ignore[misc]
         position = _given_position(*args, **kwargs)
         if position is None:
             position = torch.arange(tokens, device=self.device) + self.cumulative_length
+        cache = (self.keys, self.key_scale, self.values, self.value_scale)
+        # Before it is read: Inductor would copy the whole cache to write to it after something that it may read later.
+        write_kv(key_states, value_states, position, *cache, SCALE_ROUNDING)
         keys = read_kv(self.keys, self.key_scale, self.recent_keys, self.recent_position)
         values = read_kv(self.values, self.value_scale, self.recent_values, self.recent_position)
-        cache = (self.keys, self.key_scale, self.values, self.value_scale)
-        write_kv(key_states, value_states, position, *cache, SCALE_ROUNDING)
+        keys, values = put_states(keys, key_states, position), put_states(values, value_states, position)
         keep_recent(self.recent_keys, key_states, position)
         keep_recent(self.recent_values, value_states, position)
         keep_position(self.recent_position, position)
         self.cumulative_length.copy_(position[-1] + 1)
-        return put_states(keys, key_states, position), put_states(values, value_states, position)
+        return keys, values
 
     def get_seq_length(self) -> int | Tensor:
         """Tokens in the cache: a tensor, so that compiled code stays as it is while they become more."""

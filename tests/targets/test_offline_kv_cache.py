@@ -22,7 +22,7 @@ Case = tuple[int, str, int, int, int, torch.dtype]
 
 CASES: list[Case] = [
     case
-    for capability in (80, 90, 100, 120)
+    for capability in (90, 120)
     for case in (
         (capability, "fp8", 128, 128, 1, torch.bfloat16),
         (capability, "mxfp8", 192, 128, 2048, torch.bfloat16),
