@@ -11,6 +11,7 @@ operations.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -43,7 +44,8 @@ RANKS: Final[dict[str, tuple[int, dict[str, str]]]] = {
 }
 """Ranks, and what they do otherwise than the model's plan says."""
 
-FILES: Final = ("exported program", "package of AOTInductor")
+PROGRAM, PACKAGE = "exported program", "package of AOTInductor"
+FILES: Final = {PROGRAM: "program.pt2", PACKAGE: "package.pt2"}
 ITSELF: Final = "eager, read otherwise"
 """Eager again: continuations without a cache, and the logits that it had while it generated with one."""
 ENGINES: Final = (ITSELF, "transformers", *RANKS, *FILES)
@@ -129,8 +131,10 @@ def work(engine: str, folder: Path) -> None:
     asked = torch.load(folder / "asked")
     tokens = len(asked[0][1])
     if engine in FILES:
-        run: Any = torch.export.load(folder / engine).module() if engine == FILES[0] else None
-        run = run or torch._inductor.aoti_load_package(str(folder / engine))  # noqa: TID251 - as torch documents it
+        importlib.import_module("micromix_compile.ops.exact")  # registers the operations
+        path = str(folder / FILES[engine])
+        run: Any = torch.export.load(path).module() if engine == PROGRAM else None
+        run = run or torch._inductor.aoti_load_package(path)  # noqa: TID251 - as torch documents it
         found = answers(run, lambda prompt: greedy(run, prompt, tokens), asked)
     else:
         from transformers.distributed import DistributedConfig
@@ -158,11 +162,10 @@ def prepare(arguments: Arguments, folder: Path, engines: Sequence[str]) -> list[
     if set(FILES) & set(engines):
         length = torch.export.Dim("length", min=2, max=LONGEST)
         program = torch.export.export(Logits(model), (windows[:1, :64],), dynamic_shapes=({1: length},))
-        torch.export.save(program, folder / FILES[0])
-        if FILES[1] in engines:
-            path = str(folder / "package.pt2")
+        torch.export.save(program, folder / FILES[PROGRAM])
+        if PACKAGE in engines:
+            path = str(folder / FILES[PACKAGE])
             torch._inductor.aoti_compile_and_package(program, package_path=path)  # noqa: TID251
-            (folder / "package.pt2").rename(folder / FILES[1])
     if ITSELF in engines:
         torch.save(read_otherwise(model, asked), folder / ITSELF)
     torch.save(asked, folder / "asked")

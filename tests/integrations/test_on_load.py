@@ -21,8 +21,6 @@ from micromix_compile.linear.experts import MicroMixExperts
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.versions
-
 NEAREST = {"weight_rounding": "nearest", "scale_search": False}
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -52,8 +50,8 @@ def assert_equal_tensors(actual: nn.Module, expected: nn.Module) -> None:
     ("name", "options"),
     [
         pytest.param("llama", {"weight_rounding": "gptq"}, marks=pytest.mark.deep),
-        ("llama", {**NEAREST, "weights": "mxfp4", "rotate": "all"}),
-        ("gpt2", NEAREST),
+        pytest.param("llama", {**NEAREST, "weights": "mxfp4", "rotate": "all"}, marks=pytest.mark.versions),
+        pytest.param("gpt2", NEAREST, marks=pytest.mark.versions),
         pytest.param("qwen3_moe", NEAREST, marks=pytest.mark.deep),
         ("gpt_oss", {"weight_rounding": "gptq"}),
     ],
@@ -77,7 +75,12 @@ def test_a_model_that_is_quantized_while_loading_is_that_of_quantize(
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "gpt_oss", *(pytest.param(name, marks=pytest.mark.deep) for name in ("llama", "qwen3_moe"))]
+    "name",
+    [
+        pytest.param("gpt2", marks=pytest.mark.versions),
+        "gpt_oss",
+        *(pytest.param(name, marks=pytest.mark.deep) for name in ("llama", "qwen3_moe")),
+    ],
 )
 def test_a_dequantized_model_is_a_plain_one_with_the_packed_weights(name: str, tmp_path: Path) -> None:
     model = plain(name)
@@ -127,6 +130,7 @@ def test_one_original_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch:
     assert most < 0.2 * sum(tensor.nbytes for tensor in packed.state_dict().values())
 
 
+@pytest.mark.versions
 def test_what_cannot_be_quantized_while_loading_is_said(tmp_path: Path) -> None:
     model = plain("llama")
     model.save_pretrained(tmp_path / "plain")
