@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.machine import hardware, versions
+from micromix_compile.lowering.torch_private.packages import aoti_compile_and_package, aoti_load_package
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ def work(engine: str, folder: Path) -> None:
         importlib.import_module("micromix_compile.ops.exact")  # registers the operations
         path = str(folder / FILES[engine])
         run: Any = torch.export.load(path).module() if engine == PROGRAM else None
-        run = run or torch._inductor.aoti_load_package(path)  # noqa: TID251 - as torch documents it
+        run = run or aoti_load_package(path)
         found = answers(run, lambda prompt: greedy(run, prompt, tokens), asked)
     else:
         from transformers.distributed import DistributedConfig
@@ -165,7 +166,7 @@ def prepare(arguments: Arguments, folder: Path, engines: Sequence[str]) -> list[
         torch.export.save(program, folder / FILES[PROGRAM])
         if PACKAGE in engines:
             path = str(folder / FILES[PACKAGE])
-            torch._inductor.aoti_compile_and_package(program, package_path=path)  # noqa: TID251
+            aoti_compile_and_package(program, package_path=path)
     if ITSELF in engines:
         torch.save(read_otherwise(model, asked), folder / ITSELF)
     torch.save(asked, folder / "asked")
