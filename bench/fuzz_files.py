@@ -27,12 +27,12 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread pool a load is slow
 
 import torch
-from foreign import holds, make_foreign, values_of
+from foreign import INDEX, holds, make_compressed, make_gpt_oss, values_of
 from mutations import mutated_bytes, mutated_json, mutated_safetensors, mutated_tensors
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -44,6 +44,7 @@ from micromix_compile.integrations import checkpoint
 from micromix_compile.progress import make_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
@@ -55,12 +56,10 @@ IDS = torch.arange(16).reshape(2, 8)
 
 @dataclass(frozen=True)
 class Originals:
-    """What is damaged: a model's recipe, its packed checkpoint and one of others, and what they give undamaged."""
+    """What is damaged: by kind, a recipe or a directory, and what it gives undamaged. model: the recipe's."""
 
     model: torch.nn.Module
-    recipe: Path
-    packed: Path
-    foreign: Path
+    paths: dict[str, Path]
     results: dict[str, str]
 
 
@@ -79,11 +78,18 @@ def make_originals(folder: Path) -> Originals:
     recipe.save(folder / "recipe.safetensors")
     packed = micromix.quantize_(copy.deepcopy(model), recipe)
     packed.save_pretrained(folder / "packed")
-    foreign = make_foreign(make_model(96), [IDS], folder)
-    files = (folder / "recipe.safetensors", folder / "packed", foreign)
-    results = {"recipe": recipe_result(files[0]), "packed checkpoint": packed_result(files[1])}
-    results |= {"forged recipe": results["recipe"], "checkpoint of others": foreign_result(foreign)}
-    return Originals(model, *files, results)
+    packed.save_pretrained(folder / "packed files", max_shard_size="20KB")
+    paths = {
+        "recipe": folder / "recipe.safetensors",
+        "forged recipe": folder / "recipe.safetensors",
+        "packed": folder / "packed",
+        "packed, several files": folder / "packed files",
+        "compressed-tensors": make_compressed(make_model(96), folder / "compressed"),
+        "the same in several files": make_compressed(make_model(96), folder / "compressed files", files=3),
+        "gpt-oss": make_gpt_oss(folder / "gpt_oss"),
+    }
+    assert all((paths[kind] / INDEX).is_file() for kind in paths if "several files" in kind), "they are several"
+    return Originals(model, paths, {kind: KINDS[kind].result(path) for kind, path in paths.items()})
 
 
 def digest(values: Any) -> str:
@@ -120,32 +126,41 @@ def packed_result(directory: Path) -> str:
 
 def foreign_result(directory: Path) -> str:
     """What a converted checkpoint of others is. Raises AssertionError if that is not what it holds."""
-    model = micromix.load_converted(directory, dtype=torch.float32)
+    return _converted(directory, None)
+
+
+def gpt_oss_result(directory: Path) -> str:
+    """The same, with the activations that nothing there names."""
+    return _converted(directory, "fp8")
+
+
+def _converted(directory: Path, activations: str | None) -> str:
+    model = micromix.load_converted(directory, activations=activations, dtype=torch.float32)
     assert holds(model, directory), "what was loaded is not what the files hold"
     tensors, *more = values_of(model)
     return digest([*(part for pair in tensors for part in pair), *more])
 
 
-def damage_recipe(originals: Originals, path: Path, rng: random.Random) -> bool:
+def damage_recipe(original: Path, path: Path, rng: random.Random) -> bool:
     """Write a damaged recipe. Returns whether it was sealed anew: never."""
-    content = originals.recipe.read_bytes()
+    content = original.read_bytes()
     kind = rng.randrange(3)
     if kind == 0:
         content = mutated_bytes(content, rng)
     elif kind == 1:
         content = mutated_safetensors(content, rng)
     else:
-        with safe_open(originals.recipe, framework="pt") as file:
+        with safe_open(original, framework="pt") as file:
             content = save(mutated_tensors(load(content), rng), metadata=file.metadata())
     path.write_bytes(content)
     return False
 
 
-def forge_recipe(originals: Originals, path: Path, rng: random.Random) -> bool:
+def forge_recipe(original: Path, path: Path, rng: random.Random) -> bool:
     """Write a recipe with one to three changes and right digests."""
-    with safe_open(originals.recipe, framework="pt") as file:
+    with safe_open(original, framework="pt") as file:
         fields = {name: json.loads(text) for name, text in file.metadata().items() if name != "digests"}
-    tensors = load(originals.recipe.read_bytes())
+    tensors = load(original.read_bytes())
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if rng.random() < 0.5:
             name = rng.choice(sorted(fields))
@@ -160,9 +175,9 @@ def forge_recipe(originals: Originals, path: Path, rng: random.Random) -> bool:
     return True
 
 
-def damage_packed(originals: Originals, path: Path, rng: random.Random) -> bool:
+def damage_packed(original: Path, path: Path, rng: random.Random) -> bool:
     """Copy the packed checkpoint with damage. Returns whether it was sealed anew, as in every fifth."""
-    damage_directory(originals.packed, path, rng)
+    damage_directory(original, path, rng)
     if rng.random() < 0.2:
         with contextlib.suppress(ValueError, OSError, RecursionError):
             checkpoint.seal(path)
@@ -170,16 +185,17 @@ def damage_packed(originals: Originals, path: Path, rng: random.Random) -> bool:
     return False
 
 
-def damage_foreign(originals: Originals, path: Path, rng: random.Random) -> bool:
+def damage_foreign(original: Path, path: Path, rng: random.Random) -> bool:
     """Copy the checkpoint of others with damage. Nothing seals it: whatever is valid is another one."""
-    damage_directory(originals.foreign, path, rng)
+    damage_directory(original, path, rng)
     return True
 
 
 def damage_directory(original: Path, path: Path, rng: random.Random) -> None:
     """Copy a checkpoint with one piece of damage."""
     shutil.copytree(original, path)
-    weights, config = path / "model.safetensors", path / "config.json"
+    weights = rng.choice(sorted(path.glob("model*.safetensors")))
+    config = rng.choice(sorted(path.glob("config.json")) + sorted(path.glob(INDEX)))
     kind = rng.randrange(5)
     if kind == 0:
         weights.write_bytes(mutated_bytes(weights.read_bytes(), rng))
@@ -195,20 +211,31 @@ def damage_directory(original: Path, path: Path, rng: random.Random) -> None:
         )()
 
 
+class Kind(NamedTuple):
+    """damage: writes a damaged copy of an original, and says whether it was sealed anew. result: what a file gives."""
+
+    damage: Callable[[Path, Path, random.Random], bool]
+    result: Callable[[Path], str]
+
+
 KINDS = {
-    "recipe": (damage_recipe, recipe_result),
-    "forged recipe": (forge_recipe, recipe_result),
-    "packed checkpoint": (damage_packed, packed_result),
-    "checkpoint of others": (damage_foreign, foreign_result),
+    "recipe": Kind(damage_recipe, recipe_result),
+    "forged recipe": Kind(forge_recipe, recipe_result),
+    "packed": Kind(damage_packed, packed_result),
+    "packed, several files": Kind(damage_packed, packed_result),
+    "compressed-tensors": Kind(damage_foreign, foreign_result),
+    "the same in several files": Kind(damage_foreign, foreign_result),
+    "gpt-oss": Kind(damage_foreign, gpt_oss_result),
 }
 
 
 def outcome(originals: Originals, kind: str, number: str, folder: Path) -> tuple[str, str]:
     """Of one damaged file: one of OUTCOMES, and what was raised."""
     damage, result = KINDS[kind]
+    original = originals.paths[kind]
     path, sealed = folder / "damaged", False
     try:
-        sealed = damage(originals, path, random.Random(number))
+        sealed = damage(original, path, random.Random(number))
         found = result(path)
         if found == originals.results[kind]:
             return "same", ""
@@ -221,9 +248,8 @@ def outcome(originals: Originals, kind: str, number: str, folder: Path) -> tuple
         clear = isinstance(error, ValueError | OSError) and str(path) in str(error)
         # Of files of any origin transformers refuses what has not the shapes of the model, in a report that it logs.
         clear |= isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
-        clear |= (
-            sealed and kind == "packed checkpoint"
-        )  # what an edit does that was meant, is between it and transformers
+        # What an edit does that was meant, is between it and transformers.
+        clear |= sealed and kind.startswith("packed")
         return "refused" if clear else "unclear error", f"{type(error).__name__}: {str(error)[:300]}"
     finally:
         shutil.rmtree(path, ignore_errors=True)
@@ -293,9 +319,9 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     counts = fuzz(arguments.mutations, arguments.seed, show=True)
-    print("".join(f"{name:>22}" for name in ("", *OUTCOMES)))
+    print("".join(f"{name:>26}" for name in ("", *OUTCOMES)))
     for kind in KINDS:
-        print(f"{kind:>22}" + "".join(f"{counts[kind, found]:>22}" for found in OUTCOMES))
+        print(f"{kind:>26}" + "".join(f"{counts[kind, found]:>26}" for found in OUTCOMES))
     sys.exit(any(counts[kind, found] for kind in KINDS for found in BAD))
 
 

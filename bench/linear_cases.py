@@ -72,10 +72,11 @@ class Case:
 
 
 def split_of(channels: int, split: str) -> Split:
-    """Whole blocks of K in each format. split: as in `SPLITS`."""
+    """Whole blocks of K in each format, of MXFP6 an even number, as the budget has it. split: as in `SPLITS`."""
     _, share6, share8 = map(int, split.split("/"))
     k8 = round(channels * share8 / 100 / BLOCK_SIZE) * BLOCK_SIZE
-    k6 = min(round(channels * share6 / 100 / BLOCK_SIZE) * BLOCK_SIZE, channels - k8)
+    pairs = round(channels * share6 / 100 / BLOCK_SIZE / 2)
+    k6 = min(pairs, (channels - k8) // BLOCK_SIZE // 2) * 2 * BLOCK_SIZE
     return channels - k6 - k8, k6, k8
 
 

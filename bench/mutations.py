@@ -116,6 +116,7 @@ def _reorder(found: Tensors, name: str, _: str, rng: random.Random) -> None:
     """An order, if there is one, that is another, or none."""
     name = rng.choice([one for one in sorted(found) if one.endswith("channel_perm")] or [name])
     order = found[name].reshape(-1)
+    order = order.view(torch.uint8) if order.itemsize == 1 else order  # there is little that torch can do with FP8
     edits: tuple[Callable[[], object], ...] = (
         lambda: order.copy_(order.flip(0)),
         lambda: order.fill_(0),
@@ -133,7 +134,9 @@ def _retype(found: Tensors, name: str, _: str, rng: random.Random) -> None:
 
 def _reshape(found: Tensors, name: str, _: str, rng: random.Random) -> None:
     flat = found[name].reshape(-1)
-    found[name] = rng.choice((flat, flat[:0], flat[: len(flat) // 2], flat.reshape(-1, 1), flat[None], flat.sum()))
+    found[name] = rng.choice(
+        (flat, flat[:0], flat[: len(flat) // 2], flat.reshape(-1, 1), flat[None], flat[:1].squeeze())
+    )
 
 
 def _fill(found: Tensors, name: str, _: str, rng: random.Random) -> None:

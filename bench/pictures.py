@@ -38,8 +38,7 @@ ACCURACY: Final = {
 # Of which series the points have names, how far away, and turned by how much.
 LABELLED: Final = {"one format": ((6, 4), 0), "the paper's method": ((-1, 6), 30)}
 SPEED: Final = {
-    "MicroMix 75/20/5": (COLOURS["MXFP4"], "o"),
-    "MicroMix 50/35/15": (COLOURS["MXFP6"], "D"),
+    "MicroMix 75/20/5 fp8": (COLOURS["MXFP4"], "o"),
     "FP8": ("#777777", "s"),
 }
 STYLE: Final = {
@@ -96,7 +95,7 @@ def speed() -> Figure:
     """Times as fast as BF16 by rows, the geometric mean over a layer's linears, and from least to most."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    rows = [row for row in read_rows("h100-llama-8b.csv") if row["to_bf16"]]
+    rows = [row for row in read_rows("h200-llama-8b.csv") if row["to_bf16"]]
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")
     axes.annotate("BF16", (1, 1), (0, 4), textcoords="offset points", fontsize=9)
     for name, (colour, marker) in SPEED.items():
@@ -115,7 +114,7 @@ def speed() -> Figure:
     axes.set_xlabel("rows (tokens) in a call")
     axes.set_ylabel("times as fast as BF16")
     axes.set_ylim(bottom=0)
-    axes.set_title("Whole linears of Llama-3.1-8B on an H100", loc="left", fontsize=10)
+    axes.set_title("Whole linears of Llama-3.1-8B on an H200", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=9, title="percent in MXFP4/MXFP6/MXFP8", title_fontsize=8)
     return figure
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from micromix_compile.integrations.checkpoint import seal
     from micromix_compile.integrations.convert import convert, load_converted
     from micromix_compile.integrations.fsdp import by_rows, packed_as_parameters_
+    from micromix_compile.integrations.kv_cache import QuantizedStaticCache
     from micromix_compile.integrations.on_load import MicroMixQuantConfig
     from micromix_compile.linear.experts import MicroMixExperts
     from micromix_compile.linear.packed import MicroMixLinear
@@ -37,6 +38,7 @@ __all__ = [
     "MicroMixExperts",
     "MicroMixLinear",
     "MicroMixQuantConfig",
+    "QuantizedStaticCache",
     "Recipe",
     "assign",
     "by_rows",
@@ -56,6 +58,7 @@ _HOMES = {
     "MicroMixExperts": "linear.experts",
     "MicroMixLinear": "linear.packed",
     "MicroMixQuantConfig": "integrations.on_load",
+    "QuantizedStaticCache": "integrations.kv_cache",
     "Recipe": "recipe.types",
     "assign": "calibration.assignment",
     "by_rows": "integrations.fsdp",

@@ -196,7 +196,8 @@ class MicroMixConfig:
     shards: what number of tensor-parallel ranks, or of which multiple, linears that these cut along their input
         channels are ordered for (see `numerics.shards`); any number that divides it can load a packed checkpoint.
     row_parallel: fnmatch patterns of the names of those linears.
-    strict: an emulated or plain-PyTorch path is an error instead of a warning.
+    strict: an error instead of a warning: an emulated or plain-PyTorch path, and a weight that looks like a linear's
+        and stays unquantized though `skip` does not name it.
     exact: never the folded FP8 product of sm_90, which is faster and not exact (see `folding`).
     keep_expanded: on sm_90, keep each weight as E4M3, too, a byte for each of its channels beside the packed 4 to 8
         bits: products of more than 256 rows are the library's then, and expand nothing.
@@ -310,3 +311,12 @@ class MicroMixConfig:
 
 
 assert all(granularity % BLOCK_SIZE == 0 for granularity in GRANULARITIES), "granularities are whole blocks"
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless it is a `MicroMixConfig`."""
+    if not isinstance(config, MicroMixConfig):
+        raise TypeError(
+            f"config must be a MicroMixConfig, got {type(config).__name__}; "
+            f"MicroMixConfig(**options) makes one of a mapping"
+        )

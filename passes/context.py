@@ -31,11 +31,26 @@ class Routing(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """How a batched product multiplies by a stack of E matrices, other than a grouped one.
+
+    experts: (R,), which matrix each row of x is multiplied by; None where x (E, T, C) has rows for all. copies: how
+    many rows, one behind the other, are of one token; where x was these copies it is the tokens (T, C) now.
+    is_all_tokens: x holds the layer's tokens for each matrix.
+    """
+
+    experts: fx.Node | None = None
+    copies: int | None = None
+    is_all_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSite:
     """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`.
 
     operand: what node reads of the weight: itself, or its transpose made in the graph. routing: of a product with a
-    layer's experts, whose weight holds a matrix each; x then holds the rows before they are sorted by expert.
+    layer's experts, whose weight holds a matrix each; x then holds the rows before they are sorted by expert. batch: of
+    a batched product with such a weight, in the place of `routing`. turned: node = weight @ x, and x (..., C, T).
     """
 
     node: fx.Node
@@ -46,6 +61,8 @@ class LinearSite:
     transposed: bool
     parameter: nn.Parameter
     routing: Routing | None = None
+    batch: Batch | None = None
+    turned: bool = False
 
     @property
     def in_features(self) -> int:

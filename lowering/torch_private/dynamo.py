@@ -25,6 +25,11 @@ WITHOUT_DDP_OPTIMIZER: Final = "torch._dynamo.config.optimize_ddp=False"
 """What a user sets to have a graph under DistributedDataParallel compiled as one."""
 
 
+def mark_static_address(tensor: Tensor) -> None:
+    """Promise that it stays where it is, so that CUDA graphs write to it in place. Not while Dynamo traces."""
+    torch._dynamo.mark_static_address(tensor)
+
+
 def source_of(placeholder: fx.Node) -> Source | None:
     """Where Dynamo found a graph input, or None for inputs of another origin."""
     grapharg = placeholder.meta.get("grapharg")

@@ -134,9 +134,10 @@ def _value_of(source: Source, scope: dict[str, Any]) -> object:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """The user's module under torch.compile's wrapper."""
+    """The user's module under torch.compile's wrapper. Raises TypeError for what is no module."""
     original = getattr(module, "_orig_mod", module)
-    assert isinstance(original, nn.Module), "torch.compile wraps a module"
+    if not isinstance(original, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(module).__name__}")
     return original
 
 

@@ -10,7 +10,8 @@ from micromix_compile.calibration.costs import rotated_channels
 from micromix_compile.calibration.orders import padded
 from micromix_compile.calibration.policies import policy_of
 from micromix_compile.calibration.sharding import in_shards, joined
-from micromix_compile.config import THRESHOLD_POLICIES
+from micromix_compile.config import THRESHOLD_POLICIES, check_config
+from micromix_compile.recipe.types import check_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,8 +62,10 @@ def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
 
     Weights that calibration rounded are dropped if an option they depend on changes; the new recipe's are rounded to
     nearest, which its config and the log say. Raises ValueError if `config` needs statistics that calibration did not
-    take, or shards that don't fit the channels.
+    take, or shards that don't fit the channels; TypeError for what is no recipe or no config.
     """
+    check_recipe(recipe)
+    check_config(config)
     config = decided(config, recipe.config.activations)
     if (config.weight_rounding, recipe.config.weight_rounding) == ("guided", "gptq"):  # there were no gradients
         config = dataclasses.replace(config, weight_rounding="gptq")

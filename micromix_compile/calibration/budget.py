@@ -9,8 +9,8 @@ group fewer bits, the result does not depend on chance, and no other choice of s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from micromix_compile.recipe.types import GroupRecipe, Recipe
 
 
+PAIRED_FROM: Final = 2048
+"""Channels from which on, as in experts, MXFP6 gets even numbers of blocks: `targets.gluon_tiles` takes no others.
+
+There a block is a sixty-fourth of the channels or less. A smaller linear has more to lose, and less to gain by speed.
+"""
+
+
 def split_by_budget(recipe: Recipe) -> dict[str, Split]:
     """The split of every group that the config's `target_bits` buy.
 
@@ -36,9 +43,16 @@ def split_by_budget(recipe: Recipe) -> dict[str, Split]:
     config = recipe.config
     stored = config.target_kind == "stored"
     outputs = dict.fromkeys(recipe.groups, 0.0)
+    of_experts = {linear.group.name for linear in recipe.linears.values() if linear.experts is not None}
     for linear in recipe.linears.values():
         outputs[linear.group.name] += linear.out_features * ((linear.experts or 1) if stored else linear.runs)
-    candidates = [_candidates(group, outputs[name], config) for name, group in recipe.groups.items()]
+    candidates = [
+        replace(
+            _candidates(group, outputs[name], config),
+            pairs_mxfp6=name in of_experts or group.channel_perm.numel() >= PAIRED_FROM,
+        )
+        for name, group in recipe.groups.items()
+    ]
     budget = float(config.target_bits) * (recipe.parameters if stored else recipe.macs)
     try:
         splits = solve_budget(candidates, budget, config.granularity)
@@ -55,13 +69,14 @@ class Candidates:
 
     rotated: the same in rotated blocks, None if there are to be none; a split takes what is less.
     prices: of one channel in each format, in any unit that is the same for all groups. fixed: what the group's prices
-    leave out (such as scales), in that unit.
+    leave out (such as scales), in that unit. pairs_mxfp6: whether only even numbers of MXFP6 blocks are offered.
     """
 
     costs: Tensor
     rotated: Tensor | None = None
     prices: tuple[float, float, float]
     fixed: float = 0.0
+    pairs_mxfp6: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +143,17 @@ def _steps(hulls: Sequence[Sequence[_Point]]) -> Iterator[_Step]:
             yield _Step(gain, group, index, price)
 
 
-def allowed_splits(channels: int, granularity: int) -> list[Split]:
-    """All splits of K = `channels`: k8 and k6 whole granules, or all that is left; MXFP4 takes the rest."""
+def allowed_splits(channels: int, granularity: int, *, pairs_mxfp6: bool = False) -> list[Split]:
+    """All splits of K = `channels`: k8 and k6 whole granules, or all that is left; MXFP4 takes the rest.
+
+    pairs_mxfp6: see `Candidates`.
+    """
+    step = 2 * BLOCK_SIZE if pairs_mxfp6 else BLOCK_SIZE
     return [
         (channels - k6 - k8, k6, k8)
         for k8 in _counts(channels, granularity)
         for k6 in _counts(channels - k8, granularity)
+        if k6 % step == 0
     ]
 
 
@@ -147,7 +167,7 @@ def _points(group: Candidates, granularity: int) -> list[_Point]:
     assert channels % BLOCK_SIZE == 0, "the order is padded to whole blocks"
     tables = [_upto(costs) for costs in (group.costs, group.rotated) if costs is not None]
     points = []
-    for split in allowed_splits(channels, granularity):
+    for split in allowed_splits(channels, granularity, pairs_mxfp6=group.pairs_mxfp6):
         cost = min(_cost(upto, split) for upto in tables)
         points.append(_Point(sum(k * p for k, p in zip(split, group.prices, strict=True)), cost, split))
     return points

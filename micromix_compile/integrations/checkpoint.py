@@ -124,16 +124,24 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """File by tensor, as an index says. Raises ValueError, which names it, if it is none that transformers can read."""
+    content = read_config(path)
+    weights = content.get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise ValueError(f"{path}: weight_map must be a mapping from tensors to files")
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f"{path}: metadata must be a mapping, got {shown(content.get('metadata'))}")
+    return weights
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that transformers loads from a directory: one, or those of the index."""
     single = sorted(path for path in directory.glob(_WEIGHTS) if "-of-" not in path.name)
-    indices = sorted(directory.glob(f"{_WEIGHTS}.index*.json"))
+    indices = index_files(directory)
     listed: list[Path] = []
     for index in indices:
-        weights = read_config(index).get("weight_map")
-        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
-            raise ValueError(f"{index}: weight_map must be a mapping from tensors to files")
-        listed += [directory / name for name in sorted(set(weights.values()))]
+        listed += [directory / name for name in sorted(set(read_index(index).values()))]
     present = [path for path in listed if path.is_file()]
     if single and present:
         raise ValueError(f"{directory} holds {single[0].name} and {indices[0].name}: remove the older one of the two")
@@ -141,6 +149,11 @@ def weight_files(directory: Path) -> list[Path]:
         missing = [path.name for path in listed if path not in present] or [_WEIGHTS]
         raise FileNotFoundError(f"no {missing[0]} in {directory}")
     return single or listed
+
+
+def index_files(directory: Path) -> list[Path]:
+    """Where it is said which tensors are in which file, if they are in several."""
+    return sorted(directory.glob(f"{_WEIGHTS}.index*.json"))
 
 
 def tensor_digests(paths: Iterable[Path]) -> dict[str, tuple[str, Path]]:

@@ -343,6 +343,8 @@ def _check_config(path: Path) -> None:
     if not checkpoint.is_ours(config):
         return
     checkpoint.verify_config(path)
+    for index in checkpoint.index_files(path.parent):
+        checkpoint.read_index(index)  # before transformers reads it
     try:
         MicroMixQuantizationConfig(**config["quantization_config"])
     except (TypeError, ValueError) as error:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from micromix_compile.linear.experts import ExpertsWeight, MicroMixExperts, expert_shapes, is_experts, weight_names
+from micromix_compile.linear.experts import (
+    ExpertsWeight,
+    MicroMixExperts,
+    expert_shapes,
+    in_place_of,
+    is_experts,
+    weight_names,
+)
 from micromix_compile.numerics.layout import padded_channels
 
 if TYPE_CHECKING:
@@ -46,7 +53,7 @@ def empty_experts(
         if k4 + k6 + k8 != channels or rotated > channels:
             raise ValueError(f"{name}: split must sum to {channels}, rotated be at most that, got {described}")
         rows[name] = ExpertsWeight(given[1], given[2], (k4, k6, k8), rotated)
-    return MicroMixExperts(module, rows, config)
+    return in_place_of(module, rows, config)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,12 @@ Theirs, of compressed-tensors and ModelOpt, for a weight (N, K) with K a multipl
   mxfp4  weight_packed (N, K / 2) uint8, even k in the low nibble
   mxfp6  weight_packed (N, 3 K / 4) uint8: four E2M3 codes in three bytes, the first in the lowest bits
   mxfp8  weight (N, K) float8_e4m3fn
-each with weight_scale (N, K / 32) uint8 (E8M0). Ours are those of `packing`, with one segment.
+each with weight_scale (N, K / 32) uint8 (E8M0). gpt-oss's, for a weight NAME of experts:
+  mxfp4  NAME_blocks (E, N, K / 32, 16) uint8, even k in the low nibble, and NAME_scales (E, N, K / 32) uint8
+Ours are those of `packing`, with one segment.
 
 E2M1 and E2M3 codes are E4M3 codes times 2**6, so that either can be held as MXFP8, too: more bytes of the same values,
-for activations in MXFP8.
+where activations are in MXFP8 and not all weights of the model are MXFP4.
 """
 
 from __future__ import annotations
@@ -81,6 +83,19 @@ def packed_from(tensors: Mapping[str, Tensor], form: str, held: str) -> PackedWe
     if held == "mxfp6":
         return PackedWeight(nothing4, packing.pack_fp6(aligned, FP6), nothing8, scale)
     return PackedWeight(nothing4, nothing6, aligned, scale)
+
+
+def experts_from(blocks: Tensor, scales: Tensor) -> PackedWeight:
+    """Our bytes of gpt-oss's MXFP4 weights of experts: theirs, in our shapes.
+
+    blocks: (E, N, K / 32, 16) uint8. scales: (E, N, K / 32) uint8. Raises ValueError for a scale of 255, which is NaN
+    here and by the standard, and infinite to those who run gpt-oss.
+    """
+    if bool((scales == E8M0_NAN).any()):
+        raise ValueError(f"scales must be 0 to {E8M0_NAN - 1}, got {E8M0_NAN}")
+    experts, n = scales.shape[:2]
+    nothing6, nothing8 = blocks.new_empty((experts, 3, n, 0)), blocks.new_empty((experts, n, 0))
+    return PackedWeight(blocks.flatten(2), nothing6, nothing8, scales)
 
 
 def packed_to(packed: PackedWeight, form: str) -> dict[str, Tensor]:

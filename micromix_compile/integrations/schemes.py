@@ -1,7 +1,7 @@
 """What config.json says of a checkpoint that others quantized to MX: which linears, in which formats.
 
-Read are compressed-tensors, where every group is MX, and ModelOpt's MXFP8. Whatever is not known to be without effect
-on the numbers is refused, with its name, its value and what is read.
+Read are compressed-tensors, where every group is MX, ModelOpt's MXFP8, and gpt-oss's MXFP4 of experts. Whatever is not
+known to be without effect on the numbers is refused, with its name, its value and what is read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ READ_FORMATS: Final = {
     "mxfp8-quantized": "mxfp8",
 }
 """Of compressed-tensors, by our names."""
-READ: Final = f"compressed-tensors ({', '.join(READ_FORMATS)}, or several of these) and modelopt (MXFP8)"
+READ: Final = f"compressed-tensors ({', '.join(READ_FORMATS)}, or several of these), modelopt (MXFP8), mxfp4 (gpt-oss)"
 
+WEIGHT_ONLY: Final = "no quantization (weight-only)"
 _FORMAT_OF_BITS: Final = {4: "mxfp4", 6: "mxfp6", 8: "mxfp8"}
 _PLACE: Final = "quantization_config"
 _MX_ARGUMENTS: Final = {"type": "float", "strategy": "group", "group_size": BLOCK_SIZE, "symmetric": True}
@@ -35,7 +36,7 @@ _ARGUMENTS: Final = (*_MX_ARGUMENTS, *_WITHOUT_EFFECT, "num_bits", "dynamic", "s
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a linear is quantized. weights: "mxfp4", "mxfp6" or "mxfp8". activations: the same, or None.
+    """How a linear is quantized. weights, activations: "mxfp4", "mxfp6" or "mxfp8"; activations may be None.
 
     unlike: what the config says of activations where they are None, for people.
     """
@@ -86,10 +87,7 @@ def quantization_of(quantization: Mapping[str, Any]) -> Quantization:
     if method == "modelopt":
         return _of_modelopt(quantization)
     if method == "mxfp4":
-        raise ValueError(
-            f"{_PLACE}.quant_method is 'mxfp4', as of gpt-oss: it quantizes experts, weights (E, N, K) that the model "
-            f"keeps as one Parameter, which stay as they are here, and no linear. Read are {READ}"
-        )
+        return _of_gpt_oss(quantization)
     raise ValueError(f"{_PLACE}.quant_method is {shown(method)}; read are {READ}")
 
 
@@ -108,6 +106,15 @@ def _of_modelopt(quantization: Mapping[str, Any]) -> Quantization:
     _must_be("quant_algo", quantization.get("quant_algo"), ("MXFP8",))
     _must_be("kv_cache_scheme", quantization.get("kv_cache_scheme"), (None,))
     return Quantization({"Linear": Scheme("mxfp8", "mxfp8")}, _texts(quantization.get("ignore"), "ignore"), globs=True)
+
+
+def _of_gpt_oss(quantization: Mapping[str, Any]) -> Quantization:
+    """transformers' "mxfp4": weights of experts, and nothing else. It lists what stays as it is; whether experts of
+    some layers do, their tensors say, too."""
+    _only(quantization, ("quant_method", "modules_to_not_convert", "dequantize"))
+    _must_be("dequantize", quantization.get("dequantize", False), (False,))
+    _texts(quantization.get("modules_to_not_convert") or [], "modules_to_not_convert")
+    return Quantization({"GptOssExperts": Scheme("mxfp4", None, WEIGHT_ONLY)}, ())
 
 
 def _of_compressed_tensors(quantization: Mapping[str, Any]) -> Quantization:
@@ -140,7 +147,7 @@ def _scheme(group: Mapping[str, Any], form: Any, place: str) -> Scheme:
     if _FORMAT_OF_BITS.get(bits if isinstance(bits, int) else 0) != READ_FORMATS[form]:
         raise ValueError(f"{_PLACE}.{place}.weights.num_bits must be that of {form}, got {shown(bits)}")
     if group.get("input_activations") is None:
-        return Scheme(READ_FORMATS[form], None, "no quantization (weight-only)")
+        return Scheme(READ_FORMATS[form], None, WEIGHT_ONLY)
     return _with_activations(READ_FORMATS[form], _arguments(group["input_activations"], f"{place}.input_activations"))
 
 

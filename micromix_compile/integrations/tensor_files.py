@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from micromix_compile.integrations.checkpoint import read_config, weight_files
+from micromix_compile.integrations.checkpoint import index_files, read_index, weight_files
 from micromix_compile.recipe.schema import named
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TensorFiles:
         self.names_in: list[list[str]] = []
         for path in self.paths:
             self.names_in.append(self._open(path))
-        for index in directory.glob("model*.safetensors.index*.json"):
+        for index in index_files(directory):
             self._check_index(index)
 
     def _open(self, path: Path) -> list[str]:
@@ -55,7 +55,7 @@ class TensorFiles:
 
     def _check_index(self, index: Path) -> None:
         places = {name: path.name for path, names in zip(self.paths, self.names_in, strict=True) for name in names}
-        said = read_config(index)["weight_map"]
+        said = read_index(index)
         for name in sorted(set(said) | set(places)):
             if said.get(name) != places.get(name):
                 raise ValueError(

@@ -30,8 +30,8 @@ _ORDER: Final = "order.channel_perm"
 def write_compressed_tensors(source: Path, target: Path) -> str:
     """Write the twin of a packed checkpoint into `target`, an empty directory. Returns what was done, for people.
 
-    Activations that are rounded like their weights are said to be so; others have no name there, and the checkpoint is
-    weight-only. Raises ValueError that names the file or the linear that has no twin, and why.
+    Activations in MX are said to be so; others have no name there, and the checkpoint is weight-only. Raises ValueError
+    that names the file or the linear that has no twin, and why.
     """
     config = checkpoint.read_config(source / "config.json")
     files = TensorFiles(source)
@@ -42,24 +42,30 @@ def write_compressed_tensors(source: Path, target: Path) -> str:
             was = f"schema_version must be {checkpoint.SCHEMA_VERSION}, got {fields.schema_version}"
             raise ValueError(f"{was}: load the checkpoint and save it")
         ours = MicroMixConfig.from_file(fields.config)
-        formats = {name: _form(name, described, ours, files) for name, described in fields.linears.items()}
+        formats = {name: _formats(name, described, ours, files) for name, described in fields.linears.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
     write_tensors(target, _shards(files, formats), len(files.paths))
     config["quantization_config"] = _described(formats, with_activations=ours.activations == "same")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    counts = ", ".join(f"{count} {form}" for form, count in sorted(Counter(formats.values()).items()))
-    said = "like their weights" if ours.activations == "same" else f"not said, for {ours.activations} has no name there"
+    counts = ", ".join(f"{n} {form}" for form, n in sorted(Counter(form for form, _ in formats.values()).items()))
+    used = "like their weights" if all(form == one for form, one in formats.values()) else "mxfp8"
+    said = used if ours.activations == "same" else f"not said, for {ours.activations} has no name there"
     return f"{len(formats)} linears as compressed-tensors, {counts}; activations {said}"
 
 
-def _form(name: str, described: Mapping[str, Any], config: MicroMixConfig, files: TensorFiles) -> str:
-    """The format of a linear, of `THEIR_FORMATS`. Raises ValueError if compressed-tensors has no such linear."""
+def _formats(name: str, described: Mapping[str, Any], config: MicroMixConfig, files: TensorFiles) -> tuple[str, str]:
+    """Of the weight of a linear and of its activations, of `THEIR_FORMATS`.
+
+    Raises ValueError if compressed-tensors has no such linear.
+    """
+    if "experts" in described:
+        raise ValueError(f"{name}: packed experts, one Parameter of the model, are not written")
     split = described["split"]
     used = [form for form, k in zip(THEIR_FORMATS, split, strict=True) if k]
     if len(used) != 1:
         raise ValueError(f"{name}.split must be of one format, got {split}: compressed-tensors has no mixed linears")
-    if config.weights == "mxfp4" and used != ["mxfp4"]:
+    if config.weights == "mxfp4" and used == ["mxfp6"]:
         raise ValueError(f"{name}: its weight is mxfp4 and its activations are {used[0]}: that is not written")
     if used == ["mxfp6"] and config.fp6 != FP6:
         raise ValueError(f"{name}: compressed-tensors' MXFP6 is {FP6}, and the checkpoint's {config.fp6}")
@@ -69,10 +75,10 @@ def _form(name: str, described: Mapping[str, Any], config: MicroMixConfig, files
     order = files.read(f"{name}.{_ORDER}")
     if channels % BLOCK_SIZE or not torch.equal(order, torch.arange(channels, dtype=order.dtype)):
         raise ValueError(f"{name}: its channels must be in the model's order, in whole blocks of {BLOCK_SIZE}")
-    return used[0]
+    return "mxfp4" if config.weights == "mxfp4" else used[0], used[0]
 
 
-def _shards(files: TensorFiles, formats: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+def _shards(files: TensorFiles, formats: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, Tensor]]:
     """The tensors of compressed-tensors' checkpoint, file by file: those of a linear where its scales were."""
     scales = {f"{name}.{_PARTS[-1]}": name for name in formats}
     others = {f"{name}.{part}" for name in formats for part in (*_PARTS[:-1], _ORDER)}
@@ -82,29 +88,29 @@ def _shards(files: TensorFiles, formats: Mapping[str, str]) -> Iterator[dict[str
             if name in scales:
                 fqn = scales[name]
                 packed = PackedWeight(*(files.read(f"{fqn}.{part}") for part in _PARTS))
-                shard |= {f"{fqn}.{part}": tensor for part, tensor in packed_to(packed, formats[fqn]).items()}
+                shard |= {f"{fqn}.{part}": tensor for part, tensor in packed_to(packed, formats[fqn][0]).items()}
             elif name not in others:
                 shard[name] = files.read(name)
         yield shard
 
 
-def _described(formats: Mapping[str, str], *, with_activations: bool) -> dict[str, Any]:
-    """The quantization_config: a group a format, whose targets are names, so that nothing else is meant."""
+def _described(formats: Mapping[str, tuple[str, str]], *, with_activations: bool) -> dict[str, Any]:
+    """The quantization_config: a group for what is alike, whose targets are names, so that nothing else is meant."""
     of_ours = {ours: theirs for theirs, ours in READ_FORMATS.items()}
     groups = {}
-    for number, form in enumerate(sorted(set(formats.values()))):
-        weights = _arguments(THEIR_FORMATS[form].bits, dynamic=False)
+    for number, (form, activations) in enumerate(sorted(set(formats.values()))):
+        rounded = _arguments(THEIR_FORMATS[activations].bits, dynamic=True)
         groups[f"group_{number}"] = {
             "format": of_ours[form],
-            "input_activations": {**weights, "dynamic": True} if with_activations else None,
+            "input_activations": rounded if with_activations else None,
             "output_activations": None,
-            "targets": [name for name, one in formats.items() if one == form],
-            "weights": weights,
+            "targets": [name for name, one in formats.items() if one == (form, activations)],
+            "weights": _arguments(THEIR_FORMATS[form].bits, dynamic=False),
         }
     used = [group["format"] for group in groups.values()]
     return {
         "config_groups": groups,
-        "format": used[0] if len(used) == 1 else "mixed-precision",
+        "format": used[0] if len(set(used)) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": [],
         "kv_cache_scheme": None,

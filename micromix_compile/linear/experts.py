@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.numerics.layout import RowLayout, Split
 
-INTERFACE: Final = frozenset(
-    {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel"}
-)
-"""Attributes by which transformers' experts say how they are used."""
+INTERFACE: Final = frozenset({"has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel"})
+"""Attributes by which transformers' experts say how they are used. 5.20 added `has_post_expert_norm`."""
+
+BATCHED: Final = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
+"""Experts without that interface: each multiplies as many rows, which come one expert behind the other, by
+`gate_up_proj` (E, C, 2 I), the gate before the rest, and `down_proj` (E, I, C)."""
 
 PARTS: Final = ("_q4", "_q6", "_q8", "")
 """What is behind a weight's name in the names of its packed tensors. The scales have the name itself: whoever loads
@@ -45,12 +47,22 @@ class ExpertsWeight(NamedTuple):
 
 def is_experts(module: nn.Module | None) -> bool:
     """Whether it is a layer's experts as transformers has them."""
-    return module is not None and vars(module).keys() >= INTERFACE
+    return module is not None and (vars(module).keys() >= INTERFACE or is_batched(module))
+
+
+def is_batched(module: nn.Module) -> bool:
+    """Whether it is one of the classes of `BATCHED`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in BATCHED
+
+
+def is_transposed(experts: Any) -> bool:
+    """Whether the weights of a layer's experts are (E, C, N), and not (E, N, C)."""
+    return is_batched(experts) or experts.is_transposed
 
 
 def weight_names(experts: Any) -> tuple[str, str]:
     """The names of the two weights of a layer's experts, in the order in which they are used."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    return ("gate_up_proj" if is_batched(experts) or experts.has_gate else "up_proj", "down_proj")
 
 
 def expert_shapes(experts: Any) -> dict[str, tuple[int, int, int]]:
@@ -58,7 +70,7 @@ def expert_shapes(experts: Any) -> dict[str, tuple[int, int, int]]:
     shapes = {}
     for name in weight_names(experts):
         count, *matrix = getattr(experts, name).shape
-        n, channels = reversed(matrix) if experts.is_transposed else matrix
+        n, channels = reversed(matrix) if is_transposed(experts) else matrix
         shapes[name] = (count, n, channels)
     return shapes
 
@@ -133,20 +145,24 @@ class MicroMixExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, C) -> (T, C), under autocast in its dtype."""
         tokens, top_k = top_k_index.shape
-        x, kind = hidden_states, hidden_states.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = self._cast(hidden_states)
         order, rows, offs = sorted_by_expert(top_k_index, self.experts)
         up, down = self.layouts
         original: Any = self  # whose attributes it has
         inner = self._multiply(up, x, rows, offs)
         inner = self.experts_class._apply_gate(self, inner) if original.has_gate else original.act_fn(inner)
         out = self._multiply(down, inner, torch.arange(len(rows), dtype=torch.int32, device=rows.device), offs)
-        if original.has_post_expert_norm:
+        if vars(self).get("has_post_expert_norm", False):
             out = original.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         unsorted = weighted[torch.argsort(order)]
         return unsorted.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            return x.to(torch.get_autocast_dtype(kind))
+        return x
 
     def _multiply(self, name: str, x: Tensor, rows: Tensor, offs: Tensor) -> Tensor:
         """(R, N): rows of x with the weight `name` of their experts."""
@@ -161,6 +177,29 @@ class MicroMixExperts(nn.Module):
             formats = f"mxfp4={k4}, mxfp6={k6} ({fp6}), mxfp8={k8}, activations={activations}, rotated={rotated}"
             shown.append(f"{name}: {self.experts} x ({self.get_buffer(name).shape[1]}, {formats})")
         return "\n".join(shown)
+
+
+class MicroMixBatchedExperts(MicroMixExperts):
+    """The same in the place of a module of `BATCHED`, whose rows are sorted by expert already, as many of each.
+
+    forward: as theirs: hidden_states (E * T, C) float -> (E * T, C) of the same dtype.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """(E * T, C) -> (E * T, C), under autocast in its dtype."""
+        x = self._cast(hidden_states)
+        rows = torch.arange(len(x), dtype=torch.int32, device=x.device)
+        offs = torch.arange(1, self.experts + 1, dtype=torch.int32, device=x.device) * (len(x) // self.experts)
+        up, down = self.layouts
+        gate, inner = self._multiply(up, x, rows, offs).chunk(2, dim=-1)
+        original: Any = self  # whose attributes it has
+        return self._multiply(down, inner * original.act_fn(gate), rows, offs)
+
+
+def in_place_of(original: nn.Module, weights: Mapping[str, ExpertsWeight], config: MicroMixConfig) -> MicroMixExperts:
+    """Packed experts, still empty, as `MicroMixExperts` makes them, of the class that is called as `original` is."""
+    made = MicroMixBatchedExperts if is_batched(original) else MicroMixExperts
+    return made(original, weights, config)
 
 
 def sorted_by_expert(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,10 @@ LINEARS: Final = (
 )
 """The classes whose forward is x W^T + b; a user's class of such a name may do anything."""
 
+READ_DIRECTLY: Final = {"transformers.models.mamba.modeling_mamba.MambaMixer": ("dt_proj",)}
+"""By class, the linears of whose weights it makes products of its own. Jamba's does not in a model that is marked as
+quantized."""
+
 _CALL_HOOKS: Final = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -37,7 +41,11 @@ _STATE_HOOKS: Final = (
 
 def is_linear_module(module: nn.Module) -> bool:
     """nn.Linear itself, or one of the others of `LINEARS`."""
-    return f"{type(module).__module__}.{type(module).__qualname__}" in LINEARS
+    return _class_of(module) in LINEARS
+
+
+def _class_of(module: nn.Module | None) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def why_not_replaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
@@ -46,14 +54,14 @@ def why_not_replaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     name: of a linear module, or of a Parameter that belongs to none. modules: all of the model by their names.
     """
     module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight directly, not through a linear's forward"
+    if name.rpartition(".")[2] in READ_DIRECTLY.get(_class_of(parent), ()):
+        return f"{type(parent).__name__} reads its weight directly, not through a linear's forward"
     if module is None:
         return f"it is a Parameter that {type(parent).__name__} reads directly, not the weight of a linear"
     if parametrize.is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize)"
     if not is_linear_module(module):
-        return f"it is a {type(module).__module__}.{type(module).__qualname__}, not an nn.Linear"
+        return f"it is a {_class_of(module)}, not an nn.Linear"
     if special := why_special(module):
         return special
     others = [*module._parameters, *module._buffers, *module._modules]

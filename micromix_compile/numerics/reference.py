@@ -108,19 +108,23 @@ def scale_value(byte: Tensor) -> Tensor:
 
 
 def quantize(
-    x: Tensor, fmt: str | ElemFormat, *, scale_rounding: ScaleRounding = ScaleRounding.RCEIL
+    x: Tensor,
+    fmt: str | ElemFormat,
+    *,
+    scale_rounding: ScaleRounding = ScaleRounding.RCEIL,
+    block_size: int = BLOCK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize the last dimension of `x` to MX (OCP 6.3).
+    """Quantize the last dimension of `x` to MX (OCP 6.3), or as MX in blocks of another size.
 
-    x: (..., K) float32, bfloat16 or float16, K a multiple of 32.
-    Returns codes (..., K) uint8 and scale (..., K // 32) uint8 (E8M0). A block with a NaN or an infinity gets scale
-    255 and zero codes. Raises TypeError for another dtype, ValueError for another K.
+    x: (..., K) float32, bfloat16 or float16, K a multiple of block_size.
+    Returns codes (..., K) uint8 and scale (..., K // block_size) uint8 (E8M0). A block with a NaN or an infinity gets
+    scale 255 and zero codes. Raises TypeError for another dtype, ValueError for another K.
     """
     check_float(x)
-    if x.shape[-1] % BLOCK_SIZE:
-        raise ValueError(f"the last dimension must be a multiple of {BLOCK_SIZE}, got {x.shape[-1]}")
+    if x.shape[-1] % block_size:
+        raise ValueError(f"the last dimension must be a multiple of {block_size}, got {x.shape[-1]}")
     form = elem_format(fmt)
-    blocks = x.to(torch.float32).unflatten(-1, (-1, BLOCK_SIZE))
+    blocks = x.to(torch.float32).unflatten(-1, (-1, block_size))
     byte = scale_byte(blocks.abs().amax(-1), form, scale_rounding)
     reciprocal = ((254 - byte).clamp(min=1) << 23).view(torch.float32)
     poisoned = (byte == E8M0_NAN).unsqueeze(-1)
@@ -128,9 +132,12 @@ def quantize(
     return codes.flatten(-2), byte.to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scale: Tensor, fmt: str | ElemFormat) -> Tensor:
-    """The values of MX codes: float32 (..., K) from codes (..., K) uint8 and scale (..., K // 32) uint8 (OCP 6.1)."""
-    values = decode(codes, elem_format(fmt)).unflatten(-1, (-1, BLOCK_SIZE))
+def dequantize(codes: Tensor, scale: Tensor, fmt: str | ElemFormat, *, block_size: int = BLOCK_SIZE) -> Tensor:
+    """The values of MX codes (OCP 6.1), or of such blocks of another size: float32 (..., K).
+
+    codes: (..., K) uint8. scale: (..., K // block_size) uint8.
+    """
+    values = decode(codes, elem_format(fmt)).unflatten(-1, (-1, block_size))
     scaled: Tensor = values * scale_value(scale).unsqueeze(-1)
     return scaled.flatten(-2)
 

@@ -1,4 +1,4 @@
-"""The operations that every path meets at, as `torch.library` ops: those of `exact`, of `folded` and of `grouped`."""
+"""The operations that every path meets at, as `torch.library` ops: of `exact`, `folded`, `grouped`, `kv_cache`."""
 
 from micromix_compile.numerics.producers import rms_norm
 from micromix_compile.ops.exact import (
@@ -16,6 +16,7 @@ from micromix_compile.ops.folded import (
     silu_mul_reorder_fold,
 )
 from micromix_compile.ops.grouped import grouped_folded_mm, grouped_mx_mm
+from micromix_compile.ops.kv_cache import write_kv
 
 __all__ = [
     "add_rms_norm_reorder_fold",
@@ -31,4 +32,5 @@ __all__ = [
     "rms_norm_reorder_quantize",
     "silu_mul_reorder_fold",
     "silu_mul_reorder_quantize",
+    "write_kv",
 ]

@@ -252,3 +252,11 @@ class Recipe:
         from micromix_compile.recipe import file
 
         return file.read(Path(path))
+
+
+def check_recipe(recipe: object) -> None:
+    """Raise TypeError unless it is a `Recipe`."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe must be a Recipe, got {type(recipe).__name__}; calibrate makes one, Recipe.load(path) reads one"
+        )

@@ -35,14 +35,21 @@ logger = logging.getLogger("micromix_compile")
 UNDECIDED: Final = MicroMixConfig(policy="mxfp8", uniform_order="model", activations="same", rotate="none")
 """The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
 
+SHOWN: Final = 8
+"""Weights that a message names of those that stay; `Recipe.refused` has all."""
+
 Groups = dict["ChannelObserver", list["LinearState"]]
 """The linears that read one activation, by who observed it."""
 
 
 def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterator[Recipe]:
-    """What was observed, decided for each config in turn. Raises ValueError if no linear was reached."""
+    """What was observed, decided for each config in turn.
+
+    Raises ValueError if no linear was reached, or if one escaped and a config is strict.
+    """
     groups = _groups(names)
     observed = _observed(names, groups, with_checksums=observation.rounds_weights)
+    _say_escaped(names, observed, strict=any(config.strict for config in observation.configs))
     target = _target(groups)
     for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
         recipe = assign(observed, decided(observation.feasible(config), target.activations))
@@ -159,6 +166,20 @@ def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool
         if not keep_moments:
             observer.forget_moments()
     return packed
+
+
+def _say_escaped(names: Names, recipe: Recipe, *, strict: bool) -> None:
+    """Name what looks like a linear and stays though nobody asked for it. Raises ValueError instead if `strict`."""
+    wished = {name for state in names if state.refusal for name in state.names}
+    escaped = {name: why for name, why in recipe.refused.items() if name.partition(" (")[0] not in wished}
+    if not escaped:
+        return
+    listed = [f"{name}: {why}" for name, why in escaped.items()]
+    shown = "; ".join([*listed[:SHOWN], *(["..."] if len(listed) > SHOWN else [])])
+    message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({shown})"
+    if strict:
+        raise ValueError(f"strict=True: {message}; name them in skip if that is meant")
+    logger.warning(message)
 
 
 def _say_starved(recipe: Recipe) -> None:

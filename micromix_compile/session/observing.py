@@ -242,10 +242,13 @@ class Observation:
 
 
 def _of_sorted_rows(x: Tensor, routing: RoutingTensors, kept_tokens: Tensor | None) -> tuple[Tensor, int]:
-    """(which rows of x (R, C), sorted by expert, count: bool (R,); how many tokens those are of)."""
+    """(which rows of x (R, C), sorted by expert, count: bool (R,); how many tokens those are of).
+
+    Rows of zeros tell nothing; in some models they are the tokens that were not sent to an expert (Llama 4).
+    """
     offs, _, tokens = routing
     assert offs is not None, "a grouped product knows where rows end"
-    kept = torch.arange(x.shape[0], device=x.device) < offs[-1]
+    kept = (torch.arange(x.shape[0], device=x.device) < offs[-1]) & x.detach().any(1)
     if tokens is None:
         return kept, int(kept.sum())
     if kept_tokens is not None and bool((tokens < len(kept_tokens)).all()):

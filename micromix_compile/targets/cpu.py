@@ -30,7 +30,7 @@ from micromix_compile import templates
 from micromix_compile.numerics import producers
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets import cpu_cache
-from micromix_compile.targets.kernels import PlainExact, PlainGrouped
+from micromix_compile.targets.kernels import PlainCache, PlainExact, PlainGrouped
 
 if TYPE_CHECKING:
     from micromix_compile.numerics.layout import PackedWeight, Split
@@ -148,6 +148,20 @@ class CompiledGrouped(PlainGrouped):
         return out
 
 
+class CompiledCache(PlainCache):
+    """The compiled writing of caches, in the same way."""
+
+    def write(
+        self, key: Tensor, value: Tensor, position: Tensor, k_q: Tensor, k_scale: Tensor, v_q: Tensor, v_scale: Tensor,
+        scale_rounding: str,
+    ) -> None:  # fmt: skip
+        """See `CacheKernels`."""
+        operands = (key, value, position, k_q, k_scale, v_q, v_scale)
+        write = torch.ops.micromix.write_kv if _serves(*operands) else super().write
+        write(*operands, scale_rounding)
+
+
+COMPILED_CACHE: Final = CompiledCache()
 COMPILED_EXACT: Final = CompiledExact()
 COMPILED_GROUPED: Final = CompiledGrouped()
 

@@ -8,7 +8,6 @@ out of date.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import struct
 from dataclasses import dataclass, field
@@ -24,7 +23,17 @@ from micromix_compile.numerics.folding import LOCKS
 from micromix_compile.numerics.layout import block_counts
 from micromix_compile.targets import cuda_driver
 from micromix_compile.targets.cuda_driver import MAP_BYTES
-from micromix_compile.targets.gluon_kernels import NUMBERS, boxes_of, compile_kernel, parameters_of
+from micromix_compile.targets.gluon_kernels import NUMBERS, boxes_of
+from micromix_compile.targets.gluon_launch import (
+    MOST_KEPT,
+    TMA_ALIGNMENT,
+    Room,
+    keep,
+    load,
+    map_of,
+    maps_of_weight,
+    room_for,
+)
 from micromix_compile.targets.gluon_tiles import GluonKernel
 from micromix_compile.targets.groups import MAX_GROUP
 from micromix_compile.targets.kernels import columns_of
@@ -34,25 +43,17 @@ if TYPE_CHECKING:
 
     from micromix_compile.numerics.folding import FoldedActivation
     from micromix_compile.targets.gluon_kernels import Box
+    from micromix_compile.targets.gluon_launch import Loaded
     from micromix_compile.targets.gluon_tiles import GluonTile, Plan
     from micromix_compile.targets.kernels import FoldedWeight
 
 logger = logging.getLogger(__name__)
-
-MOST_KEPT: Final = 4096
-"""Groups of weights, and descriptors of activations. A model of 80 layers has 320 groups."""
 
 MOST_SHAPES: Final = 256
 """Of activations, that are kept with a group."""
 
 _dtype: Final = attrgetter("dtype")
 _shape: Final = attrgetter("shape")
-
-TMA_ALIGNMENT: Final = 16
-"""Bytes at a multiple of which all memory must begin that a descriptor is of."""
-
-_WARP: Final = 32
-_LINE: Final = 64
 
 
 class Planner(Protocol):
@@ -64,14 +65,6 @@ class Planner(Protocol):
 
     def plan_for(self, rows: int, weights: Sequence[FoldedWeight], out_dtype: torch.dtype) -> Plan | None:
         """How the kernel computes a product of M = rows; None for what it does not take."""
-
-
-class Loaded(NamedTuple):
-    """A compiled kernel on a device: the driver's handle, threads and bytes of shared memory of a program."""
-
-    function: int
-    threads: int
-    shared_bytes: int
 
 
 class Ready(NamedTuple):
@@ -92,9 +85,7 @@ class Group:
     launches: dict[GluonTile, Launch] = field(default_factory=dict)
 
 
-_loaded: dict[tuple[GluonKernel, int], Loaded] = {}
 _groups: dict[tuple[Any, ...], Group] = {}
-_maps: dict[tuple[int, ...], bytes] = {}
 
 
 def multiply_again(
@@ -132,12 +123,12 @@ def multiply(
     group = _groups.get(key)  # other threads may let go of what is kept
     if group is None:
         group = Group(not any(part.data_ptr() % TMA_ALIGNMENT for part in parts))
-        _keep(_groups, key, group, MOST_KEPT)
+        keep(_groups, key, group, MOST_KEPT)
     ready = group.by_shape.get(shape)
     if ready is None and shape not in group.by_shape:
         plan = planner.plan_for(rows, weights, out_dtype)
         ready = None if plan is None else _make_ready(group, rows, weights, fp6, plan, device)
-        _keep(group.by_shape, shape, ready, MOST_SHAPES)
+        keep(group.by_shape, shape, ready, MOST_SHAPES)
     return None if ready is None else _run(x, ready)
 
 
@@ -164,7 +155,7 @@ def _make_ready(
     if tile not in group.launches:
         cuda_driver.ensure_context(device)
         kernel = GluonKernel.of(tile, weights, fp6)
-        group.launches[tile] = Launch.of(kernel, weights, _load(kernel, device))
+        group.launches[tile] = Launch.of(kernel, weights, load(kernel, device))
     is_shared = plan.whole < tile.count(rows, columns_of(weights))
     assert not is_shared or plan.programs * tile.consumers <= LOCKS, f"no GPU runs {plan.programs} programs"
     partial = plan.programs * tile.BLOCK_M * tile.BLOCK_N if is_shared else 0
@@ -184,39 +175,6 @@ def _run(x: FoldedActivation, ready: Ready) -> list[Tensor] | None:
     return ready.launch.run(x, (q, row_scale, locks), ready, device)
 
 
-def _keep(kept: dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    if len(kept) >= most:
-        kept.clear()
-    kept[key] = value
-
-
-def _load(kernel: GluonKernel, device: int) -> Loaded:
-    """The compiled kernel on the current device, which is `device`."""
-    if (kernel, device) not in _loaded:
-        compiled = compile_kernel(kernel)
-        metadata = compiled.metadata
-        function = cuda_driver.load_function(compiled.asm["cubin"], metadata.name, metadata.shared)
-        _loaded[kernel, device] = Loaded(function, metadata.num_warps * _WARP, metadata.shared)
-    return _loaded[kernel, device]
-
-
-def _per_call(groups: int) -> tuple[tuple[str, ...], struct.Struct]:
-    """Names of what each call has of its own beside the descriptor of x, and how it lies: pointers, then numbers."""
-    pointers = ("x_row_scale", "partial", "locks", *(f"out_{i}" for i in range(groups)))
-    return (*pointers, "M", "whole"), struct.Struct("Q" * len(pointers) + "ii")
-
-
-class Room(NamedTuple):
-    """The arguments of a launch in memory, and pointers to each in the kernel's order.
-
-    memory: bytes, which begin with what each call has of its own: the descriptor of x, then `scalars`.
-    """
-
-    memory: memoryview
-    pointers: Any
-    scalars: struct.Struct
-
-
 @dataclass(slots=True)
 class Launch:
     """The kernel with a group of weights, ready but for activation and outputs."""
@@ -234,14 +192,15 @@ class Launch:
     def of(cls, kernel: GluonKernel, weights: Sequence[FoldedWeight], loaded: Loaded) -> Launch:
         """Encode the descriptors of the weights and place all arguments."""
         config = cuda_driver.launch_config(loaded.threads, loaded.shared_bytes)
-        room = _room(kernel, _values_of(kernel, weights))
+        pointers = ("x_row_scale", "partial", "locks", *(f"out_{i}" for i in range(kernel.GROUPS)))
+        room = room_for(kernel, _values_of(kernel, weights), pointers, ("M", "whole"))
         launch = cuda_driver.driver().cuLaunchKernelEx
         return cls(columns_of(weights), boxes_of(kernel)["x"], room, config, config.grid, launch, loaded.function)
 
     def run(self, x: FoldedActivation, where: tuple[int, int, int], ready: Ready, device: int) -> list[Tensor]:
         """Launch on the current stream of the current device, which is `device`. where: its parts lie."""
-        (q, row_scale, locks), (rows, width) = where, x.q.shape
-        x_map = _maps.get((q, rows, width, self.x_box.rows)) or self._new_map(x.q)
+        (q, row_scale, locks), rows = where, x.q.shape[0]
+        x_map = map_of(x.q, q, self.x_box)
         new_empty = x.q.new_empty
         outs = [new_empty((rows, n), dtype=torch.bfloat16) for n in self.columns]
         partial = x.row_scale.new_empty(ready.partial) if ready.partial else None
@@ -259,66 +218,18 @@ class Launch:
             cuda_driver.check(code, "launching a product")
         return outs
 
-    def _new_map(self, q: Tensor) -> bytes:
-        """The descriptor of an activation, which is kept."""
-        rows, width = q.shape
-        made = _encode(q, (rows, width), self.x_box)
-        _keep(_maps, (q.data_ptr(), rows, width, self.x_box.rows), made, MOST_KEPT)
-        return made
-
-
-def _encode(tensor: Tensor, shape: tuple[int, int], box: Box) -> bytes:
-    """The descriptor of a contiguous matrix, of a shape in elements of the box's type."""
-    return cuda_driver.encode_map(
-        tensor.data_ptr(), cuda_driver.DATA_TYPES[box.dtype], shape, shape[1] * box.bits // 8, (box.rows, box.columns),
-        cuda_driver.SWIZZLES[box.swizzle],
-    )  # fmt: skip
-
 
 def _values_of(kernel: GluonKernel, weights: Sequence[FoldedWeight]) -> dict[str, bytes]:
-    """What each argument that is the same at each call holds, by name.
-
-    A segment without channels is never loaded; its descriptor, which must be valid, is that of the factors' words.
-    """
-    columns, boxes = columns_of(weights), boxes_of(kernel)
-    blocks = block_counts(weights[0].split)
+    """What each argument that is the same at each call holds, by name."""
+    columns, blocks = columns_of(weights), block_counts(weights[0].split)
     per_tile = [-(-n // kernel.tile.BLOCK_N) for n in columns]
     numbers = dict.fromkeys(NUMBERS, 0) | {f"N{i}": n for i, n in enumerate(columns)}
     numbers |= {"tiles0": per_tile[0], "tiles1": sum(per_tile[:2]), "column_tiles": sum(per_tile)}
     numbers |= dict(zip(("blocks4", "blocks6", "blocks8"), blocks, strict=True))
     values = {name: struct.pack("i", number) for name, number in numbers.items()}
-    for i, (weight, n) in enumerate(zip(weights, columns, strict=True)):
-        words = (weight.factor.shape[0], n)
-        shapes = {"w4": (n, 4 * blocks[0]), "w6": (3 * n, 2 * blocks[1]), "w8": (n, 8 * blocks[2])}
-        for name, part in zip(shapes, (weight.w4, weight.w6, weight.w8), strict=True):
-            tensor, shape = (part, shapes[name]) if shapes[name][1] else (weight.factor, words)
-            values[f"{name}_{i}"] = _encode(tensor, shape, boxes[name])
-        values[f"w_factor_{i}"] = _encode(weight.factor, words, boxes["w_factor"])
+    for i, weight in enumerate(weights):
+        values |= {f"{name}_{i}": made for name, made in maps_of_weight(weight, kernel).items()}
         values[f"w_row_scale_{i}"] = struct.pack("Q", weight.row_scale.data_ptr())
         if weight.bias is not None:
             values[f"bias_{i}"] = struct.pack("Q", weight.bias.data_ptr())
     return values
-
-
-def _room(kernel: GluonKernel, values: dict[str, bytes]) -> Room:
-    """Memory for all arguments: what each call has of its own side by side, zeros, then the rest.
-
-    Behind a descriptor Triton passes its shape and strides, two numbers of four and two of eight bytes, which the
-    kernel does not read, and behind all arguments two pointers to scratch memory, of which it has none: zeros.
-    """
-    names, scalars = _per_call(kernel.GROUPS)
-    offsets = [8 * i for i in range(len(names) - 1)]
-    offsets.append(offsets[-1] + 4)
-    places = {"x": 0} | {name: MAP_BYTES + offset for name, offset in zip(names, offsets, strict=True)}
-    zeros = MAP_BYTES + _LINE
-    for name in values.keys() - places.keys():
-        places[name] = zeros + MAP_BYTES * len(places)
-    memory = cuda_driver.aligned_memory(max(places.values()) + MAP_BYTES)
-    view = memoryview(memory).cast("B")
-    for name in values.keys() - set(names):
-        view[places[name] : places[name] + len(values[name])] = values[name]
-    address, pointers = ctypes.addressof(memory), []
-    for name, kind in parameters_of(kernel).items():
-        pointers += [address + places[name]] + [address + zeros] * (4 if kind.startswith("tensordesc") else 0)
-    pointers += [address + zeros] * 2
-    return Room(view, (ctypes.c_void_p * len(pointers))(*pointers), scalars)

@@ -1,4 +1,4 @@
-"""The persistent Gluon kernel as something to compile: signature, constants, options; for a GPU that is here or not."""
+"""The persistent Gluon kernels as something to compile, for a GPU that is here or not: types, constants, options."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ NUMBERS: Final = (
     "M", "N0", "N1", "N2", "tiles0", "tiles1", "column_tiles", "whole", "blocks4", "blocks6", "blocks8",
 )  # fmt: skip
 """The kernel's integers. It is not specialized on any."""
+
+EXPERT_NUMBERS: Final = ("R", "N", "E", "column_tiles", "words", "blocks4", "blocks6", "blocks8")
+"""Those of the kernel of experts."""
 
 
 class Box(NamedTuple):
@@ -55,6 +58,8 @@ def boxes_of(kernel: GluonKernel) -> dict[str, Box]:
 
 def parameters_of(kernel: GluonKernel) -> dict[str, str]:
     """Type of each of the kernel's run-time arguments, in its order. Of weights beyond the group there are none."""
+    if kernel.EXPERTS:
+        return _parameters_of_experts(kernel)
     boxes = boxes_of(kernel)
     types = {"x": boxes["x"].signature}
 
@@ -69,6 +74,14 @@ def parameters_of(kernel: GluonKernel) -> dict[str, str]:
     if kernel.HAS_BIAS:
         of_each("bias", "*bf16")
     return types | {"partial": "*fp32", "locks": "*i32"} | dict.fromkeys(NUMBERS, "i32")
+
+
+def _parameters_of_experts(kernel: GluonKernel) -> dict[str, str]:
+    types = {name: box.signature for name, box in boxes_of(kernel).items()}
+    types |= {"out": "*bf16", "x_row_scale": "*fp32", "offs": "*i32", "w_row_scale": "*fp32"}
+    if kernel.HAS_BIAS:
+        types["bias"] = "*bf16"
+    return types | dict.fromkeys(EXPERT_NUMBERS, "i32")
 
 
 @cache
@@ -99,14 +112,16 @@ def _source(kernel: GluonKernel) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from micromix_compile.templates.gluon.folded_mm import folded_mm_rows_kernel
+    from micromix_compile.templates.gluon.grouped_mm import grouped_mm_rows_kernel
     from micromix_compile.templates.gluon.language import Constants
 
-    names, types = list(folded_mm_rows_kernel.arg_names), parameters_of(kernel)
+    function = grouped_mm_rows_kernel if kernel.EXPERTS else folded_mm_rows_kernel
+    names, types = list(function.arg_names), parameters_of(kernel)
     absent: dict[str, Any] = {name: None for name in names if name not in types}
     constants = absent | {"C": Constants(kernel)}  # type: ignore[no-untyped-call]
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
     return GluonASTSource(
-        folded_mm_rows_kernel,
+        function,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},

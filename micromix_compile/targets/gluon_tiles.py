@@ -75,22 +75,27 @@ class GluonTile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GluonKernel:
-    """All that one compilation of the kernel depends on. GROUPS: weights."""
+    """All that one compilation of a kernel depends on.
+
+    GROUPS: weights with one activation. EXPERTS: whether the one weight is many experts', a kernel of its own.
+    """
 
     tile: GluonTile
     FP6: str
     GROUPS: int
     HAS_BIAS: bool
+    EXPERTS: bool = False
 
     @classmethod
-    def of(cls, tile: GluonTile, weights: Sequence[FoldedWeight], fp6: str) -> GluonKernel:
-        """For some weights. Where they have no MXFP6 its format makes no difference."""
+    def of(cls, tile: GluonTile, weights: Sequence[FoldedWeight], fp6: str, *, experts: bool = False) -> GluonKernel:
+        """For some weights, or for one that is many experts'. Without MXFP6 its format makes no difference."""
         has_fp6 = weights[0].split[1] > 0
         return cls(
             tile=tile,
             FP6=fp6 if has_fp6 else "e2m3",
             GROUPS=len(weights),
             HAS_BIAS=weights[0].bias is not None,
+            EXPERTS=experts,
         )
 
 

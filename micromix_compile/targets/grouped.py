@@ -14,6 +14,7 @@ from micromix_compile.numerics.layout import (
     split_of_weight,
 )
 from micromix_compile.numerics.reference import QuantizedActivation
+from micromix_compile.targets import gluon_grouped
 from micromix_compile.targets.grouped_tiles import most_row_tiles, rows_to_hold
 from micromix_compile.targets.kernels import PLAIN_GROUPED, FoldedWeight
 from micromix_compile.targets.launch import KernelCall, odd_blocks
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from micromix_compile.targets.folded_tiles import FoldedTile
+    from micromix_compile.targets.gluon_tiles import GluonTile
     from micromix_compile.targets.grouped_tiles import GroupedTiles
     from micromix_compile.targets.tiles import MixedTiles, Tile
 
@@ -61,13 +63,20 @@ class TritonGrouped:
         self, q: Tensor, row_scale: Tensor, rows: Tensor, offs: Tensor, w: FoldedWeight, fp6: str,
         out_dtype: torch.dtype, *, tile: FoldedTile | None = None, split: int = 1,
     ) -> Tensor:  # fmt: skip
-        """See `GroupedKernels`, in one launch. tile: with `split`, how many programs share one; else as is best.
+        """See `GroupedKernels`. tile: with `split`, how many programs share one; else as is best.
 
-        Values of rows and offs are not checked: rows outside q are undefined, and so is what offs that descend give.
+        One launch; where experts have many rows two, of which the second is the persistent kernel's, on a GPU. Values
+        of rows and offs are not checked: rows outside q are undefined, and so is what offs that descend give.
         """
         if self.folded is None:
             return PLAIN_GROUPED.multiply_folded(q, row_scale, rows, offs, w, fp6, out_dtype)
         check_grouped_folded_mm(q, row_scale, rows, offs, *w)
+        q, row_scale, rows, offs = (part.contiguous() for part in (q, row_scale, rows, offs))
+        many = self.folded.gluon_tile_for(rows.shape[0], w, out_dtype) if tile is None and q.is_cuda else None
+        if many is not None:
+            product = self.multiply_many(q, row_scale, rows, offs, w, fp6, many)
+            if product is not None:
+                return product
         experts, columns = w.row_scale.shape
         out = q.new_empty((rows.shape[0], columns), dtype=out_dtype)
         if tile is None:
@@ -76,12 +85,23 @@ class TritonGrouped:
         shared = tiles if split > 1 else 0
         partial = row_scale.new_empty(shared * split * tile.BLOCK_M * tile.BLOCK_N)
         call = grouped_folded_mm_call(
-            q.contiguous(), row_scale.contiguous(), rows.contiguous(), offs.contiguous(), w.contiguous(), out, partial,
-            offs.new_zeros(shared), fp6=fp6, tile=tile, split=split,
+            q, row_scale, rows, offs, w.contiguous(), out, partial, offs.new_zeros(shared),
+            fp6=fp6, tile=tile, split=split,
         )  # fmt: skip
         if out.numel():
             call.launch_on(out)
         return out
+
+    def multiply_many(
+        self, q: Tensor, row_scale: Tensor, rows: Tensor, offs: Tensor, w: FoldedWeight, fp6: str, tile: GluonTile
+    ) -> Tensor | None:
+        """The bfloat16 product by the persistent kernel with a tile; None where it does not take the weights' memory.
+
+        All but the weights is contiguous. Which products it can take at all says `GroupedTiles.gluon_tile_for`.
+        """
+        assert self.folded is not None, "there are folded products"
+        programs = self.folded.programs_of(tile, rows.shape[0], *w.row_scale.shape)
+        return gluon_grouped.multiply(q, row_scale, rows, offs, w.contiguous(), fp6, tile, programs)
 
 
 def grouped_folded_mm_call(

@@ -7,9 +7,16 @@ experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+import torch
+
+from micromix_compile.numerics.layout import block_counts
 from micromix_compile.targets.folded_tiles import MAX_LONG_SPLIT, PROCESSORS, PROGRAMS, FoldedTile, Sizes
+from micromix_compile.targets.gluon_tiles import LINE, GluonTile
+
+if TYPE_CHECKING:
+    from micromix_compile.targets.kernels import FoldedWeight
 
 
 def rows_to_hold(rows: int, experts: int) -> int:
@@ -30,18 +37,34 @@ def most_row_tiles(rows: int, experts: int, block_m: int) -> int:
 class GroupedTiles:
     """What decides for folded products of one kind of GPU.
 
-    whole, shared: tiles by the rows that they should hold; the shared where programs share each tile. processors: of
-    the device.
+    whole, shared: tiles by the rows that they should hold; the shared where programs share each tile. many: those of
+    the persistent Gluon kernel, by the rows from which on each is taken. processors: of the device.
     """
 
     whole: Sizes
     shared: Sizes
+    many: tuple[tuple[int, GluonTile], ...] = ()
     processors: int = PROCESSORS
 
     @property
     def tiles(self) -> tuple[FoldedTile, ...]:
         """All of them."""
         return tuple(dict.fromkeys(tile for _, tile in (*self.whole, *self.shared)))
+
+    def gluon_tile_for(self, rows: int, weight: FoldedWeight, out_dtype: torch.dtype) -> GluonTile | None:
+        """The persistent kernel's for R = rows in all, or None where it is not taken."""
+        experts, columns = weight.row_scale.shape
+        dtypes = (out_dtype, *(part.dtype for part in weight[5:] if part is not None))
+        is_odd = columns % LINE or block_counts(weight.split)[1] % 2  # see `gluon_tiles.GluonTiles.refusal`
+        if is_odd or not sum(weight.split) or any(dtype != torch.bfloat16 for dtype in dtypes):
+            return None
+        hold = rows_to_hold(rows, experts)
+        return next((tile for least, tile in reversed(self.many) if hold >= least), None)
+
+    def programs_of(self, tile: GluonTile, rows: int, experts: int, columns: int) -> int:
+        """Of the persistent kernel: as many as run at a time, or as there can be tiles."""
+        tiles = most_row_tiles(rows, experts, tile.BLOCK_M) * -(-columns // tile.BLOCK_N)
+        return min(tiles, tile.PER_SM * self.processors)
 
     def tile_for(self, rows: int, experts: int, columns: int, channels: int) -> tuple[FoldedTile, int]:
         """The tile for R = rows in all, and how many programs share each: more than one only where tiles are few.
@@ -62,6 +85,10 @@ class GroupedTiles:
 
 _ANY: Final = 1 << 62
 
+_GLUON_64: Final = GluonTile(64, 128, 5, 3, 32, 96, 40, PER_SM=2)
+_GLUON_128: Final = GluonTile(128, 64, 4, 4, 32, 232, 40, PER_SM=2)
+_GLUON_256: Final = GluonTile(256, 128, 4, 3, 64, 232, 40, TURNS=True)
+
 # Not swept yet: the sizes are those of `folded_tiles`, which were, for products of one weight.
 GROUPED_SM_90: Final = GroupedTiles(
     whole=(
@@ -72,4 +99,5 @@ GROUPED_SM_90: Final = GroupedTiles(
         (_ANY, FoldedTile(256, 64, 128, 4, 3, SUM_STEPS=False)),
     ),
     shared=((16, FoldedTile(16, 64, 256, 4, 3, SUM_STEPS=False, SEGMENT_START=1)),),
+    many=((33, _GLUON_64), (65, _GLUON_128), (193, _GLUON_256)),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from micromix_compile.numerics import folding, grouped, producers, reference
+from micromix_compile.numerics import folding, grouped, kv_cache, producers, reference
 from micromix_compile.numerics.formats import ScaleRounding
 from micromix_compile.numerics.layout import split_of_weight
 
@@ -128,6 +128,16 @@ class GroupedKernels(Protocol):
         """`grouped.grouped_folded_mm`."""
 
 
+class CacheKernels(Protocol):
+    """The operation of `ops.kv_cache`. Raises TypeError or ValueError for arguments that it does not take."""
+
+    def write(
+        self, key: Tensor, value: Tensor, position: Tensor, k_q: Tensor, k_scale: Tensor, v_q: Tensor, v_scale: Tensor,
+        scale_rounding: str,
+    ) -> None:  # fmt: skip
+        """`kv_cache.write_kv`."""
+
+
 class PlainExact:
     """The reference itself."""
 
@@ -211,6 +221,18 @@ class PlainGrouped:
         return grouped.grouped_folded_mm(q, row_scale, rows, offs, *w, fp6=fp6, out_dtype=out_dtype)
 
 
+class PlainCache:
+    """What `kv_cache` says. Waits for the device, to read the positions."""
+
+    def write(
+        self, key: Tensor, value: Tensor, position: Tensor, k_q: Tensor, k_scale: Tensor, v_q: Tensor, v_scale: Tensor,
+        scale_rounding: str,
+    ) -> None:  # fmt: skip
+        """See `CacheKernels`."""
+        kv_cache.write_kv(key, value, position, k_q, k_scale, v_q, v_scale, scale_rounding)
+
+
+PLAIN_CACHE: Final = PlainCache()
 PLAIN_EXACT: Final = PlainExact()
 PLAIN_FOLDED: Final = PlainFolded()
 PLAIN_GROUPED: Final = PlainGrouped()

@@ -35,7 +35,8 @@ class KernelCall:
 
     kernel: the `triton.jit` function. grid: one to three extents; the quantizers' first is M, which may be symbolic.
     args: run-time arguments by name, tensors and integers. constexprs: compile-time arguments by name. num_stages: 0
-    for the compiler's choice. fuses: whether the compiler may make one rounding of a product and a sum.
+    for the compiler's choice. fuses: whether the compiler may make one rounding of a product and a sum. asserts:
+    whether the kernel's assertions are compiled; a failing one ends the process's use of the GPU.
     """
 
     kernel: Any
@@ -45,6 +46,7 @@ class KernelCall:
     num_warps: int
     num_stages: int = 0
     fuses: bool = True
+    asserts: bool = False
 
     @property
     def launch_pdl(self) -> bool:
@@ -55,9 +57,13 @@ class KernelCall:
         """Run on the current stream of the current device."""
         import triton
 
-        options = {"num_warps": self.num_warps} | ({"num_stages": self.num_stages} if self.num_stages else {})
+        options: dict[str, Any] = {"num_warps": self.num_warps}
+        if self.num_stages:
+            options["num_stages"] = self.num_stages
         if not self.fuses:
             options["enable_fp_fusion"] = False
+        if self.asserts:  # without those of Triton's own on each sum of integers
+            options |= {"debug": True, "sanitize_overflow": False}
         if self.launch_pdl and not triton.knobs.runtime.interpret:  # the interpreter has no such option
             options["launch_pdl"] = True
         self.kernel[self.grid](**self.args, **self.constexprs, **options)

@@ -56,7 +56,7 @@ SPLIT: Final = (3072, 832, 192)
 
 _POINTERS: Final = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16",
-    torch.int32: "*i32",
+    torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 
 

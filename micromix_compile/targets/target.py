@@ -24,13 +24,16 @@ from micromix_compile.targets.grouped import TritonGrouped
 from micromix_compile.targets.grouped_tiles import GROUPED_SM_90
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import (
+    PLAIN_CACHE,
     PLAIN_EXACT,
     PLAIN_FOLDED,
     PLAIN_GROUPED,
+    CacheKernels,
     ExactKernels,
     FoldedKernels,
     GroupedKernels,
 )
+from micromix_compile.targets.kv_cache import TRITON_CACHE
 from micromix_compile.targets.rounding import TRITON_STEPS
 from micromix_compile.targets.tiles import BF16, SM_90, SM_100, SM_120, MixedTiles
 
@@ -49,11 +52,11 @@ class Target:
     """What serves the ops on one device, and all that differs by it.
 
     name: for people. emulated: why the work runs as plain PyTorch tensor operations, or None if it doesn't. exact,
-    folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. grouped: who computes
-    those of `ops.grouped`. steps: who rounds a block of weights. passes: which it has of the graph passes that not
-    every device has, pre-grad and post-grad, by name. activations: what calibration there rounds activations to if
-    nobody says (`layout.ACTIVATIONS`): 8 bits, but "same" where MXFP4 is multiplied faster than FP8. Rows that differ
-    by whether products must be exact differ by passes only: operations ask by their device.
+    folded: who computes the operations of `ops.exact` and of `ops.folded`, and with which tiles. grouped, cache: who
+    computes those of `ops.grouped` and of `ops.kv_cache`. steps: who rounds a block of weights. passes: which it has of
+    the graph passes that not every device has, pre-grad and post-grad, by name. activations: what calibration there
+    rounds activations to if nobody says (`layout.ACTIVATIONS`): 8 bits, but "same" where MXFP4 is multiplied faster
+    than FP8. Rows that differ by whether products must be exact differ by passes only: operations ask by their device.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Target:
     exact: ExactKernels = PLAIN_EXACT
     folded: FoldedKernels = PLAIN_FOLDED
     grouped: GroupedKernels = PLAIN_GROUPED
+    cache: CacheKernels = PLAIN_CACHE
     steps: BlockSteps = PLAIN_STEPS
     passes: frozenset[str] = EVERYWHERE
     activations: str = "fp8"
@@ -152,6 +156,7 @@ def _gpu(tiles: MixedTiles) -> Callable[[Device], Target]:
             name=f"{device.model} ({tiles.name}: {tiles.mma})",
             exact=TritonExact(tiles),
             grouped=TritonGrouped(tiles),
+            cache=TRITON_CACHE,
             steps=TRITON_STEPS,
             passes=WITH_TRITON,
             activations="same" if tiles.mode == "scaled" else "fp8",
@@ -164,10 +169,11 @@ def _hopper(device: Device) -> Target:
     """sm_90, exact."""
     reason = gluon_kernels.refusal()
     if reason is not None:
-        logger.info("%s: products of 64 to 1,024 rows run as others do: %s", device.model, reason)
+        logger.info("%s: products that the persistent kernels take run as others do: %s", device.model, reason)
     gluon = gluon_sm_90(device.processors) if reason is None else None
     tiles = replace(FOLDED_SM_90, processors=device.processors, gluon=gluon)
-    grouped = TritonGrouped(SM_90, replace(GROUPED_SM_90, processors=device.processors))
+    many = GROUPED_SM_90.many if reason is None else ()
+    grouped = TritonGrouped(SM_90, replace(GROUPED_SM_90, processors=device.processors, many=many))
     return replace(_gpu(SM_90)(device), folded=TritonFolded(tiles), grouped=grouped)
 
 
@@ -190,7 +196,10 @@ def _too_old(device: Device) -> Target:
 def _cpu(_: Device) -> Target:
     if not cpu.load():
         return Target(name="cpu (plain PyTorch)", emulated=cpu.status().reason)
-    return Target(name=f"cpu ({cpu.status().isa})", exact=cpu.COMPILED_EXACT, grouped=cpu.COMPILED_GROUPED)
+    return Target(
+        name=f"cpu ({cpu.status().isa})", exact=cpu.COMPILED_EXACT, grouped=cpu.COMPILED_GROUPED,
+        cache=cpu.COMPILED_CACHE,
+    )  # fmt: skip
 
 
 def _unknown(device: Device) -> Target:

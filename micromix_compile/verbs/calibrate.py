@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from micromix_compile.calibration.memory import OBSERVING, SENSITIVITY, naming_out_of_memory
 from micromix_compile.calibration.sensitivity import lacks_gradient, pull_back
 from micromix_compile.calibration.token_layout import token_mask_of
-from micromix_compile.config import MicroMixConfig
+from micromix_compile.config import MicroMixConfig, check_config
 from micromix_compile.lowering.torch_private import recompile_limit
 from micromix_compile.lowering.torch_private.dynamo import cause_of
 from micromix_compile.lowering.torch_private.regions import original_module, uncompiled
@@ -24,7 +25,7 @@ from micromix_compile.session.session import Session
 from micromix_compile.verbs.observed import compile_observed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import fx
 
@@ -53,9 +54,10 @@ def calibrate(
         Tokens where a 2-dimensional attention_mask is 0 are not counted.
     Returns a `Recipe`. The model is not changed. Raises ValueError if the model is in training mode, if no batch or no
     linear was reached, if an activation holds a NaN (naming the linear and the batch), or if all is packed already;
-    TypeError for other batches; torch.OutOfMemoryError that names the step and what takes less memory.
+    TypeError for other models, batches and configs; torch.OutOfMemoryError that names the step and what takes less
+    memory.
     """
-    return next(calibrate_each(model, batches, [config or MicroMixConfig()], progress=progress))
+    return next(calibrate_each(model, batches, [MicroMixConfig() if config is None else config], progress=progress))
 
 
 def calibrate_each(
@@ -69,8 +71,8 @@ def calibrate_each(
 
     The first config's seed and scale_rounding hold for the measurement of sensitivities.
     """
-    if isinstance(batches, Tensor) or hasattr(batches, "keys"):
-        raise TypeError(f"batches must be several tensors or mappings, put one {type(batches).__name__} into a list")
+    _check_batches(batches)
+    _check_configs(configs)
     model = original_module(model)
     session = Session(configs[0], also=configs[1:])
     session.prepare(model)
@@ -91,6 +93,20 @@ def calibrate_each(
         yield from session.recipes(progress=progress)
     finally:
         observation.release()
+
+
+def _check_batches(batches: object) -> None:
+    if isinstance(batches, Tensor) or hasattr(batches, "keys"):
+        raise TypeError(f"batches must be several tensors or mappings, put one {type(batches).__name__} into a list")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be several tensors or mappings, got {type(batches).__name__}")
+
+
+def _check_configs(configs: object) -> None:
+    if not isinstance(configs, Sequence) or not configs:
+        raise TypeError(f"configs must be a list of at least one MicroMixConfig, got {configs!r}")
+    for config in configs:
+        check_config(config)
 
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,6 @@ from micromix_compile.recipe.watched import RecipeFile, watched_file
 from micromix_compile.session.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from micromix_compile.session.registry import SessionKey
 
 
@@ -55,6 +54,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     Ours are the fields of `MicroMixConfig`, "recipe" (a Recipe or the path of one) and "mode"; the others must be
     Inductor's. With a recipe, our others solve its splits again. Raises ValueError or TypeError.
     """
+    if not isinstance(options, Mapping | None):
+        raise TypeError(f'options must be a mapping, such as {{"recipe": recipe}}, got {type(options).__name__}')
     given = dict(options or {})
     mode = given.pop("mode", mode)
     recipe = given.pop("recipe", None)

@@ -9,13 +9,22 @@ import torch
 from torch import nn
 
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, SCHEMA_VERSION
+from micromix_compile.linear.attention import IN_PROJ, OUT_PROJ, MicroMixAttention
 from micromix_compile.linear.experts import MicroMixExperts, weight_names
 from micromix_compile.linear.packed import ChannelOrder, MicroMixLinear
 from micromix_compile.linear.replacing import leave_fast_paths, replace, take_over, why_not_replaced
+from micromix_compile.lowering.torch_private.regions import original_module
 from micromix_compile.ops.pack import packed_weight
+from micromix_compile.recipe.types import check_recipe
 from micromix_compile.session.candidates import how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed
 from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names
+from micromix_compile.verbs.quantize_attention import (
+    is_of_attention,
+    packed_attention,
+    packed_linear,
+    why_not_in_attention,
+)
 from micromix_compile.verbs.quantize_experts import packed_experts, why_not_in_experts
 
 if TYPE_CHECKING:
@@ -32,20 +41,20 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by packed ones in place; the original weights are freed. Returns `model`.
 
     A linear becomes a `MicroMixLinear`; the experts of a layer that transformers keeps in one module a
-    `MicroMixExperts`, if the recipe has both their weights.
+    `MicroMixExperts`, and an nn.MultiheadAttention a `MicroMixAttention`, if the recipe has both their weights.
 
     Weights that something else still uses (tied embeddings) stay alive through that user. Hooks of a replaced linear
     move to the packed one. A linear that would lose something stays as it is: one with an overridden forward, a
-    parametrization, a class of its own or more than a weight and a bias, and what nn.MultiheadAttention reads past its
-    linears. The log says so, and `model.micromix_refused`, a dict of names and reasons, lists them. A Hugging Face
-    model can be saved with save_pretrained afterwards.
+    parametrization, a class of its own or more than a weight and a bias. The log says so, and `model.micromix_refused`,
+    a dict of names and reasons, lists them. A Hugging Face model can be saved with save_pretrained afterwards.
 
     Raises ValueError if the recipe was made for another model, naming both, if one of its linears is packed already,
-    or if one has to stay and the recipe's config is strict. The model is as it was then: nothing is replaced before
-    everything is packed, for which there must be memory.
+    or if one has to stay and the recipe's config is strict; TypeError for what is no model or no recipe. The model is
+    as it was then: nothing is replaced before everything is packed, for which there must be memory.
     """
-    wrapped = model
-    model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's
+    check_recipe(recipe)
+    wrapped: nn.Module = model
+    model = original_module(wrapped)
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: {how_to_leave_training(model)}")
     check_not_distributed(model)
@@ -55,14 +64,16 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     matched = match_linears(recipe, names, model_id=model_id(model))
     places, refused = places_of([(names[parameter], linear) for parameter, linear in matched], modules)
     say_refused(refused, strict=recipe.config.strict)
-    linears = {name: linear for name, linear in places.items() if linear.experts is None}
     experts = {name: linear for name, linear in places.items() if linear.experts is not None}
-    replace(modules, {**_packed_modules(linears, modules, recipe), **packed_experts(experts, modules, recipe)})
-    descriptions = {name: description(linear) for name, linear in places.items()}
+    attention = {name: linear for name, linear in places.items() if is_of_attention(name, modules)}
+    linears = {name: linear for name, linear in places.items() if name not in {*experts, *attention}}
+    packed = packed_experts(experts, modules, recipe) | packed_attention(attention, modules, recipe)
+    replace(modules, {**_packed_modules(linears, modules, recipe), **packed})
+    described = {name: description(linear) for name, linear in places.items()}
     share_orders(model, {name: linear.group.name for name, linear in places.items()})
-    describe(model, recipe.config, descriptions)
-    model.micromix_refused = refused
-    logger.info("quantized %d linears: %s", len(descriptions), recipe.bits_text)
+    describe(model, recipe.config, described)
+    model.micromix_refused = refused  # type: ignore[assignment]
+    logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
     return wrapped
 
 
@@ -70,7 +81,7 @@ def check_not_packed(recipe: Recipe, modules: Mapping[str, nn.Module], model: st
     """Raise ValueError if a linear of the recipe is packed already."""
     for fqn in recipe.linears:
         for module in (modules.get(fqn), modules.get(fqn.rpartition(".")[0])):
-            if isinstance(module, MicroMixLinear | MicroMixExperts):
+            if isinstance(module, MicroMixLinear | MicroMixExperts | MicroMixAttention):
                 raise ValueError(f"{model} is packed already: {fqn} is a {type(module).__name__}")
 
 
@@ -83,17 +94,29 @@ def places_of(
     refused: dict[str, str] = {}
     for names, linear in matched:
         for name in names:
-            reason = why_not_replaced(name, modules) if linear.experts is None else why_not_in_experts(name, modules)
+            reason = _why_not(name, linear, modules)
             if reason is None:
                 places[name] = linear
             elif not isinstance(modules.get(name), nn.Embedding):
                 refused[name] = reason
-    for name in [name for name, linear in places.items() if linear.experts is not None]:
+    for name, linear in places.items():
         holder = name.rpartition(".")[0]
-        others = [other for other in weight_names(modules[holder]) if f"{holder}.{other}".lstrip(".") not in places]
+        kind, together = "experts", weight_names(modules[holder]) if linear.experts is not None else ()
+        if isinstance(modules[holder], nn.MultiheadAttention):
+            kind, together = "attention", (IN_PROJ, OUT_PROJ)
+        others = [other for other in together if f"{holder}.{other}".lstrip(".") not in places]
         if others:
-            refused[name] = f"{others[0]}, the other weight of the same experts, stays as it is"
+            refused[name] = f"{others[0]}, the other weight of the same {kind}, stays as it is"
     return {name: linear for name, linear in places.items() if name not in refused}, refused
+
+
+def _why_not(name: str, linear: LinearRecipe, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why what `name` names, a module or a Parameter, can't be replaced, or None if it can."""
+    if linear.experts is not None:
+        return why_not_in_experts(name, modules)
+    if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return why_not_in_attention(name, modules)
+    return why_not_replaced(name, modules)
 
 
 def say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
@@ -120,27 +143,9 @@ def _packed_modules(
             if key not in packed:
                 packed[key] = packed_weight(matrix, linear, recipe)
             if module not in made:
-                made[module] = _pack_module(module, weight, packed[key], linear, recipe.config)
+                made[module] = packed_linear(weight, module.bias, packed[key], linear, recipe.config)
+                take_over(made[module], module)
     return {name: made[modules[name]] for name in places}
-
-
-def _pack_module(
-    module: nn.Module, weight: nn.Parameter, packed: PackedWeight, linear: LinearRecipe, config: MicroMixConfig
-) -> MicroMixLinear:
-    bias = module.bias
-    made = MicroMixLinear(
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        split=linear.split,
-        rotated=linear.group.rotated,
-        config=config,
-        bias=nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, nn.Parameter) else None,
-        device="meta",
-        dtype=weight.dtype,
-    )
-    made.load_packed(packed, linear.group.channel_perm.to(weight.device))
-    take_over(made, module)
-    return made
 
 
 def description(linear: LinearRecipe) -> dict[str, Any]:
@@ -171,6 +176,8 @@ def order_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     holder = model.get_submodule(parent)
     if isinstance(holder, MicroMixExperts):
         return holder, f"{child}_order"
+    if isinstance(holder, MicroMixAttention) and child == IN_PROJ:
+        return holder.in_proj, "order"
     module = model.get_submodule(name)
     assert isinstance(module, MicroMixLinear), f"{name} is packed"
     return module, "order"
@@ -181,3 +188,6 @@ def describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[s
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         fields = {"quant_method": QUANT_METHOD, "schema_version": SCHEMA_VERSION, "config": config.to_file()}
         model.config.quantization_config = {**fields, "linears": linears}  # type: ignore[union-attr]
+        for module in model.modules():  # as `from_pretrained` does: some models call their linears only then
+            if hasattr(module, "save_pretrained"):
+                module.config._is_quantized = True  # type: ignore[union-attr]

@@ -8,9 +8,10 @@ import torch
 
 from micromix_compile.linear.experts import (
     ExpertsWeight,
-    MicroMixExperts,
     expert_shapes,
+    in_place_of,
     is_experts,
+    is_transposed,
     weight_names,
     why_not_packed,
 )
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from micromix_compile.linear.experts import MicroMixExperts
     from micromix_compile.recipe.types import LinearRecipe, Recipe
 
 
@@ -49,12 +51,12 @@ def _pack(module: nn.Module, holder: str, places: Mapping[str, LinearRecipe], re
         name: ExpertsWeight(linear.out_features, linear.in_features, linear.split, linear.group.rotated)
         for name, linear in linears.items()
     }
-    made = MicroMixExperts(module, weights, recipe.config)
+    made = in_place_of(module, weights, recipe.config)
     with torch.no_grad():
         for name, linear in linears.items():
             weight = module.get_parameter(name).detach()
             _, n, channels = expert_shapes(module)[name]
             assert (n, channels) == weights[name][:2], "the recipe is for this weight"
-            matrices = weight.mT if module.is_transposed else weight
+            matrices = weight.mT if is_transposed(module) else weight
             made.load_packed(name, packed_weight(matrices, linear, recipe), linear.group.channel_perm.to(weight.device))
     return made

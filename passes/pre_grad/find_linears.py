@@ -13,13 +13,20 @@ from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.passes.context import LinearSite, PassContext, Routing
 from micromix_compile.passes.mutations import memory_of, written_memory
 from micromix_compile.passes.pre_grad.products import Operands, is_transpose, operands_of
+from micromix_compile.passes.pre_grad.shapes import reshaped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from micromix_compile.passes.context import Batch
+
 OF_EXPERTS: Final = (
-    "a stack of matrices is covered where grouped products read it; of transformers' experts they do after "
+    "a stack of matrices is covered where grouped or batched products read it; of transformers' experts they do after "
     'model.set_experts_implementation("grouped_mm")'
+)
+ON_THE_LEFT: Final = (
+    "a part of it is multiplied from the left",
+    f"a part of it is multiplied from the left: {OF_EXPERTS}",
 )
 CUTS: Final = ("chunk", "getitem", "narrow", "select", "slice", "split", "split_with_sizes", "tensor_split", "unbind")
 
@@ -28,7 +35,8 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
     """Fill `context.sites` and `context.refusals`. Changes nothing.
 
     A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2), as it is
-    or transposed there (Falcon); or a grouped product with a 3-dimensional one, which holds a matrix for each expert.
+    or transposed there (Falcon); or a grouped product with a 3-dimensional one, which holds a matrix for each expert;
+    or what is one of these but for the shapes of its operands.
     """
     inputs = dict(zip(graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
     search = _Search(context=context, inputs=inputs, written=written_memory(graph))
@@ -37,7 +45,12 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
         found = operands_of(node)
         if found is None:
             continue
-        operands = _untransposed(found, inputs)
+        operands = reshaped(found, inputs, search.written)
+        left = None if operands else _weight_on_the_left(found, inputs)
+        if left is not None:
+            context.refusals[context.owner.name_of(left)] = ON_THE_LEFT[left.dim() > 2]
+            continue
+        operands = operands or _untransposed(found, inputs)
         name, reason = search.refusal(operands)
         if reason is None:
             context.sites.append(search.site(node, found.weight, operands))
@@ -51,7 +64,8 @@ class _Search:
     """What is known on the way through a graph.
 
     written: memory that the graph writes to. orientation: by weight, how its first use takes it. tokens: by where
-    experts' rows end, which tokens those rows are of. depth: in how many transforms of torch.func the next node is.
+    experts' rows end, which tokens those rows are of. copies: by which expert each row goes to, how many of a token
+    there are. depth: in how many transforms of torch.func the next node is.
     """
 
     context: PassContext
@@ -59,6 +73,7 @@ class _Search:
     written: frozenset[int]
     orientation: dict[fx.Node, bool] = field(default_factory=dict)
     tokens: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    copies: dict[fx.Node, int] = field(default_factory=dict)
     depth: int = 0
 
     def refusal(self, operands: Operands) -> tuple[str, str | None]:
@@ -86,8 +101,17 @@ class _Search:
             routing = Routing(operands.offs, rows, self.tokens.get(operands.offs))
         return LinearSite(
             node=node, x=x, weight=operands.weight, operand=operand, bias=operands.bias, transposed=operands.transposed,
-            parameter=self.inputs[operands.weight], routing=routing,
+            parameter=self.inputs[operands.weight], routing=routing, batch=self._known(operands.batch),
+            turned=operands.turned,
         )  # fmt: skip
+
+    def _known(self, batch: Batch | None) -> Batch | None:
+        """The same with what other products by the same index tell of its rows."""
+        if batch is None or batch.experts is None:
+            return batch
+        if batch.copies is not None:
+            self.copies.setdefault(batch.experts, batch.copies)
+        return replace(batch, copies=self.copies.get(batch.experts))
 
 
 def ungathered(x: fx.Node, written: frozenset[int]) -> tuple[fx.Node, fx.Node | None]:
@@ -117,6 +141,17 @@ def _entered_transforms(node: fx.Node) -> int:
     """1 where a graph enters a transform of torch.func, -1 where it leaves one."""
     name = getattr(node.target, "__name__", "")
     return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+
+
+def _weight_on_the_left(operands: Operands, inputs: Mapping[fx.Node, object]) -> nn.Parameter | None:
+    """The Parameter that a product has a part of on its left, and on its right what comes from none."""
+    node = operands.x
+    while node.args and isinstance(node.args[0], fx.Node) and (is_transpose(node) or _cuts(node)):
+        node = node.args[0]
+    left = inputs.get(node)
+    if not isinstance(left, nn.Parameter) or left.dim() < 2 or not operands.transposed:
+        return None
+    return None if isinstance(inputs.get(_origin(operands.weight)), nn.Parameter) else left
 
 
 def _untransposed(operands: Operands, inputs: Mapping[fx.Node, object]) -> Operands:
@@ -194,7 +229,7 @@ def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
     """Why a product of these tensors is not covered, or None."""
     if special := why_no_plain_weight(parameter):
         return special
-    dims = 2 if operands.offs is None else 3
+    dims = 2 if operands.offs is None and operands.batch is None else 3
     if parameter.dim() != dims:
         return f"its weight has {parameter.dim()} dimensions, not {dims}"
     if parameter.dtype not in FLOAT_DTYPES:

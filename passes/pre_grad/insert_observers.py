@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from torch.fx import Node
 
 from micromix_compile.passes.graph import copy_meta
 from micromix_compile.passes.mutations import mutation_epochs
+from micromix_compile.passes.pre_grad.shapes import Shapes
 
 if TYPE_CHECKING:
     from torch import fx
 
     from micromix_compile.passes.context import LinearSite, PassContext
+    from micromix_compile.passes.pre_grad.shapes import Entered
 
 FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 
@@ -25,27 +27,43 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
     """
-    groups: dict[tuple[fx.Node, int], list[LinearSite]] = {}
-    epochs = mutation_epochs(graph)
+    groups: dict[tuple[Any, ...], list[tuple[LinearSite, Entered]]] = {}
+    epochs, shapes = mutation_epochs(graph), Shapes(graph, sort=True)
     for site in context.sites:
-        groups.setdefault((site.x, epochs[site.node]), []).append(site)
-    for (x, _), sites in groups.items():
-        first = sites[0].node
-        with graph.inserting_before(first):
-            distinct = list({site.weight: site for site in reversed(sites)}.values())[::-1]
-            columns = zip(*((site.weight, site.transposed, _routing(site)) for site in distinct), strict=True)
+        entered = shapes.enter(site, site.x)
+        key = site.x, site.turned, entered.routing and entered.routing.offs, epochs[site.node]
+        groups.setdefault(key, []).append((site, entered))
+    for members in groups.values():
+        first, x = members[0][0], members[0][1].x
+        with graph.inserting_before(first.node):
+            distinct = list({site.weight: (site, entered) for site, entered in reversed(members)}.values())[::-1]
+            columns = zip(*((one.weight, one.transposed, _tensors(routed)) for one, routed in distinct), strict=True)
             weights, transposed, routings = map(list, columns)
-            seen = (x, weights, transposed, _flattened_from(x), routings)
-            copy_meta(first, graph.call_function(context.owner.observe, seen))
-        for site in sites:
-            with graph.inserting_after(site.node):
-                watched = graph.call_function(context.owner.observe_output, (site.node, site.weight, _routing(site)))
-                copy_meta(site.node, watched)
+            source = _flattened_from(x)
+            if first.batch is not None:
+                x = graph.call_function(torch.ops.aten.reshape.default, (x, [-1, first.in_features]))
+            seen = (x, weights, transposed, source, routings)
+            copy_meta(first.node, graph.call_function(context.owner.observe, seen))
+        for site, entered in members:
+            _watch_output(shapes, site, entered, context)
     return len(groups)
 
 
-def _routing(site: LinearSite) -> list[fx.Node | None] | None:
-    return None if site.routing is None else list(site.routing)
+def _watch_output(shapes: Shapes, site: LinearSite, entered: Entered, context: PassContext) -> None:
+    """Have the observer see what comes out of `site`. Whoever reads it gets what was seen, and so its gradient."""
+    graph, readers = site.node.graph, list(site.node.users)
+    with graph.inserting_before(site.node.next):
+        out = shapes.flatten(site, entered)
+        watched = graph.call_function(context.owner.observe_output, (out, site.weight, _tensors(entered)))
+        copy_meta(site.node, watched)
+        left = shapes.leave(site, entered, out)
+    for reader in readers:
+        if left is not site.node:
+            reader.replace_input_with(site.node, left)
+
+
+def _tensors(entered: Entered) -> list[fx.Node | None] | None:
+    return None if entered.routing is None else list(entered.routing)
 
 
 def _flattened_from(x: fx.Node) -> fx.Node | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import fx
 
 from micromix_compile.lowering.torch_private.operators import BUILTIN_LINEAR, GROUPED_MM, bound, schema_of
+
+if TYPE_CHECKING:
+    from micromix_compile.passes.context import Batch
 
 aten = torch.ops.aten
 
@@ -57,13 +60,19 @@ METHODS: Final = {"mm": MM, "matmul": MATMUL, "__matmul__": MATMUL, "bmm": BMM}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operands:
-    """What a product reads; `transposed` as in `Product`. offs: where the rows of each expert end, of a grouped one."""
+    """What a product reads; `transposed` as in `Product`.
+
+    offs: where the rows of each expert end, of a grouped one. batch: of a batched one with a stack of weights.
+    turned: the weight is on the left, and x (..., C, T).
+    """
 
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     transposed: bool
     offs: fx.Node | None = None
+    batch: Batch | None = None
+    turned: bool = False
 
 
 def operands_of(node: fx.Node) -> Operands | None:

@@ -13,6 +13,7 @@ import torch
 
 from micromix_compile import ops
 from micromix_compile.passes.graph import call, copy_meta
+from micromix_compile.passes.pre_grad.shapes import Shapes
 
 if TYPE_CHECKING:
     from torch import fx
@@ -30,6 +31,7 @@ def rewrite_linears(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite every site that has a plan; fills `context.inputs`. Returns how many were rewritten."""
     perms: dict[int, fx.Node] = {}
     weights: dict[fx.Node, list[fx.Node]] = {}
+    shapes = Shapes(graph, sort=False)
     replaced: dict[fx.Node, fx.Node] = {}  # a linear may read another one's output
     for site in context.sites:
         plan = context.owner.plan(site.parameter, transposed=site.transposed)
@@ -40,7 +42,7 @@ def rewrite_linears(graph: fx.Graph, context: PassContext) -> int:
         if site.weight not in weights:
             weights[site.weight] = [_lift(graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
         x = replaced.get(site.x, site.x)
-        replaced[site.node] = _replace(graph, site, x, plan, perms[plan.group], weights[site.weight])
+        replaced[site.node] = _replace(shapes, site, x, plan, perms[plan.group], weights[site.weight])
     return len(replaced)
 
 
@@ -51,9 +53,9 @@ def _lift(graph: fx.Graph, context: PassContext, site: LinearSite, plan: LinearP
 
 
 def _replace(
-    graph: fx.Graph, site: LinearSite, x: fx.Node, plan: LinearPlan, perm: fx.Node, weights: list[fx.Node]
+    shapes: Shapes, site: LinearSite, x: fx.Node, plan: LinearPlan, perm: fx.Node, weights: list[fx.Node]
 ) -> fx.Node:
-    node = site.node
+    node, graph = site.node, site.node.graph
     example, given = node.meta["example_value"], site.x.meta.get("example_value")
     with graph.inserting_before(node):
 
@@ -62,19 +64,22 @@ def _replace(
 
         if isinstance(given, torch.Tensor) and given.dtype != example.dtype:  # autocast: as packed modules, cast first
             x = add(aten.to.dtype, x, example.dtype)
+        entered = shapes.enter(site, x)
+        x, routing = entered.x, entered.routing
         rows = add(aten.reshape.default, x, [-1, site.in_features])
         quantized = copy_meta(node, _quantize(graph, rows, perm, plan))
         parts = [add(operator.getitem, quantized, i) for i in range(4)]
         operands: dict[str, Any] = dict(zip((*ACTIVATION, *WEIGHT), (*parts, *weights), strict=True))
         operands |= {"bias": site.bias, "fp6": plan.layout.fp6, "out_dtype": example.dtype}
-        if site.routing is None:
+        if routing is None:
             product = copy_meta(node, call(graph, ops.mixed_mx_mm, **operands))
             leading = [add(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]
             out = add(aten.reshape.default, product, [*leading, site.out_features])
         else:
-            own = site.routing.rows or add(aten.arange.default, add(aten.sym_size.int, x, 0), device=example.device)
-            rows, offs = (add(aten.to.dtype, index, torch.int32) for index in (own, site.routing.offs))
+            own = routing.rows or add(aten.arange.default, add(aten.sym_size.int, rows, 0), device=example.device)
+            rows, offs = (add(aten.to.dtype, index, torch.int32) for index in (own, routing.offs))
             out = copy_meta(node, call(graph, ops.grouped_mx_mm, **operands, rows=rows, offs=offs))
+        out = shapes.leave(site, entered, out)
     node.replace_all_uses_with(out)
     graph.erase_node(node)
     return out

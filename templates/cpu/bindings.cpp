@@ -11,18 +11,10 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "arguments.h"
 #include "isa.h"
 #include "mixed_mx_mm.h"
 #include "reorder_quantize.h"
-
-#ifndef MICROMIX_NAMESPACE
-#define MICROMIX_NAMESPACE micromix
-#endif
-
-// Messages are put together without iostream: where a toolchain links libstdc++ statically, its locales are not those
-// of the libstdc++ that torch loaded, and a stream crashes.
-#define CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, concat(__VA_ARGS__))
-#define CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, concat(__VA_ARGS__))
 
 namespace {
 
@@ -32,40 +24,16 @@ using micromix::Coding;
 using micromix::Fp6;
 using micromix::kBlock;
 using micromix::ScaleRounding;
+using micromix::concat;
+using micromix::is_kernel_float;
+using micromix::name_of;
+using micromix::parse_rounding;
+using micromix::text_of;
 using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-void append(std::string& text, std::string_view part) { text += part; }
-void append(std::string& text, int64_t number) { text += std::to_string(number); }
-
-template <typename... Parts>
-std::string concat(const Parts&... parts) {
-  std::string text;
-  (append(text, parts), ...);
-  return text;
-}
-
-// "torch.float64" and "(3, 4)", as Python's messages have them.
-std::string name_of(const caffe2::TypeMeta dtype) {
-  return "torch." + std::string(c10::getDtypeNames(dtype.toScalarType()).first);
-}
-
-std::string text_of(at::IntArrayRef shape) {
-  std::string text;
-  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  return "(" + text + (shape.size() == 1 ? ",)" : ")");
-}
 
 Fp6 parse_fp6(std::string_view name) {
   CHECK_VALUE(name == "e2m3" || name == "e3m2", "fp6 must be one of e2m3, e3m2, got '", name, "'");
   return name == "e2m3" ? Fp6::e2m3 : Fp6::e3m2;
-}
-
-ScaleRounding parse_rounding(std::string_view name) {
-  if (name == "floor") return ScaleRounding::floor;
-  if (name == "rceil") return ScaleRounding::rceil;
-  if (name == "even") return ScaleRounding::even;
-  CHECK_VALUE(name == "fit", "'", name, "' is not a valid ScaleRounding");
-  return ScaleRounding::fit;
 }
 
 Activations parse_activations(std::string_view name) {
@@ -73,10 +41,6 @@ Activations parse_activations(std::string_view name) {
   if (name == "fp8") return Activations::fp8;
   CHECK_VALUE(name == "mxfp6", "activations must be one of same, fp8, mxfp6, got '", name, "'");
   return Activations::mxfp6;
-}
-
-bool is_kernel_float(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
 void check_split(int64_t k4, int64_t k6, int64_t k8, int64_t channels) {

@@ -60,7 +60,7 @@ def _add_step(acc, words, x_ring, bars, it, C: gl.constexpr, ME: gl.constexpr):
 
 
 @gluon.jit
-def _add_slots(acc, rings, first, last, at, it, slots4, slots6, C: gl.constexpr, ME: gl.constexpr):
+def add_slots(acc, rings, first, last, at, it, slots4, slots6, C: gl.constexpr, ME: gl.constexpr):
     """acc and all slots from `first` to `last`. at, it: slots and steps so far."""
     x_ring, p_ring, f_ring, bars = rings
     for _ in range(first, gl.minimum(last, slots4)):
@@ -81,7 +81,7 @@ def _add_slots(acc, rings, first, last, at, it, slots4, slots6, C: gl.constexpr,
 
 
 @gluon.jit
-def _store_rows(acc, out, ring, m, n, M, N, C: gl.constexpr, ME: gl.constexpr, INDEX: gl.constexpr):
+def store_rows(acc, out, ring, m, n, M, N, C: gl.constexpr, ME: gl.constexpr, INDEX: gl.constexpr):
     """acc (64, ...) transposed and stored from out[m, n] on, CHUNK rows at a time, as far as it lies inside.
 
     Through shared memory, for whole lines. Not by TMA: another three descriptors would cost a host's time at each call,
@@ -90,8 +90,8 @@ def _store_rows(acc, out, ring, m, n, M, N, C: gl.constexpr, ME: gl.constexpr, I
     ROWS: gl.constexpr = acc.shape[1]
     if ROWS > C.CHUNK:
         upper, lower = gl.split(gl.permute(gl.reshape(acc, [64, 2, ROWS // 2]), [0, 2, 1]))
-        _store_rows(upper, out, ring, m, n, M, N, C, ME, INDEX * 2)
-        _store_rows(lower, out, ring, m + ROWS // 2, n, M, N, C, ME, INDEX * 2 + 1)
+        store_rows(upper, out, ring, m, n, M, N, C, ME, INDEX * 2)
+        store_rows(lower, out, ring, m + ROWS // 2, n, M, N, C, ME, INDEX * 2 + 1)
     else:
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         buffer = ring.index(ME * 2 + INDEX % 2)  # of two: threads that still read are at most one chunk behind
@@ -105,7 +105,7 @@ def _store_rows(acc, out, ring, m, n, M, N, C: gl.constexpr, ME: gl.constexpr, I
 
 
 @gluon.jit
-def _store_tile(acc, out, out_ring, x_row_scale, scale, offset, m, n, M, N, C: gl.constexpr, ME: gl.constexpr):
+def store_tile(acc, out, out_ring, x_row_scale, scale, offset, m, n, M, N, C: gl.constexpr, ME: gl.constexpr):
     """acc * scales + bias, rounded once. scale, offset: of its 64 weights.
 
     Scales of x are read two at a time: the one behind an odd number of rows lies in the same 8 bytes, aligned memory of
@@ -120,7 +120,7 @@ def _store_tile(acc, out, out_ring, x_row_scale, scale, offset, m, n, M, N, C: g
     if C.HAS_BIAS:
         result += offset[:, None]
     barrier()  # nobody reads the last tile's any more
-    _store_rows(result, out, out_ring, m, n, M, N, C, ME, 0)
+    store_rows(result, out, out_ring, m, n, M, N, C, ME, 0)
 
 
 @gluon.jit
@@ -150,7 +150,7 @@ def _multiply(args, C: gl.constexpr, ME: gl.constexpr):
             bias = of_group(column, tiles0, tiles1, biases[0], biases[1], biases[2], C.GROUPS)
             offset = gl.load(bias + n, mask=inside, other=0.0).to(gl.float32)
         acc = gl.zeros([64, C.BLOCK_M], gl.float32, layout)
-        acc, at, it = _add_slots(
+        acc, at, it = add_slots(
             acc, rings, slot_of(first, slots4), slot_of(last, slots4), at, it, slots4, slots6, C, ME
         )  # fmt: skip
         if last < steps:
@@ -159,7 +159,7 @@ def _multiply(args, C: gl.constexpr, ME: gl.constexpr):
             if first > 0:
                 acc = add_parts(acc, partial, locks, tile, tiles, whole, steps, C, ME)
             out = of_group(column, tiles0, tiles1, outs[0], outs[1], outs[2], C.GROUPS)
-            _store_tile(
+            store_tile(
                 acc, out, out_ring, x_row_scale, scale, offset, row * C.BLOCK_M, n_first, M, columns, C, ME
             )  # fmt: skip
 
@@ -174,7 +174,7 @@ def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _rings(x_desc, w8_desc, f_desc, C: gl.constexpr):
+def make_rings(x_desc, w8_desc, f_desc, C: gl.constexpr):
     """Shared memory and its barriers. The barriers of `turns` are two, or none."""
     CONSUMERS: gl.constexpr = C.BLOCK_N // 64
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [C.X_STAGES, C.BLOCK_M, 128], x_desc.layout)
@@ -210,7 +210,7 @@ def folded_mm_rows_kernel(
 ):  # fmt: skip
     """Each out = (x @ w.T) * x_row_scale * w_row_scale + bias, rounded once."""
     CONSUMERS: gl.constexpr = C.BLOCK_N // 64
-    rings = _rings(x, w8_0, w_factor_0, C)
+    rings = make_rings(x, w8_0, w_factor_0, C)
     out_ring = gl.allocate_shared_memory(
         gl.bfloat16, [CONSUMERS * 2, C.CHUNK, 64], gl.NVMMASharedLayout(128, 16, rank=2)
     )  # fmt: skip

@@ -46,3 +46,11 @@ def wait_for_inputs():
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def uniform(value):
+    """An int32 that all threads of a warp have the same, as one that the compiler knows to be so."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [value], dtype=gl.int32, is_pure=True, pack=1
+    )

@@ -24,7 +24,7 @@ K_STEP = gl.constexpr(128)
 
 
 @gluon.jit
-def _column_of(step, slots4, slots6, blocks4, blocks6):
+def column_of(step, slots4, slots6, blocks4, blocks6):
     """Where a step begins in a row of x. A segment's last may reach into the next one, for weights that are zeros."""
     beyond = step - 2 * slots4
     behind6 = (blocks4 + (blocks6 + 1) // 2 * 2) * 32 + (beyond - slots6) * K_STEP
@@ -48,36 +48,35 @@ def load_x(args, C: gl.constexpr):
             stage = it % C.X_STAGES
             mbarrier.wait(x_empty.index(stage), (it // C.X_STAGES & 1) ^ 1)
             mbarrier.expect(x_full.index(stage), x_desc.block_type.nbytes)
-            where = [row * C.BLOCK_M, _column_of(step, slots4, slots6, blocks4, blocks6)]
+            where = [row * C.BLOCK_M, column_of(step, slots4, slots6, blocks4, blocks6)]
             tma.async_copy_global_to_shared(x_desc, where, x_full.index(stage), x_ring.index(stage))
             it += 1
 
 
 @gluon.jit
-def _load_fp6(w6_desc, n, N, slot, packed, landed, C: gl.constexpr):
-    """Three planes of a slot. N: rows of a plane."""
-    planes = packed._reinterpret(gl.int32, [4, C.BLOCK_N, 8], PLANE)
-    for plane in gl.static_range(3):
-        tma.async_copy_global_to_shared(w6_desc, [plane * N + n, slot * 8], landed, planes.index(plane))
+def load_slot(descs, corner, slot, slots4, slots6, blocks4, packed, factors, landed, C: gl.constexpr):
+    """A slot of a tile's weights and factors.
 
-
-@gluon.jit
-def _load_slot(descs, n, N, slot, sizes, packed, factors, landed, C: gl.constexpr):
-    """A slot of the weights from row n on, N in all."""
+    corner: (row of w4 and w8, row of w6's first plane, rows from a plane to the next, row of factors, column of them)
+    that the tile begins with.
+    """
     w4_desc, w6_desc, w8_desc, f_desc = descs
-    row_tiles, column_tiles, tiles0, tiles1, whole, slots4, slots6, slots8, blocks4, blocks6 = sizes
+    n, n6, plane_rows, above, column = corner
     LINE: gl.constexpr = C.BLOCK_N * 4
-    word = gl.where(slot < slots4, 2 * slot, (blocks4 + 3) // 4 + slot - slots4)
+    word = above + gl.where(slot < slots4, 2 * slot, (blocks4 + 3) // 4 + slot - slots4)
     if slot < slots4:
         mbarrier.expect(landed, (32 + 2) * LINE)
         tma.async_copy_global_to_shared(w4_desc, [n, slot * 32], landed, packed)
     elif slot < slots4 + slots6:
         mbarrier.expect(landed, (24 + 2) * LINE)
-        _load_fp6(w6_desc, n, N, slot - slots4, packed, landed, C)
+        planes = packed._reinterpret(gl.int32, [4, C.BLOCK_N, 8], PLANE)
+        for plane in gl.static_range(3):
+            where = [n6 + plane * plane_rows, (slot - slots4) * 8]
+            tma.async_copy_global_to_shared(w6_desc, where, landed, planes.index(plane))
     else:
         mbarrier.expect(landed, (32 + 2) * LINE)
         tma.async_copy_global_to_shared(w8_desc, [n, (slot - slots4 - slots6) * 32], landed, packed)
-    tma.async_copy_global_to_shared(f_desc, [word, n], landed, factors)
+    tma.async_copy_global_to_shared(f_desc, [word, column], landed, factors)
 
 
 @gluon.jit
@@ -104,5 +103,7 @@ def load_w(args, C: gl.constexpr):
             stage = at % C.P_STAGES
             mbarrier.wait(p_empty.index(stage), (at // C.P_STAGES & 1) ^ 1)
             packed, factors = p_ring.index(stage), f_ring.index(stage)
-            _load_slot(descs, n, rows, slot, sizes, packed, factors, p_full.index(stage), C)
+            load_slot(
+                descs, (n, n, rows, 0, n), slot, slots4, slots6, blocks4, packed, factors, p_full.index(stage), C
+            )  # fmt: skip
             at += 1

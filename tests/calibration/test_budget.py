@@ -69,6 +69,17 @@ def test_splits_sum_to_k_in_granules_within_the_budget(problem: tuple[list[Candi
         assert sum(k % granularity != 0 for k in split) <= 2  # as for the thresholds: one count takes what is left
 
 
+@given(problems(), st.floats(4, 9))
+def test_mxfp6_gets_even_numbers_of_blocks_where_pairs_are_asked_for(
+    problem: tuple[list[Candidates], int], bits: float
+) -> None:
+    groups = [dataclasses.replace(group, pairs_mxfp6=True) for group in problem[0]]
+    budget = bits * channels(groups)
+    splits = solve_budget(groups, budget, problem[1])
+    assert all(k6 % 64 == 0 for _, k6, _ in splits)
+    assert sum(price(g, s) for g, s in zip(groups, splits, strict=True)) <= budget * (1 + 1e-9)
+
+
 @given(problems(), st.floats(4, 9), st.floats(4, 9))
 def test_a_larger_budget_never_takes_bits_from_a_group(
     problem: tuple[list[Candidates], int], a: float, b: float

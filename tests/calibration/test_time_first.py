@@ -90,7 +90,8 @@ def test_as_many_sequences_as_tokens_are_read_as_batches_before_were_or_said(
     with caplog.at_level(logging.WARNING, "micromix_compile"):
         told = statistics(model, [torch.randint(1, 99, (2, 5)), square])
         assert {seen.tokens for seen in told.values()} == {10 + 7}
-        assert not [record for record in caplog.records if record.name == "micromix_compile"]
+        said = [record.getMessage() for record in caplog.records if record.name == "micromix_compile"]
+        assert not [message for message in said if "stay unquantized" not in message]  # XLNet's attention
         untold = statistics(model, [square])
     assert all(0 < seen.tokens <= 7 for seen in untold.values())
     assert sum("(batch, time) or (time, batch)" in record.getMessage() for record in caplog.records) == 1

@@ -185,6 +185,18 @@ def test_checkpoints_in_several_files_load_and_are_verified(original: Path, tmp_
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
     assert torch.equal(logits(tmp_path), logits(original))
+    index = tmp_path / "model.safetensors.index.json"
+    said = index.read_bytes()
+    for damaged, message in {
+        said.replace(b"model-00002", b"\xff"): "is not JSON",
+        said.replace(b'"model-00002', b'1, "x": "'): "weight_map must be a mapping from tensors to files",
+        said.replace(b'"metadata"', b'"x"'): "metadata must be a mapping, got None",
+    }.items():
+        index.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message) as error:
+            logits(tmp_path)
+        assert str(error.value).startswith(str(index))
+    index.write_bytes(said)
     tensors = load_file(shards[1])
     flip(next(iter(tensors.values())))
     save_file(tensors, shards[1], metadata={"format": "pt"})

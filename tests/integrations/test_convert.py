@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "model.safetensors"
-RUN = ("mxfp4", "mxfp6", "mxfp8", "mixed")
+RUN = ("mxfp4", "mxfp4a8", "mxfp6", "mxfp8", "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,9 @@ def test_a_converted_model_is_the_one_that_compressed_tensors_runs(originals: Pa
     assert len(weights) == 7
     for name, weight in weights.items():
         assert torch.equal(weight, reference.get_submodule(name).weight.float())
-    assert ours.get_submodule(UP).layout.scale_rounding == ("rceil" if kind in ("mxfp6", "mxfp8") else "even")
+    up = ours.get_submodule(UP)
+    assert up.layout.scale_rounding == ("rceil" if kind in ("mxfp4a8", "mxfp6", "mxfp8") else "even")
+    assert (up.weight_q4.numel() > 0) == (kind in ("mxfp4", "mxfp4a8", "mixed")), "4 bits where all weights have 4"
 
 
 def test_modelopts_weights_are_those_that_it_dequantizes(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_modelopts_older_file_says_the_same_as_its_config(tmp_path: Path) -> Non
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "mxfp8", "mixed", "weight-only"])
+@pytest.mark.parametrize("kind", ["mxfp4", "mxfp4a8", "mxfp8", "mixed", "weight-only"])
 def test_there_and_back_codes_and_scales_are_the_same_bytes(originals: Path, kind: str, tmp_path: Path) -> None:
     named = "fp8" if kind == "weight-only" else None
     micromix.convert(originals / kind, tmp_path / "packed", activations=named)
@@ -120,6 +122,7 @@ def test_activations_without_a_twin_are_refused_until_the_caller_names_some(
         module = model.get_submodule(UP)
         assert module.layout.activations == mode
         assert module.split == tuple(64 * (one == form) for one in THEIR_FORMATS)
+        assert module.weight_q4.shape == (96, 32), "the weights stay in 4 bits"
         assert logits(model).isfinite().all()
     assert f"activations {named}, as was asked for" in micromix.convert(
         originals / kind, tmp_path / "packed", activations=named
@@ -164,9 +167,16 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no quantization": (lambda c: c.pop("quantization_config"), "must be a mapping, got None: it is not quantized"),
     "another method": (
         lambda c: c["quantization_config"].update(quant_method="gptq"),
-        r"quant_method is 'gptq'; read are compressed-tensors \(mxfp4-pack-quantized, .*modelopt \(MXFP8\)",
+        r"quant_method is 'gptq'; read are compressed-tensors \(mxfp4-pack-quantized, .*modelopt \(MXFP8\), mxfp4",
     ),
-    "experts alone": (lambda c: c["quantization_config"].update(quant_method="mxfp4"), "gpt-oss: it quantizes experts"),
+    "gpt-oss's without experts": (
+        lambda c: c.update(quantization_config={"quant_method": "mxfp4"}),
+        "names no linear of LlamaForCausalLM",
+    ),
+    "a field that gpt-oss has not": (
+        lambda c: c.update(quantization_config={"quant_method": "mxfp4", "bits": 4}),
+        "quantization_config.bits is not a field that is read; read are quant_method, modules_to_not_convert",
+    ),
     "another algorithm of modelopt": (
         lambda c: c.update(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}),
         "quant_algo is 'NVFP4'; read is 'MXFP8'",
@@ -321,7 +331,7 @@ def test_files_that_are_missing_cut_short_or_of_another_index_are_refused(tmp_pa
         ({"policy": "mxfp4", "rotate": "all", "uniform_order": "model"}, "of its channels are rotated"),
         ({"policy": "mxfp8", "uniform_order": "sheltered", "rotate": "none"}, "must be in the model's order"),
         ({"policy": "mxfp6", "fp6": "e3m2", "uniform_order": "model", "rotate": "none"}, "MXFP6 is e2m3, and"),
-        ({"policy": "mxfp8", "weights": "mxfp4", "uniform_order": "model", "activations": "same"}, "is mxfp4 and its"),
+        ({"policy": "mxfp6", "weights": "mxfp4", "uniform_order": "model", "activations": "same"}, "is mxfp4 and its"),
     ],
 )
 def test_packed_models_that_compressed_tensors_has_no_name_for_are_refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,8 @@ from transformers import StaticCache
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import micromix_compile as micromix
 
 
@@ -23,6 +27,18 @@ def launches(run: object, *arguments: object) -> list[str]:
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
     return [event.name for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]
+
+
+@contextlib.contextmanager
+def waits_refused() -> Iterator[None]:
+    """An error for every wait for the GPU within; torch warns once that it does not see every kind."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def compiled(model: nn.Module, recipe: micromix.Recipe, *, exact: bool = True, **options: object) -> nn.Module:

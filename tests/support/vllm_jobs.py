@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -130,13 +131,13 @@ def _fold_on_cpu() -> list[int]:
 
     register_target(Row(serves=lambda d: d.type == "cpu", target=lambda _: Target(name="folds", passes=FOLDED)))
     calls: list[int] = []
-    product = ops.folded_mm
 
-    def counted(*args: Any) -> Any:
+    def counted(product: Any, *args: Any) -> Any:
         calls.append(1)
         return product(*args)
 
-    ops.folded_mm = counted
+    ops.folded_mm = partial(counted, ops.folded_mm)
+    ops.grouped_folded_mm = partial(counted, ops.grouped_folded_mm)
     return calls
 
 

@@ -15,7 +15,7 @@ from support.strategies import activation_formats, fp6_formats, hostile_rows, sc
 from torch import Tensor
 
 from micromix_compile import ops
-from micromix_compile.numerics import packing, reference
+from micromix_compile.numerics import kv_cache, packing, reference
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding, elem_format
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets import cpu
@@ -31,7 +31,7 @@ VARIANTS = {
     "micromix_avx512": ("-DMICROMIX_NO_AMX", "-DMICROMIX_NAMESPACE=micromix_avx512"),
     "micromix_portable": ("-DMICROMIX_PORTABLE", "-DMICROMIX_NAMESPACE=micromix_portable"),
 }
-OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm", "grouped_mx_mm")
+OP_NAMES = ("reorder_quantize", "rms_norm_reorder_quantize", "mixed_mx_mm", "grouped_mx_mm", "write_kv")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -360,9 +360,18 @@ def test_every_variant_computes_each_experts_rows_as_a_product_of_their_own(
     assert not got[-2:].any()
 
 
-@pytest.mark.parametrize(
-    "op", [*(name for name in OP_NAMES if name != "grouped_mx_mm"), "silu_mul_reorder_quantize", "dequantize_weight"]
-)
+@pytest.mark.parametrize("block_size", [80, 16])
+def test_every_variant_writes_the_same_cache(variant: Any, block_size: int) -> None:
+    """Rows of every magnitude, of 80 channels, which are no whole number of vectors."""
+    for _, x, _ in rows_of_every_size(4, 80, 80, torch.bfloat16):
+        states, position = x.view(1, 1, *x.shape), torch.randperm(len(x))
+        got, want = ([torch.zeros(1, 1, len(x), n).byte() for n in (80, 80 // block_size) * 2] for _ in range(2))
+        variant.write_kv(states, states, position, *got, "fit")
+        kv_cache.write_kv(states, states, position, *want, "fit")
+        assert equal_bytes(tuple(got), tuple(want))
+
+
+@pytest.mark.parametrize("op", [*OP_NAMES[:3], "silu_mul_reorder_quantize", "dequantize_weight"])
 @pytest.mark.parametrize(("activations", "rotated"), [("same", 0), ("same", 96), ("fp8", 32), ("mxfp6", 0)])
 def test_opcheck_finds_nothing(op: str, activations: str, rotated: int) -> None:
     perm, split = torch.arange(96, dtype=torch.int32), (32, 32, 32)

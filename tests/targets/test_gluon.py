@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from support.folded import OnePlan, folded_rows, random_weight
+from support.grouped import folded_experts
 
-from micromix_compile.targets import cuda_driver, gluon, hopper
+from micromix_compile.targets import cuda_driver, gluon, gluon_grouped, gluon_launch, hopper
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, FoldedTiles
-from micromix_compile.targets.gluon import Loaded
 from micromix_compile.targets.gluon_kernels import boxes_of, parameters_of, refusal
+from micromix_compile.targets.gluon_launch import Loaded
 from micromix_compile.targets.gluon_tiles import GluonKernel, GluonTile, Plan, gluon_sm_90
 from micromix_compile.targets.hopper import TritonFolded
 from micromix_compile.targets.kernels import FoldedWeight
@@ -80,11 +81,11 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
-    for kept in ("_groups", "_maps", "_loaded"):
-        monkeypatch.setattr(gluon, kept, {})
+    monkeypatch.setattr(gluon, "_groups", {})
+    monkeypatch.setattr(gluon_launch, "_maps", {})
     monkeypatch.setattr(cuda_driver, "driver", lambda: made)
     monkeypatch.setattr(cuda_driver, "_thread", SimpleNamespace(has_context=True))
-    monkeypatch.setattr(gluon, "_load", lambda kernel, device: Loaded(FUNCTION, 256, 1000))
+    monkeypatch.setattr(gluon, "load", lambda kernel, device: Loaded(FUNCTION, 256, 1000))
     monkeypatch.setattr(gluon, "raw_stream", lambda device: STREAM)
     monkeypatch.setattr(gluon, "current_device", lambda: -1)  # what get_device() of a CPU's tensor says
     return made
@@ -176,13 +177,14 @@ def test_sums_of_parts_have_room_of_their_own_where_tiles_are_shared(
 
 
 def test_what_is_kept_does_not_grow_without_end(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon, "MOST_KEPT", 3)
+    for module in (gluon, gluon_launch):
+        monkeypatch.setattr(module, "MOST_KEPT", 3)
     monkeypatch.setattr(gluon, "MOST_SHAPES", 2)
     weights = [random_weight(16, SPLIT, "e3m2")]
     for _ in range(9):
         multiply(driver, folded_rows(65, SPLIT, "e3m2"), weights, Plan(TILE, 1, 1))
         multiply(driver, folded_rows(65, SPLIT, "e3m2"), [random_weight(16, SPLIT, "e3m2")], Plan(TILE, 1, 1))
-        assert len(gluon._maps) <= 3
+        assert len(gluon_launch._maps) <= 3
         assert len(gluon._groups) <= 3
     for rows in range(65, 72):
         multiply(driver, folded_rows(rows, SPLIT, "e3m2"), weights, Plan(TILE, 1, 1))
@@ -312,16 +314,49 @@ def test_arguments_lie_apart() -> None:
     weights = [random_weight(n, SPLIT, "e2m3", bias=True) for n in (8, 8, 8)]
     kernel = GluonKernel.of(TILE, weights, "e2m3")
     values = {name: bytes([i % 250 + 1]) * (128 if i % 3 else 8) for i, name in enumerate(parameters_of(kernel))}
-    room = gluon._room(kernel, values)
+    per_call = ("x_row_scale", "partial", "locks", "out_0", "out_1", "out_2"), ("M", "whole")
+    room = gluon_launch.room_for(kernel, values, *per_call)
     place = 0
     for name, kind in parameters_of(kernel).items():
         is_map = kind.startswith("tensordesc")
-        if name not in ("x", "x_row_scale", "partial", "locks", "out_0", "out_1", "out_2", "M", "whole"):
+        if name not in ("x", *per_call[0], *per_call[1]):
             assert ctypes.string_at(room.pointers[place], len(values[name])) == values[name]
         assert not is_map or room.pointers[place] % 64 == 0
         place += 5 if is_map else 1
     assert place + 2 == len(room.pointers)
     assert set(boxes_of(kernel)) == {"x", "w4", "w6", "w8", "w_factor"}
+
+
+def test_a_launch_with_experts_is_passed_weights_below_each_other(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are gathered first, in a launch that Triton's interpreter runs here."""
+    monkeypatch.setattr(gluon_grouped, "_launches", {})
+    monkeypatch.setattr(gluon_grouped, "load", lambda kernel, device: Loaded(FUNCTION, 256, 1000))
+    monkeypatch.setattr(gluon_grouped, "raw_stream", lambda device: STREAM)
+    monkeypatch.setattr(gluon_grouped, "current_device", lambda: -1)
+    x, one = folded_rows(9, SPLIT, "e3m2"), folded_experts(3, 136, SPLIT, "e3m2", bias=True)
+    w = one._replace(bias=None if one.bias is None else one.bias.bfloat16())
+    rows, offs = torch.tensor([8, 0, 0, 5], dtype=torch.int32), torch.tensor([1, 1, 3], dtype=torch.int32)
+    driver.kernel = GluonKernel.of(TILE, [w], "e3m2", experts=True)
+    for _ in range(2):
+        out = gluon_grouped.multiply(x.q, x.row_scale, rows, offs, w, "e3m2", TILE, 7)
+    assert out is not None
+    assert (out.shape, out.dtype) == ((4, 136), torch.bfloat16)
+    grid, got = driver.launches[-1]
+    assert grid == (7, 1, 1)
+    assert len(driver.encoded) <= 6  # the weights' once
+    width = x.q.shape[1]
+    assert got["x"][1:] == (0, width, 4, width, 128, 128, 3)
+    assert got["w4"] == (w.w4.data_ptr(), 3, 12, 3 * 136, 48, 32, 64, 3)
+    assert got["w6"] == (w.w6.data_ptr(), 3, 4, 9 * 136, 16, 8, 64, 1)
+    assert got["w8"] == (w.w8.data_ptr(), 3, 8, 3 * 136, 32, 32, 64, 3)
+    assert got["w_factor"] == (w.factor.data_ptr(), 3, 136, 9, 4 * 136, 64, 2, 0)
+    assert w.bias is not None
+    pointers = {"out": out, "offs": offs, "w_row_scale": w.row_scale, "bias": w.bias}
+    assert {name: got[name] for name in pointers} == {name: part.data_ptr() for name, part in pointers.items()}
+    numbers = ("R", "N", "E", "column_tiles", "words", "blocks4", "blocks6", "blocks8")
+    assert [got[name] for name in numbers] == [4, 136, 3, 3, 3, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from micromix_compile.targets import cuda_driver, gluon_offline
 from micromix_compile.targets.folded_tiles import FOLDED_SM_90, PROCESSORS
 from micromix_compile.targets.gluon_kernels import boxes_of, parameters_of
 from micromix_compile.targets.gluon_tiles import GluonKernel, gluon_sm_90
+from micromix_compile.targets.grouped_tiles import GROUPED_SM_90
 from micromix_compile.targets.groups import MAX_GROUP
 
 if TYPE_CHECKING:
@@ -33,18 +34,24 @@ KERNELS = [
     for fp6 in FP6_FORMATS
     for groups, bias in ((1, False), (2, False), (MAX_GROUP, False), (MAX_GROUP, True))
 ]
+KERNELS += [
+    GluonKernel(tile=tile, FP6=fp6, GROUPS=1, HAS_BIAS=bias, EXPERTS=True)
+    for tile in dict.fromkeys(tile for _, tile in GROUPED_SM_90.many)
+    for fp6 in FP6_FORMATS
+    for bias in (False, True)
+]
 
 
 def name(kernel: GluonKernel) -> str:
     """Such as `256x128-e2m3-3-bias`."""
     tile = f"{kernel.tile.BLOCK_M}x{kernel.tile.BLOCK_N}"
-    return f"{tile}-{kernel.FP6}-{kernel.GROUPS}{'-bias' * kernel.HAS_BIAS}"
+    return f"{tile}-{kernel.FP6}-{kernel.GROUPS}{'-bias' * kernel.HAS_BIAS}{'-experts' * kernel.EXPERTS}"
 
 
 def properties(kernel: GluonKernel) -> tuple[object, ...]:
     """Of every run's: each tile with the most that it has, each format once."""
-    has_most = kernel.GROUPS == MAX_GROUP and kernel.HAS_BIAS
-    return (kernel.tile, ("FP6", kernel.FP6)) if has_most else ()
+    has_most = kernel.HAS_BIAS and (kernel.GROUPS == MAX_GROUP or kernel.EXPERTS)
+    return ((kernel.tile, kernel.EXPERTS), ("FP6", kernel.FP6)) if has_most else ()
 
 
 QUICK = cover(KERNELS, properties)
@@ -135,7 +142,8 @@ def test_the_launcher_passes_what_triton_s_would(compiled: dict[str, GluonCompil
     assert not unread & set(result.read)
     assert not {len(sizes), len(sizes) + 1} & set(result.read)
     boxes, of_triton = boxes_of(kernel), {0: 0, 3: 3, 8: 10}
-    wanted = [boxes[one.rpartition("_")[0] or one] for one, kind in types.items() if kind.startswith("tensordesc")]
+    described = [one for one, kind in types.items() if kind.startswith("tensordesc")]
+    wanted = [boxes[one if one in boxes else one.rpartition("_")[0]] for one in described]
     assert result.boxes == tuple(
         (box.rows, box.columns, cuda_driver.SWIZZLES[box.swizzle], of_triton[cuda_driver.DATA_TYPES[box.dtype]])
         for box in wanted

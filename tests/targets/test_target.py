@@ -130,7 +130,7 @@ def test_the_persistent_kernel_is_asked_first_where_triton_compiles_it_and_its_a
     assert tiles is not None
     assert tiles.gluon is None
     assert [record.getMessage() for record in caplog.records] == [
-        "a GPU: products of 64 to 1,024 rows run as others do: there is a reason"
+        "a GPU: products that the persistent kernels take run as others do: there is a reason"
     ]
 
 

@@ -28,6 +28,7 @@ from micromix_compile.numerics.grouped import expert_of, runs_of
 from micromix_compile.numerics.layout import PackedWeight
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets.folded_tiles import FoldedTile
+from micromix_compile.targets.gluon_grouped import gather_call
 from micromix_compile.targets.grouped import TritonGrouped, grouped_folded_mm_call
 from micromix_compile.targets.grouped_tiles import GROUPED_SM_90, most_row_tiles
 from micromix_compile.targets.kernels import FoldedWeight
@@ -294,6 +295,21 @@ def test_experts_without_rows_are_not_read(device: str) -> None:
     x.row_scale[2] = torch.nan
     got = FOLDED.multiply_folded(x.q, x.row_scale, rows, offs, weight, "e2m3", torch.float32, tile=tile, split=shared)
     assert torch.equal(got.isnan().all(1).cpu(), torch.tensor([False, True]))
+
+
+@pytest.mark.parametrize("width", [32, 2048, 2080])
+def test_rows_are_gathered_as_experts_take_them_and_scales_of_others_are_zeros(device: str, width: int) -> None:
+    """What rows behind the last read is not looked at: it need not be there."""
+    q, scale = torch.randint(0, 256, (TOKENS, width), dtype=torch.uint8, device=device), torch.randn(TOKENS)
+    rows = torch.tensor([3, 8, 0, 0, 1 << 30], dtype=torch.int32, device=device)
+    offs = torch.tensor([1, 1, 4], dtype=torch.int32, device=device)
+    out = torch.full((5, width), 0xA5, dtype=torch.uint8, device=device)
+    out_scale = torch.full((5,), torch.nan, device=device)
+    gather_call(q, scale.to(device), rows, offs, out, out_scale).launch_on(out)
+    of = rows[:4].long().cpu()
+    assert torch.equal(out[:4].cpu(), q.cpu()[of])
+    assert torch.equal(out_scale.cpu(), torch.cat((scale[of], torch.zeros(1))))
+    assert bool((out[4] == 0xA5).all())
 
 
 def test_the_sum_is_rounded_once(device: str) -> None:

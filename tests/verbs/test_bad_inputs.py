@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ import micromix_compile as micromix
 from micromix_compile.calibration.sensitivity import CostProbe
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.numerics.formats import ScaleRounding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -58,6 +63,47 @@ def test_a_single_token_is_enough(shape: tuple[int, ...]) -> None:
     recipe = micromix.calibrate(model(), [torch.randn(shape)])
     assert {linear.group.statistics.tokens for linear in recipe.linears.values()} == {1}
     assert set(recipe.packed) == {"first", "second"}
+
+
+# Types
+
+
+def refused(call: Callable[[], object]) -> str:
+    """What a TypeError says."""
+    with pytest.raises(TypeError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_verbs_name_the_type_that_they_were_given_and_what_they_take() -> None:
+    net, x = model(), torch.randn(2, 5, 64)
+    recipe = micromix.calibrate(net, [x], MicroMixConfig(policy="mxfp8", **NEAREST))
+    no_config = "config must be a MicroMixConfig, got dict; MicroMixConfig(**options) makes one of a mapping"
+    no_recipe = "recipe must be a Recipe, got str; calibrate makes one, Recipe.load(path) reads one"
+    no_batches = "batches must be several tensors or mappings, got"
+    for config in ({}, {"policy": "mxfp8"}):
+        assert refused(lambda config=config: micromix.calibrate(net, [x], config)) == no_config
+        assert refused(lambda config=config: micromix.assign(recipe, config)) == no_config
+        assert refused(lambda config=config: next(micromix.calibrate_each(net, [x], [config]))) == no_config
+    for configs, shown in ((MicroMixConfig(), "MicroMixConfig("), ([], "[]")):
+        said = refused(lambda configs=configs: next(micromix.calibrate_each(net, [x], configs)))
+        assert said.startswith(f"configs must be a list of at least one MicroMixConfig, got {shown}")
+    for batches in (None, 5):
+        said = refused(lambda batches=batches: micromix.calibrate(net, batches))
+        assert said == f"{no_batches} {type(batches).__name__}"
+    assert refused(lambda: micromix.calibrate(net, "text")) == f"{no_batches} str"
+    assert refused(lambda: micromix.quantize_(net, "recipe.safetensors")) == no_recipe
+    assert refused(lambda: micromix.assign("recipe.safetensors", MicroMixConfig())) == no_recipe
+    for verb in (lambda: micromix.calibrate("net", [x]), lambda: micromix.quantize_("net", recipe),
+                 lambda: micromix.recipe_of("net"), lambda: micromix.refresh("net")):  # fmt: skip
+        assert refused(verb) == "model must be an nn.Module, got str"
+
+
+@pytest.mark.parametrize("options", [MicroMixConfig(), ["recipe"]])
+def test_options_that_are_no_mapping_are_refused_with_what_to_write(options: object) -> None:
+    said = f'options must be a mapping, such as {{"recipe": recipe}}, got {type(options).__name__}'
+    with pytest.raises(BackendCompilerFailed, match=re.escape(said)):
+        torch.compile(model(), backend="micromix", options=options)(torch.randn(2, 64))
 
 
 # Magnitudes
@@ -127,6 +173,33 @@ def test_strict_refuses_a_linear_under_vmap() -> None:
     strict = torch.compile(net, backend="micromix", options={"recipe": recipe, "strict": True})
     with pytest.raises(BackendCompilerFailed, match=r"strict=True: fc \(torch\.func\) has a recipe"), torch.no_grad():
         strict(x)
+
+
+class Escaping(Masked):
+    """A linear, another that is multiplied by a part of its weight, and one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.second(x) + torch.nn.functional.linear(x, self.first.weight[:32])
+
+
+def test_weights_that_escape_are_named_and_refused_when_strict(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = Escaping().eval(), [torch.randn(2, 5, 64)]
+    recipe = micromix.calibrate(net, x, MicroMixConfig(policy="mxfp8", **NEAREST))
+    assert set(recipe.linears) == {"second"}
+    said = (
+        "2 weights of Escaping stay unquantized (first: it is cut into parts, which are weights of their own; "
+        "idle: calibration did not reach it)"
+    )
+    assert said in caplog.text
+    with pytest.raises(ValueError, match=re.escape(f"strict=True: {said}; name them in skip if that is meant")):
+        micromix.calibrate(net, x, MicroMixConfig(policy="mxfp8", strict=True, **NEAREST))
+    skip = ("first", "idle")
+    meant = micromix.calibrate(net, x, MicroMixConfig(policy="mxfp8", strict=True, skip=skip, **NEAREST))
+    assert set(meant.linears) == {"second"}
 
 
 @pytest.mark.parametrize("ran", [False, True])

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support.architectures import ARCHITECTURES
 from support.experts import MODELS, GroupedExperts, ListedExperts, model_of_experts
 from support.targets import FOLDING, served_by
+from torch import Tensor, nn
 
 import micromix_compile as micromix
 from micromix_compile.cli.show import summary
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.linear.experts import MicroMixExperts
+from micromix_compile.linear.experts import MicroMixBatchedExperts, MicroMixExperts, sorted_by_expert
+from micromix_compile.lowering.torch_private.operators import GROUPED_MM
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 versions = pytest.mark.versions
@@ -149,6 +154,77 @@ def test_padding_reaches_no_expert() -> None:
     assert recipe.macs < recipe.parameters
 
 
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Any:
+    """A Mixtral whose experts' weight `name` is another one."""
+    model = model_of_experts("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    setattr(experts, name, nn.Parameter(change(getattr(experts, name).detach())))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [(lambda w: torch.cat([w, w[:1]]), "(5, 64, 96)"), (lambda w: w[:, :, :64], "(4, 64, 64)")],
+    ids=["an expert more", "other channels"],
+)
+def test_a_recipe_of_other_experts_is_refused(change: Callable[[Tensor], Tensor], shape: str) -> None:
+    tokens = torch.randint(0, 96, (2, 24))
+    recipe = micromix.calibrate(model_of_experts("mixtral"), [tokens], QUICK, progress=False)
+    said = re.escape(f"model.layers.0.mlp.experts.down_proj is (4, 64, 96) there and {shape} here")
+    with pytest.raises(ValueError, match=said):
+        micromix.quantize_(changed("down_proj", change), recipe)
+
+
+class Sent(nn.Module):
+    """Experts, and a router that is the caller: indices of 3 and more are of no expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 64, 32).bfloat16() / 8)
+
+    def forward(self, x: Tensor, to: Tensor) -> Tensor:
+        order, rows, offs = sorted_by_expert(to, len(self.w))
+        return GROUPED_MM(x[rows], self.w, offs=offs)[order.argsort()]
+
+
+def test_a_router_that_sends_nothing_to_any_expert_leaves_zeros_and_says_who_starved(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = Sent().eval(), torch.randn(6, 64).bfloat16()
+    none, some = torch.full((6, 2), 3), torch.randint(0, 3, (6, 2))
+    for sent in ([none], [none, some]):
+        batches = [{"x": x, "to": to} for to in sent]
+        recipe = micromix.calibrate(model, batches, MicroMixConfig(policy="mxfp6"), progress=False)
+        assert sum(recipe.linears["w"].expert_tokens or ()) == 12 * (len(sent) - 1)
+        assert "3 of 3 experts of w saw fewer than 32 calibration tokens" in caplog.text
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
+    with torch.no_grad():
+        assert not fast(x, none).any()
+        assert 0 < (fast(x, some) - model(x, some)).norm() < 0.1 * model(x, some).norm()
+        assert fast(x[:0], some[:0]).shape == (0, 32)
+
+
+def test_experts_that_share_a_forward_are_packed_saved_and_loaded(tmp_path: Path) -> None:
+    """Those of Llama 4: every expert multiplies all tokens, most of them zeros."""
+    from transformers import AutoModelForCausalLM
+
+    llama_4 = ARCHITECTURES["Llama 4, text"]
+    model, tokens = llama_4.model(llama_4.tiny_config()), llama_4.inputs()["input_ids"]
+    plain = model(tokens).logits
+    recipe = micromix.calibrate(model, [tokens], QUICK, progress=False)
+    held = {fqn: linear for fqn, linear in recipe.linears.items() if linear.experts}
+    assert [sum(linear.expert_tokens or ()) for linear in held.values()] == [tokens.numel()] * 2
+    packed = micromix.quantize_(model, recipe)
+    assert type(model.model.layers[1].feed_forward.experts) is MicroMixBatchedExperts
+    assert not packed.micromix_refused
+    with torch.no_grad():
+        want = packed(tokens).logits
+        assert 0 < (want - plain).norm() < 0.1 * plain.norm()
+        packed.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(tokens).logits, want)
+
+
 @pytest.mark.deep
 def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None:
     torch.manual_seed(0)
@@ -167,11 +243,30 @@ def test_experts_in_a_list_are_linears_and_one_without_tokens_is_named() -> None
     assert 0 < (packed - want).norm() < 0.1 * want.norm()
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.deep)])
+def test_experts_of_batched_products_are_those_of_grouped_ones(name: str) -> None:
+    model, tokens = model_of_experts(name), torch.randint(0, 96, (2, 24))
+    mask = (torch.arange(24) < torch.tensor([[24], [15]])).long()
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    recipe = micromix.calibrate(model, [batch], MicroMixConfig(policy="budget"), progress=False)
+    model.set_experts_implementation("batched_mm")  # as `generate` does to decode on a GPU
+    again = micromix.calibrate(model, [batch], MicroMixConfig(policy="budget"), progress=False)
+    for fqn, linear in recipe.linears.items():
+        other = again.linears[fqn]
+        assert (other.split, other.expert_tokens, other.runs) == (linear.split, linear.expert_tokens, linear.runs)
+        assert torch.equal(other.group.channel_perm, linear.group.channel_perm)
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    with torch.no_grad():
+        want = packed(tokens).logits
+        got = torch.compile(model, backend="micromix", options={"recipe": recipe, "strict": True})(tokens).logits
+    assert (got - want).abs().max() < 1e-3 * (want.max() - want.min())
+
+
 @versions
-@pytest.mark.parametrize("way", [pytest.param("eager", marks=pytest.mark.deep), "batched_mm"])
-def test_experts_that_are_no_grouped_products_are_named_with_what_to_do(way: str) -> None:
+@pytest.mark.deep
+def test_experts_in_a_loop_are_named_with_what_to_do() -> None:
     model = model_of_experts("mixtral")
-    model.set_experts_implementation(way)
+    model.set_experts_implementation("eager")
     recipe = micromix.calibrate(model, [torch.randint(0, 96, (2, 8))], QUICK, progress=False)
     reasons = [why for name, why in recipe.refused.items() if "experts" in name]
     assert len(reasons) == 2

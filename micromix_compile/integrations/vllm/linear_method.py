@@ -65,7 +65,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for _, members in groupby(parts, key=lambda part: _kind(part[0][1])):
             rows = {}
             for (name, described), size in members:
-                cut = self._cut(name, described, input_size, rank, ranks)
+                cut = cut_of(name, described, self._config, input_size, rank, ranks)
                 rows[name] = size
             linear = self._linear(described, cut, sum(rows.values()), params_dtype)
             runs.append(Run(runs[-1].stop if runs else 0, rows, cut, linear))
@@ -84,7 +84,8 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         first = layer.packed[0]
         target = target_of(first.weight_scale.device, exact=self._config.exact)
         folds = target.takes == "folded" and first.weight_dtype == torch.bfloat16
-        layer.folded = [_fold(linear) if folds else None for linear in layer.packed]
+        keep = self._config.keep_expanded
+        layer.folded = [_fold(linear, keep_expanded=keep) if folds else None for linear in layer.packed]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., N) of this rank, plus the bias (N,)."""
@@ -107,17 +108,6 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         return output_partition_sizes
 
-    def _cut(self, name: str, described: dict[str, Any], input_size: int, rank: int, ranks: int) -> Cut:
-        """What the rank takes of the channels."""
-        if described["in_features"] != input_size:
-            raise ValueError(f"{name} has {described['in_features']} input channels, vLLM's layer {input_size}")
-        split: Split = tuple(described["split"])
-        if sum(split) != padded_channels(input_size):
-            raise ValueError(f"{name}: split must sum to {padded_channels(input_size)} channels, got {list(split)}")
-        shards = shards_of(described, split, name) or (split,)
-        check_ranks(len(shards), ranks, name)
-        return Cut(shards, rank, ranks, w_fp4=self._config.weights == "mxfp4")
-
     def _linear(self, described: dict[str, Any], cut: Cut, rows: int, dtype: torch.dtype) -> MicroMixLinear:
         """An empty packed linear of this rank."""
         config = self._config
@@ -132,6 +122,23 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             bias=None,
             dtype=dtype,
         )
+
+
+def cut_of(
+    name: str, described: Mapping[str, Any], config: MicroMixConfig, channels: int, rank: int, ranks: int
+) -> Cut:
+    """What a rank takes of the channels of a packed weight.
+
+    Raises ValueError, which names it, if it has not so many `channels`, or is not ordered for so many ranks.
+    """
+    if described["in_features"] != channels:
+        raise ValueError(f"{name} has {described['in_features']} input channels, vLLM's layer {channels}")
+    split: Split = tuple(described["split"])
+    if sum(split) != padded_channels(channels):
+        raise ValueError(f"{name}: split must sum to {padded_channels(channels)} channels, got {list(split)}")
+    shards = shards_of(described, split, name) or (split,)
+    check_ranks(len(shards), ranks, name)
+    return Cut(shards, rank, ranks, w_fp4=config.weights == "mxfp4")
 
 
 def _kind(described: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -158,19 +165,22 @@ class _Folded(NamedTuple):
     w_factor: Tensor
     w_row_scale: Tensor
     w_fp4: bool
+    expanded: list[Tensor]
 
 
-def _fold(linear: MicroMixLinear) -> _Folded:
+def _fold(linear: MicroMixLinear, *, keep_expanded: bool) -> _Folded:
     weight, split = _weight(linear), linear.split
     w_split = split_of_weight(*weight[:3])
     factor, row_scale = prepared.folded_factors(*weight, fp6=linear.layout.fp6)
     (order,) = prepared.short_order(linear.order.channel_perm)
-    return _Folded(order, factor, row_scale, weights_are_fp4(split, w_split))
+    expanded = list(prepared.expanded_weight(*weight, fp6=linear.layout.fp6)) if keep_expanded else []
+    return _Folded(order, factor, row_scale, weights_are_fp4(split, w_split), expanded)
 
 
 def _folded_product(linear: MicroMixLinear, folded: _Folded, x: Tensor, bias: Tensor | None) -> Tensor:
     w4, w6, w8, _ = _weight(linear)
     quantized = ops.reorder_fold(x, folded.channel_perm, *linear.layout, folded.w_fp4)
     weight = ([w4], [w6], [w8], [folded.w_factor], [folded.w_row_scale])
-    (out,) = ops.folded_mm(*quantized, *weight, [] if bias is None else [bias], linear.layout.fp6, x.dtype)
+    biases = [] if bias is None else [bias]
+    (out,) = ops.folded_mm(*quantized, *weight, biases, folded.expanded, linear.layout.fp6, x.dtype)
     return out

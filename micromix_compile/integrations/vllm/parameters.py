@@ -30,6 +30,15 @@ FIELDS: Final = {"weight_q4": "w4", "weight_q6": "w6", "weight_q8": "w8", "weigh
 _QKV: Final = ("q", "k", "v")
 
 
+def own_order(channel_perm: Tensor, name: str, cut: Cut, channels: int) -> Tensor:
+    """The rank's part of an order of all channels. Raises ValueError, which begins with `name`, if it is no such."""
+    try:
+        check_order(channel_perm, channels, name, cut.shards if len(cut.shards) > 1 else ())
+    except FieldError as error:
+        raise ValueError(f"the checkpoint is not whole: {error}") from error
+    return cut.order(channel_perm)
+
+
 class Run:
     """Parts of a layer, one behind the other, that are one packed linear.
 
@@ -63,18 +72,12 @@ class Run:
     def put_order(self, part: str, channel_perm: Tensor) -> None:
         """The order of all channels, as the checkpoint has it for one of the parts. Raises ValueError if it is none."""
         name = f"{part}.order.channel_perm"
-        shards = self._cut.shards
-        try:
-            check_order(
-                channel_perm, self.linear.in_features * self._cut.ranks, name, shards if len(shards) > 1 else ()
-            )
-        except FieldError as error:
-            raise ValueError(f"the checkpoint is not whole: {error}") from error
+        own = own_order(channel_perm, name, self._cut, self.linear.in_features * self._cut.ranks)
         first = next(iter(self._orders.values()), channel_perm)
         if not torch.equal(channel_perm, first):
             raise ValueError(f"{name} must be the order of its group, which {next(iter(self._orders))} has: copy it")
         self._orders[part] = channel_perm
-        self.linear.order.channel_perm.copy_(self._cut.order(channel_perm))
+        self.linear.order.channel_perm.copy_(own)
 
     def finish(self) -> None:
         """Raise ValueError unless all of it was loaded; from then on nothing of the checkpoint is kept."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -14,6 +15,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.integrations import checkpoint
 from micromix_compile.integrations.checkpoint import QUANT_METHOD
 from micromix_compile.integrations.hf import MicroMixQuantizationConfig
+from micromix_compile.integrations.vllm.experts_method import PackedExpertsMethod
 from micromix_compile.integrations.vllm.linear_method import PackedLinearMethod
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
 
         Raises ValueError for a layer that is packed and no linear, or packed in part.
         """
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         parts = self._parts(prefix)
         packed = [name for name in parts if name in self.linears]
         if not packed:
@@ -92,6 +96,11 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
                 f"{packed[0]} is: all or none must be"
             )
         return PackedLinearMethod({name: self.linears[name] for name in parts}, self.config)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        start = f"{prefix}."
+        weights = {name.removeprefix(start): one for name, one in self.linears.items() if name.startswith(start)}
+        return PackedExpertsMethod(layer, prefix, weights, self.config) if weights else None
 
     def _parts(self, prefix: str) -> list[str]:
         """The checkpoint's names of the linears that vLLM's layer of this name is made of."""

@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.llama import llama, token_batches
 from support.vllm_jobs import Job, Result, differences, prompts_of_any_length, run_jobs
-from transformers import AutoModelForCausalLM, Phi3Config, Qwen2Config
+from transformers import AutoModelForCausalLM, GptOssConfig, Phi3Config, Qwen2Config, Qwen3MoeConfig
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from micromix_compile.recipe.types import Recipe
 
@@ -38,8 +42,13 @@ def random_model(kind: str) -> nn.Module:
     if kind == "llama":
         return llama(**WIDE)
     sizes = {"num_hidden_layers": 2, "vocab_size": 256, "max_position_embeddings": 128, "pad_token_id": 0, **WIDE}
-    config = {"qwen2": Qwen2Config, "phi3": Phi3Config}[kind](**sizes)
-    return AutoModelForCausalLM.from_config(config).eval()
+    kinds = {
+        "qwen2": Qwen2Config,
+        "phi3": Phi3Config,
+        "qwen3_moe": partial(Qwen3MoeConfig, num_experts=4, moe_intermediate_size=128, head_dim=32),
+        "gpt_oss": partial(GptOssConfig, num_local_experts=4, head_dim=32, layer_types=2 * ["full_attention"]),
+    }
+    return AutoModelForCausalLM.from_config(kinds[kind](**sizes, num_experts_per_tok=2)).eval()
 
 
 def recipe_for(model: nn.Module, **options: Any) -> Recipe:
@@ -65,12 +74,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("packed")
     kinds = {
         "llama": ("llama", {}),
-        "same": ("llama", {"activations": "same", "policy": "mxfp8-anchor", "lam": 1.5}),
+        "same": ("llama", {"activations": "same", "policy": "mxfp8-anchor", "lam": 1.5, "keep_expanded": True}),
         "apart": ("llama", {}),
         "mxfp4": ("llama", {"weights": "mxfp4", "shards": 2}),
         "shards": ("llama", {"shards": 2}),
         "qwen2": ("qwen2", {}),
         "phi3": ("phi3", {}),
+        "experts": ("qwen3_moe", {"shards": 2}),
+        "gpt_oss": ("gpt_oss", {}),
     }
     for name, (kind, options) in kinds.items():
         model = random_model(kind)
@@ -95,7 +106,8 @@ def test_tokens_are_those_of_transformers(checkpoints: dict[str, Path]) -> None:
     """20 prompts of unequal lengths, of which four run at once: others join whenever one ends."""
     torch.manual_seed(1)
     prompts = prompts_of_any_length(20, 256)
-    jobs = [Job(path, prompts, options={"max_num_seqs": 4}) for path in checkpoints.values()]
+    paths = [path for name, path in checkpoints.items() if name != "gpt_oss"]
+    jobs = [Job(path, prompts, options={"max_num_seqs": 4}) for path in paths]
     results, _ = run_jobs(*jobs)
     for job, result in zip(jobs, results, strict=True):
         assert_like_transformers(job, result)
@@ -117,26 +129,58 @@ def test_vllm_compiles_the_operations_into_its_graph(checkpoints: dict[str, Path
 def test_targets_that_fold_multiply_folded_operands(checkpoints: dict[str, Path]) -> None:
     """As a Hopper GPU does for bfloat16 models, here by plain PyTorch."""
     torch.manual_seed(4)
-    exact = Job(checkpoints["same"], prompts_of_any_length(6, 256), 1, {"dtype": "bfloat16"})
-    (first, second), _ = run_jobs(exact, exact._replace(folds=True))
-    assert isinstance(first, Result)
-    assert isinstance(second, Result)
-    assert first.folded == 0
-    assert second.folded > 0
-    pairs = zip(first.logprobs, second.logprobs, strict=True)
-    off = [abs(a[0][token] - value) for a, b in pairs for token, value in b[0].items() if token in a[0]]
-    assert torch.tensor(off).median() < 0.05
+    prompts = prompts_of_any_length(6, 256)
+    exact = [Job(checkpoints[name], prompts, 1, {"dtype": "bfloat16"}) for name in ("same", "experts")]
+    results, _ = run_jobs(*exact, *(job._replace(folds=True) for job in exact))
+    for first, second in zip(results[:2], results[2:], strict=True):
+        assert isinstance(first, Result)
+        assert isinstance(second, Result)
+        assert first.folded == 0
+        assert second.folded > 0
+        pairs = zip(first.logprobs, second.logprobs, strict=True)
+        off = [abs(a[0][token] - value) for a, b in pairs for token, value in b[0].items() if token in a[0]]
+        assert torch.tensor(off).median() < 0.05
 
 
 def test_two_ranks_share_what_was_ordered_for_two_and_refuse_the_rest(checkpoints: dict[str, Path]) -> None:
     torch.manual_seed(3)
     prompts, two = prompts_of_any_length(6, 256), {"tensor_parallel_size": 2}
-    jobs = [Job(checkpoints[name], prompts, 8, two) for name in ("shards", "mxfp4", "llama")]
-    (shards, mxfp4, whole), log = run_jobs(*jobs)
-    assert_like_transformers(jobs[0], shards)
-    assert_like_transformers(jobs[1], mxfp4)
+    jobs = [Job(checkpoints[name], prompts, 8, two) for name in ("shards", "mxfp4", "experts", "llama")]
+    (*cut, whole), log = run_jobs(*jobs)
+    for job, result in zip(jobs[:-1], cut, strict=True):
+        assert_like_transformers(job, result)
     assert isinstance(whole, str)
     assert "o_proj is ordered for shards=1, which 2 ranks do not divide: calibrate with shards=2" in log
+
+
+def test_two_ranks_that_hold_half_of_the_experts_each_need_no_shards_of_them(checkpoints: dict[str, Path]) -> None:
+    torch.manual_seed(5)
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    job = Job(checkpoints["experts"], prompts_of_any_length(6, 256), 8, options)
+    (result,), _ = run_jobs(job)
+    assert_like_transformers(job, result)
+
+
+def test_experts_that_work_otherwise_are_refused_by_layer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """And a checkpoint that lacks a tensor of them, or has another shape."""
+    missing, misshapen = (Path(shutil.copytree(checkpoints["experts"], tmp_path / name)) for name in ("a", "b"))
+    up = "model.layers.1.mlp.experts.gate_up_proj"
+    edit_tensors(missing, lambda tensors: tensors.pop(f"{up}_order.channel_perm"))
+    edit_tensors(misshapen, lambda tensors: tensors.update({up: tensors[up][:, 1:]}))
+    (biased, first, second), _ = run_jobs(*(Job(path, [[1]]) for path in (checkpoints["gpt_oss"], missing, misshapen)))
+    assert (
+        "model.layers.0.mlp.experts has packed experts, and vLLM loads its experts by a GptOssRoutedExperts: "
+        in str(biased)
+    )
+    assert f"the checkpoint has no {up}_order.channel_perm: it is not whole" in str(first)
+    assert f"{up} must be uint8 (4, 256, 4) by config.json, got torch.uint8 (4, 255, 4)" in str(second)
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    micromix.seal(directory)
 
 
 def test_damaged_checkpoints_and_others_schemas_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -192,17 +192,6 @@ def test_a_grouped_product_of_activations_is_nobodys_linear() -> None:
     assert not context.refusals
 
 
-@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.permute(0, 2, 1)])
-@pytest.mark.parametrize("product", [torch.bmm, torch.matmul, lambda x, w: x.bmm(w)])
-def test_a_batched_product_with_a_parameter_is_named_among_what_is_left_alone(
-    product: Callable[..., Tensor], view: Callable[[Tensor], Tensor]
-) -> None:
-    weight = nn.Parameter(torch.randn(2, 64, 64))
-    session = session_with(find_linears)
-    _, context, _ = trace(lambda x: product(x, view(weight)), torch.randn(2, 3, 64), session=session)
-    assert list(context.refusals.values()) == ["its weight has 3 dimensions, not 2"]
-
-
 @pytest.mark.parametrize(
     "product",
     [
