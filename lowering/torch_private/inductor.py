@@ -19,10 +19,12 @@ __all__ = [
     "SerializableCallable",
     "bytes_of_compiled",
     "compile_nodes",
+    "compile_package",
     "compile_with_inductor",
     "compiled_of_bytes",
     "inductor_options",
     "inductor_setting",
+    "load_package",
     "mode_options",
 ]
 
@@ -49,6 +51,16 @@ def compiled_of_bytes(data: bytes) -> Callable[..., Any]:
     """The reverse of `bytes_of_compiled`."""
     compiled: Callable[..., Any] = BundledAOTAutogradSerializableCallable.deserialize_compile_artifacts(data)
     return compiled
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
+    """Write a package of AOTInductor."""
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """The function that a package of AOTInductor holds."""
+    return torch._inductor.aoti_load_package(path)
 
 
 def inductor_options() -> frozenset[str]:
