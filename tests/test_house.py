@@ -130,6 +130,12 @@ def test_private_parts_of_torch_are_named_in_one_folder_only() -> None:
     assert [str(path) for path in files if named.search(path.read_text("utf-8"))] == []
 
 
+def test_waits_for_a_gpu_are_refused_by_the_one_means_that_ends_with_the_test() -> None:
+    """Torch's own mode outlasts a test that fails, and all that follow it fail."""
+    named = [path for path in python_files() if "set_sync_" + "debug_mode" in path.read_text("utf-8")]
+    assert named == [ROOT / "tests" / "support" / "gpu.py"]
+
+
 def rooms() -> dict[str, set[str]]:
     """Folder -> names of the source files in it, as CONTRIBUTING's map has them."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("<!-- map -->")[2].partition("<!-- end -->")[0]
