@@ -55,7 +55,7 @@ def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.
         stacked = {name: _experts(packed, name, getattr(original, name).dtype) for name in packed.layouts}
         weights = {name: w.mT if original.is_transposed else w for name, w in stacked.items()}
         original._modules.update({name: packed._modules[name] for name in original._modules})
-    kept = {name: p for name, p in packed._parameters.items() if p is not None}
+    kept = {name: p for name, p in packed._parameters.items() if p is not None and name in original._parameters}
     original._parameters.update(kept)
     for name, weight in weights.items():
         original._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())

@@ -106,7 +106,7 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
             logger.warning("the tensors of a packed model come from no file: damage to them can't be seen")
         config = MicroMixConfig.from_file(self.quantization_config.config)
         linears = self.quantization_config.linears = names_here(model, self.quantization_config.linears)
-        self._ranks = tensor_parallel.ranks_of(model)
+        self._ranks = tensor_parallel.ranks_of(model, linears)
         if self._ranks is not None:
             tensor_parallel.check_plan(linears, self._ranks)
         scale = "weight_scale" if self.quantization_config.schema_version == 1 else "weight"

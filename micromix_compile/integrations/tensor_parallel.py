@@ -48,15 +48,19 @@ class Ranks(NamedTuple):
         return self.style(fqn) in _COLUMNS
 
 
-def ranks_of(model: Any) -> Ranks | None:
+def ranks_of(model: Any, linears: Mapping[str, Mapping[str, Any]]) -> Ranks | None:
     """How transformers is about to deal a model to processes by tensor parallelism; None if it is not.
 
-    Raises ValueError for a way in which packed linears can't be dealt.
+    linears: what is packed, as the checkpoint's config describes it. Raises ValueError for a way in which packed
+    linears or experts can't be dealt.
     """
     wanted = getattr(model.config, "distributed_config", None)
     sizes = {name: getattr(wanted, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
     if sizes["pp_size"] > 1:
         raise ValueError(f"pp_size must be 1 for a packed model, got {sizes['pp_size']}: use tp_size")
+    packed = next((fqn for fqn, described in linears.items() if "experts" in described), None)
+    if sizes["ep_size"] > 1 and packed is not None:
+        raise ValueError(f"ep_size must be 1 for packed experts, {packed}, got {sizes['ep_size']}")
     if sizes["tp_size"] == 1:
         return None
     check_version(sizes["tp_size"])
@@ -115,9 +119,9 @@ def check_whole(model: nn.Module) -> None:
     """Raise ValueError if this process holds a part of a packed model."""
     name, count = type(model).__name__, getattr(model, "_tp_size", None) or 1
     if count > 1:
-        raise ValueError(f"{name} is dealt to {count} ranks, of which each holds a part: load it on one to save it")
+        raise ValueError(f"{name} is dealt to {count} ranks, of which each holds a part: load it on one")
     if any(is_distributed(parameter) for parameter in model.parameters()):
-        raise ValueError(f"{name} is sharded over processes, of which each holds a part: load it on one to save it")
+        raise ValueError(f"{name} is sharded over processes, of which each holds a part: load it on one")
 
 
 def _shards(described: Mapping[str, Any], fqn: str) -> tuple[Split, ...]:

@@ -49,7 +49,8 @@ def write_compressed_tensors(source: Path, target: Path) -> str:
     config["quantization_config"] = _described(formats, with_activations=ours.activations == "same")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     counts = ", ".join(f"{n} {form}" for form, n in sorted(Counter(form for form, _ in formats.values()).items()))
-    used = "like their weights" if all(form == one for form, one in formats.values()) else "mxfp8"
+    others = ", ".join(sorted({one for form, one in formats.values() if form != one}))
+    used = f"{others} where not like their weights" if others else "like their weights"
     said = used if ours.activations == "same" else f"not said, for {ours.activations} has no name there"
     return f"{len(formats)} linears as compressed-tensors, {counts}; activations {said}"
 

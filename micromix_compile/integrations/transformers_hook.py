@@ -7,6 +7,7 @@ when torch is imported, unless the variable TORCH_DEVICE_BACKEND_AUTOLOAD is 0.
 
 from __future__ import annotations
 
+import _imp
 import importlib
 import importlib.util
 import logging
@@ -25,18 +26,27 @@ _AWAITED: Final = "transformers.modeling_utils"
 
 
 class _Finder:
-    """Finds nothing itself: whoever imports what it waits for gets that as ever, and then `hf`."""
+    """Finds nothing itself: whoever imports what it waits for gets that as ever, and then `hf`.
+
+    It stays where it is afterwards: importlib is walking the list of finders, and would pass over the next one.
+    """
+
+    _waits = True
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The usual finders' spec of the awaited module, with a loader that goes on to `hf`; None for all others.
 
         Where the awaited one was on its way when the wait began, `hf` comes before the first import behind it.
         """
-        if self not in sys.meta_path or not (name == _AWAITED or _is_there()):
+        if not self._waits or not (name == _AWAITED or _is_there()):
             return None
-        sys.meta_path.remove(self)
+        self._waits = False
         if name != _AWAITED:
-            _register()
+            _imp.release_lock()  # importlib holds it here: who waits for it may hold a module that `hf` imports
+            try:
+                _register()
+            finally:
+                _imp.acquire_lock()
             return None
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
@@ -68,5 +78,5 @@ def _register() -> None:
     """Import `hf`. Whoever imports transformers for something else must not fail for a version that we can't serve."""
     try:
         importlib.import_module("micromix_compile.integrations.hf")
-    except ImportError as error:
+    except Exception as error:  # noqa: BLE001 - whatever another torch or transformers may raise
         logger.warning("packed checkpoints can't be loaded with this transformers: %s", error)

@@ -160,5 +160,5 @@ def _check_part(letter: str, x: Tensor, q: Tensor, scale: Tensor, k_q: Tensor) -
             )
     if q.shape[3] != x.shape[3]:
         raise ValueError(f"{letter}_q must have heads of {x.shape[3]} channels, got shape {tuple(q.shape)}")
-    if scale.shape[3] < 1 or x.shape[3] % scale.shape[3]:
+    if scale.shape[3] < 1 or x.shape[3] < 1 or x.shape[3] % scale.shape[3]:
         raise ValueError(f"{letter}_scale must have whole blocks of {x.shape[3]} channels, got {tuple(scale.shape)}")

@@ -98,7 +98,7 @@ def calibrate_each(
 def _check_batches(batches: object) -> None:
     if isinstance(batches, Tensor) or hasattr(batches, "keys"):
         raise TypeError(f"batches must be several tensors or mappings, put one {type(batches).__name__} into a list")
-    if isinstance(batches, str) or not isinstance(batches, Iterable):
+    if isinstance(batches, str) or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
         raise TypeError(f"batches must be several tensors or mappings, got {type(batches).__name__}")
 
 

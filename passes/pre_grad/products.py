@@ -114,11 +114,14 @@ def _given(node: fx.Node, product: Product) -> dict[str, Any]:
 
 
 def is_transpose(node: fx.Node) -> bool:
-    """Whether `node` transposes a matrix or, in a stack, each; of `transpose(0, 1)` only matrices are meant."""
-    if str(node.target).removesuffix(".default") in ("aten.numpy_T", "aten.mT"):  # of `.T` and `.mT` from torch 2.15 on
-        return True
+    """Whether `node` transposes a matrix or, in a stack, each."""
+    example = node.meta.get("example_value")
+    rank = example.dim() if isinstance(example, torch.Tensor) else 2
+    name = str(node.target).removesuffix(".default")  # of `.T` and `.mT` from torch 2.15 on
+    if name in ("aten.numpy_T", "aten.mT"):
+        return name == "aten.mT" or rank == 2
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("T", "mT")
+        return node.args[1] == "mT" or (node.args[1] == "T" and rank == 2)
     if node.kwargs or node.target not in ("t", torch.t, "transpose", torch.transpose, "permute", torch.permute):
         return False
     if node.target in ("t", torch.t):
@@ -126,7 +129,7 @@ def is_transpose(node: fx.Node) -> bool:
     given = node.args[1:]
     dims = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
     order = [dim for dim in dims if isinstance(dim, int)]
-    if node.target in ("transpose", torch.transpose):  # dimensions of a matrix, or the last ones of a stack of them
-        return sorted(dim % 2 for dim in order) == [0, 1]
+    if node.target in ("transpose", torch.transpose):
+        return sorted(dim % rank for dim in order) == [rank - 2, rank - 1]
     rank = len(order)
     return [dim % rank for dim in order] == [*range(rank - 2), rank - 1, rank - 2]

@@ -39,8 +39,9 @@ def reshaped(operands: Operands, inputs: Mapping[fx.Node, object], written: froz
     dims = [_dims(operands.x), _dims(operands.weight)]
     if dims == [3, 3]:
         return _of_a_stack(operands, inputs, written)
-    weight, _, is_transposed = _stack(operands.x)
-    if dims[0] != 2 or dims[1] < 2 or not isinstance(inputs.get(weight), nn.Parameter) or _dims(weight) != 2:
+    weight, rows, is_transposed = _stack(operands.x)
+    is_whole = rows is None and isinstance(inputs.get(weight), nn.Parameter) and _dims(weight) == 2
+    if dims[0] != 2 or dims[1] < 2 or not is_whole:
         return None
     if isinstance(inputs.get(_stack(operands.weight)[0]), nn.Parameter):  # of two weights the right one is a linear's
         return None
@@ -52,6 +53,8 @@ def _of_a_stack(operands: Operands, inputs: Mapping[fx.Node, object], written: f
         stack, experts, is_transposed = _stack(factor)
         if not isinstance(inputs.get(stack), nn.Parameter) or _dims(stack) != 3:
             continue
+        if _example(x).shape[0] != _example(factor).shape[0]:  # torch.matmul broadcasts
+            return None
         batch, rows = Batch(experts=experts), x
         if experts is not None:
             if memory_of(experts) in written or _example(x).shape[-1 if turned else -2] != 1:
@@ -134,7 +137,7 @@ class Shapes:
         self._graph = graph
         self._sort = sort
         self._all: dict[tuple[fx.Node, bool], Routing] = {}
-        self._chosen: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self._chosen: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]] = {}
 
     def enter(self, site: LinearSite, x: fx.Node) -> Entered:
         """The rows x of a site and their routing, if it is of experts."""
@@ -165,16 +168,16 @@ class Shapes:
         batch = site.batch
         assert batch is not None, "it is of a batched product"
         assert batch.experts is not None, "by an index"
-        if batch.experts not in self._chosen:
-            count = site.parameter.shape[0]
+        count = site.parameter.shape[0]
+        if (batch.experts, count) not in self._chosen:
             from_the_end = self._add(site, aten.mul.Scalar, self._add(site, aten.lt.Scalar, batch.experts, 0), count)
             own = self._add(site, aten.add.Tensor, batch.experts, from_the_end)  # int64
             order = self._add(site, aten.argsort.stable, own, stable=True)
             chosen = self._add(site, aten.index.Tensor, own, [order])
             each = self._add(site, aten.arange.default, count, device=site.parameter.device)
             ends = self._add(site, aten.searchsorted.Tensor, chosen, each, right=True, out_int32=True)
-            self._chosen[batch.experts] = ends, order
-        ends, order = self._chosen[batch.experts]
+            self._chosen[batch.experts, count] = ends, order
+        ends, order = self._chosen[batch.experts, count]
         tokens = None if batch.copies is None else self._add(site, aten.floor_divide.default, order, batch.copies)
         if _dims(site.x) == 2:
             return Entered(x, Routing(ends, tokens, tokens), order)

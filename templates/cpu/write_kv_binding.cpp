@@ -33,7 +33,7 @@ micromix::CachedStates states_of(const std::string& letter, const Tensor& x, con
   const int64_t channels = x.size(3), blocks = scale.size(3);
   CHECK_VALUE(q.size(3) == channels, letter, "_q must have heads of ", channels, " channels, got shape ",
               text_of(q.sizes()));
-  CHECK_VALUE(blocks > 0 && channels % blocks == 0, letter, "_scale must have whole blocks of ", channels,
+  CHECK_VALUE(blocks > 0 && channels > 0 && channels % blocks == 0, letter, "_scale must have whole blocks of ", channels,
               " channels, got ", text_of(scale.sizes()));
   return {x.const_data_ptr(),  channels,          x.stride(0), x.stride(1), x.stride(2), channels / blocks,
           q.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<uint8_t>()};

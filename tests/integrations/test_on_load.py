@@ -107,6 +107,17 @@ def test_a_dequantized_model_is_a_plain_one_with_the_packed_weights(name: str, t
         assert torch.equal(load(tmp_path / "back")(IDS).logits, logits)
 
 
+def test_nothing_packed_is_left_in_a_dequantized_model(tmp_path: Path) -> None:
+    """Though packed tensors were Parameters, as FSDP shards them."""
+    model = plain("llama")
+    names = set(model.state_dict())
+    recipe = micromix.calibrate(model, [IDS], micromix.MicroMixConfig(**NEAREST), progress=False)
+    micromix.quantize_(model, recipe).save_pretrained(tmp_path / "packed")
+    packed = load(tmp_path / "packed")
+    micromix.packed_as_parameters_(packed)
+    assert set(packed.dequantize().state_dict()) == names
+
+
 def test_one_original_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what is loaded: with weights that are a small part each, less than 1.2 times that."""
     model = llama(num_hidden_layers=8, vocab_size=16)

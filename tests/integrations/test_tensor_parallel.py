@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import transformers
 from support.llama import llama
 from support.rank_jobs import IDS, run_ranks
 
@@ -126,7 +125,7 @@ def test_a_packed_model_that_is_dealt_to_ranks_compiles(checkpoints: dict[str, s
     ("name", "reason"),
     [
         ("three", "down_proj is ordered for shards=3, which 2 ranks do not divide: calibrate with shards=2 or a"),
-        ("saved", "LlamaForCausalLM is dealt to 2 ranks, of which each holds a part: load it on one to save it"),
+        ("saved", "LlamaForCausalLM is dealt to 2 ranks, of which each holds a part: load it on one"),
         ("stages", "pp_size must be 1 for a packed model, got 2: use tp_size"),
     ],
 )
@@ -149,7 +148,15 @@ def test_a_plan_that_packed_linears_have_no_part_for_is_refused() -> None:
 
 
 def test_a_transformers_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    monkeypatch.setattr(tensor_parallel.transformers, "__version__", "5.9.1")
     model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(tp_size=2)))
     with pytest.raises(ValueError, match=r"on 2 ranks with transformers 5\.19 or newer, this is 5\.9\.1"):
-        tensor_parallel.ranks_of(model)
+        tensor_parallel.ranks_of(model, {})
+
+
+def test_expert_parallelism_is_refused_where_experts_are_packed() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(ep_size=2, tp_plan={})))
+    packed = {"layers.0.mlp.experts.down_proj": {"in_features": 64, "out_features": 8, "experts": 4}}
+    with pytest.raises(ValueError, match=r"ep_size must be 1 for packed experts, layers\.0\.mlp.*, got 2"):
+        tensor_parallel.ranks_of(model, packed)
+    assert tensor_parallel.ranks_of(model, {}) is None

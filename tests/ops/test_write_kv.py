@@ -73,6 +73,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k_scale": zeros(2, 3, 8, 3)}, ValueError, r"k_scale must have whole blocks of 64 channels, got \(2, 3, 8, 3\)"),
     ({"k_scale": zeros(2, 3, 8)}, ValueError, r"k_scale must be 4-dimensional and contiguous, got shape \(2, 3, 8\)"),
     ({"k_q": zeros(2, 8, 3, 64).transpose(1, 2)}, ValueError, r"k_q must be 4-dimensional and contiguous"),
+    (
+        {"key": torch.randn(2, 3, 4, 0), "k_q": zeros(2, 3, 8, 0), "k_scale": zeros(2, 3, 8, 1)},
+        ValueError,
+        r"k_scale must have whole blocks of 0 channels",
+    ),
     ({"scale_rounding": "ceil"}, ValueError, r"'ceil' is not a valid ScaleRounding"),
     ({"position": torch.tensor([0, 8, 1, 2])}, ValueError, r"position must be from 0 to 7, got 8: the cache holds 8"),
     ({"position": torch.tensor([0, 1, -1, 2])}, ValueError, r"position must be from 0 to 7, got -1"),

@@ -75,6 +75,19 @@ def refused(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+class Windows(torch.utils.data.Dataset):
+    """As many datasets are: items by number, and no iterator."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index > 1:
+            raise IndexError(index)
+        return torch.randn(2, 5, 64)
+
+
+def test_a_dataset_of_batches_calibrates() -> None:
+    assert micromix.calibrate(model(), Windows(), MicroMixConfig(policy="mxfp8", **NEAREST)).linears
+
+
 def test_verbs_name_the_type_that_they_were_given_and_what_they_take() -> None:
     net, x = model(), torch.randn(2, 5, 64)
     recipe = micromix.calibrate(net, [x], MicroMixConfig(policy="mxfp8", **NEAREST))

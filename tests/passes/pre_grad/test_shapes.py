@@ -148,7 +148,9 @@ def chosen_anew(x: Tensor, w: Tensor) -> Tensor:
         (STACK, lambda x, w: torch.bmm(w[CHOSEN], for_each(x)[:1].expand(10, -1, -1).mT), f"{LEFT}: a stack"),
         (STACK, lambda x, w: w[0] @ x.mT, f"{LEFT}: a stack"),
         ((OUT, CHANNELS), lambda x, w: w[:3] @ x.mT, LEFT),
+        ((OUT, CHANNELS), lambda x, w: w[CHOSEN] @ x.mT, LEFT),
         (TRANSPOSED, lambda x, w: torch.matmul(x, w), "its weight has 3 dimensions, not 2"),
+        (TRANSPOSED, lambda x, w: torch.matmul(x[None], w), "its weight has 3 dimensions, not 2"),
     ],
 )
 def test_what_is_none_of_these_stays_and_is_named(
@@ -158,3 +160,44 @@ def test_what_is_none_of_these_stays_and_is_named(
     _, context, _ = trace(model, torch.randn(TOKENS, CHANNELS), session=session)
     assert not context.sites
     assert [reason in why for why in context.refusals.values()] == [True]
+
+
+@pytest.mark.parametrize(
+    ("shape", "product"),
+    [
+        (TRANSPOSED, lambda x, w: torch.matmul(x[:1, None], w[CHOSEN])),
+        ((CHANNELS, EXPERTS, OUT), lambda x, w: torch.bmm(for_each(x), w.transpose(0, 1))),
+        ((OUT, CHANNELS, EXPERTS), lambda x, w: torch.bmm(for_each(x), w.permute(2, 1, 0))),
+    ],
+    ids=["one row for all", "matrices in the middle", "dimensions turned round"],
+)
+def test_what_only_looks_like_a_stack_of_matrices_stays(
+    shape: tuple[int, ...], product: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    _, context, _ = trace(
+        Multiplied(shape, product).eval(), torch.randn(TOKENS, CHANNELS), session=session_with(find_linears)
+    )
+    assert not context.sites
+
+
+class TwoStacks(nn.Module):
+    """Of several numbers of matrices, by one index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few = nn.Parameter(torch.randn(EXPERTS, CHANNELS, OUT) / 8)
+        self.many = nn.Parameter(torch.randn(2 * EXPERTS, CHANNELS, OUT) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = copies(x).unsqueeze(1)
+        return torch.bmm(rows, self.few[FROM_THE_END]) + torch.bmm(rows, self.many[FROM_THE_END])
+
+
+def test_an_index_from_the_end_is_of_each_stack_s_own_end() -> None:
+    model, x = TwoStacks().eval(), torch.randn(TOKENS, CHANNELS)
+    recipe = micromix.calibrate(model, [x], CONFIG, progress=False)
+    assert len(recipe.linears) == 2
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
+    with torch.no_grad():
+        want, got = model(x), fast(x)
+    assert 0 < (got - want).norm() < 0.06 * want.norm()
