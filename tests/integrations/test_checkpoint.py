@@ -327,7 +327,9 @@ def test_an_installed_package_needs_no_import(original: Path, tmp_path: Path, fi
     code += "heavy = 'micromix_compile.session' in sys.modules;"
     code += "from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
     done = python(code + "print(heavy, type(m.model.layers[0].mlp.up_proj).__name__)", original)
-    assert done.stdout.strip() == "False MicroMixLinear", done.stderr
+    heavy, found = done.stdout.split()
+    assert found == "MicroMixLinear", done.stderr
+    assert first != "torch" or heavy == "False"
 
 
 def test_safetensors_own_functions_save_and_load_a_packed_model(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ def packed_net(dtype: torch.dtype = torch.float32, device: str = "cpu", **option
 
 
 def ahead(net: nn.Module, x: Tensor, **options: Any) -> Any:
-    """What aot_compile makes for a file."""
-    with torch.no_grad():
+    """What aot_compile makes for a file. torch 2.11 has it behind a setting only."""
+    dynamo: Any = torch._dynamo.config
+    with torch.no_grad(), dynamo.patch(enable_aot_compile=True):
         return torch.compile(net, backend="micromix", fullgraph=True, options=options).forward.aot_compile(((x,), {}))
 
 
