@@ -78,5 +78,5 @@ def _register() -> None:
     """Import `hf`. Whoever imports transformers for something else must not fail for a version that we can't serve."""
     try:
         importlib.import_module("micromix_compile.integrations.hf")
-    except Exception as error:  # noqa: BLE001 - whatever another torch or transformers may raise
+    except Exception as error:  # whatever another torch or transformers may raise
         logger.warning("packed checkpoints can't be loaded with this transformers: %s", error)
