@@ -166,7 +166,7 @@ def test_experts_that_work_otherwise_are_refused_by_layer(checkpoints: dict[str,
     missing, misshapen = (Path(shutil.copytree(checkpoints["experts"], tmp_path / name)) for name in ("a", "b"))
     up = "model.layers.1.mlp.experts.gate_up_proj"
     edit_tensors(missing, lambda tensors: tensors.pop(f"{up}_order.channel_perm"))
-    edit_tensors(misshapen, lambda tensors: tensors.update({up: tensors[up][:, 1:]}))
+    edit_tensors(misshapen, lambda tensors: tensors.update({up: tensors[up][:, 1:].contiguous()}))
     (biased, first, second), _ = run_jobs(*(Job(path, [[1]]) for path in (checkpoints["gpt_oss"], missing, misshapen)))
     assert (
         "model.layers.0.mlp.experts has packed experts, and vLLM loads its experts by a GptOssRoutedExperts: "
