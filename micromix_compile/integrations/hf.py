@@ -87,8 +87,25 @@ class MicroMixQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.linears = fields["linears"]
 
 
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers asks of a model whose linears are packed, however they came to be."""
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Packed models are saved by save_pretrained."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters around packed linears train; these themselves have no gradient."""
+        return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Any dtype of activations works; what the checkpoint says is kept."""
+        return dtype
+
+
 @register_quantizer(QUANT_METHOD)
-class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
+class MicroMixQuantizer(PackedQuantizer):
     """Puts empty packed linears into a model before its weights are read, and looks after them once they are.
 
     Raises ValueError if the checkpoint is not whole, see `checkpoint.verify`.
@@ -136,19 +153,6 @@ class MicroMixQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes per element: packed tensors are stored as they are."""
         return float(param.element_size())
-
-    def is_serializable(self, **_: Any) -> bool:
-        """Packed models are saved by save_pretrained."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters around packed linears train; these themselves have no gradient."""
-        return True
-
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Any dtype of activations works; what the checkpoint says is kept."""
-        return dtype
 
 
 def put_empty(

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, SCHEMA_VERSION
 from micromix_compile.integrations.hf import (
     MicroMixQuantizationConfig,
     MicroMixQuantizer,
+    PackedQuantizer,
     names_here,
     put_empty,
     take_loaded,
@@ -64,7 +64,7 @@ class MicroMixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(ON_LOAD)
-class MicroMixOnLoad(HfQuantizer):  # type: ignore[misc]
+class MicroMixOnLoad(PackedQuantizer):
     """Has each weight of the recipe packed when transformers has read it.
 
     Raises ValueError if the recipe is for another model, as `quantize_` does, and for several processes.
@@ -114,19 +114,6 @@ class MicroMixOnLoad(HfQuantizer):  # type: ignore[misc]
         model.hf_quantizer = MicroMixQuantizer(packed)
         model.micromix_refused = self._refused
         return model
-
-    def is_serializable(self, **_: Any) -> bool:
-        """Packed models are saved by save_pretrained."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters around packed linears train."""
-        return True
-
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Any dtype of activations works."""
-        return dtype
 
 
 class _Pack(ConversionOps):  # type: ignore[misc]

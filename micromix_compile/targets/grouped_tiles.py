@@ -89,9 +89,11 @@ _GLUON_64: Final = GluonTile(64, 128, 5, 3, 32, 96, 40, PER_SM=2)
 _GLUON_128: Final = GluonTile(128, 64, 4, 4, 32, 232, 40, PER_SM=2)
 _GLUON_256: Final = GluonTile(256, 128, 4, 3, 64, 232, 40, TURNS=True)
 
-# Of `whole` and `shared` the sizes are those of `folded_tiles`, which were swept, for products of one weight; one step
-# up or down was never faster here. Of `many`, one H200, torch 2.11.0+cu130, Triton 3.6.0, us of the products of
-# Qwen3-30B (128 experts, 2048 x 768, 75/20/5), gathering included, by rows an expert on average:
+# Of `whole` and `shared` the sizes are those of `folded_tiles`, which were swept, for products of one weight. On one
+# H200, torch 2.11.0+cu130, Triton 3.6.0, another tile took less time in `down` alone: 32 x 64 x 128 5 % less than 16 x
+# 64 x 256 with 1, 16 and 64 tokens of Qwen3-30B's (7 to 54 % more in the others with 1 and 16), and 32 x 64 x 256 12 %
+# less than 32 x 64 x 128 with 64 tokens of Mixtral's. Of `many`, us of the products of Qwen3-30B (128 experts, 2048 x
+# 768, 75/20/5), gathering included, by rows an expert on average:
 #
 #                     64 x 128  128 x 64  256 x 128  before
 #   gate and up   32       122       164                144

@@ -13,7 +13,7 @@ import micromix_compile as micromix
 HAS_IT = hasattr(transformers, "ContinuousBatchingConfig")
 
 
-@pytest.mark.skipif(not HAS_IT, reason="this transformers has another continuous batching")
+@pytest.mark.skipif(not HAS_IT, reason="transformers 5.0 takes no ContinuousBatchingConfig")
 def test_generate_batch_gives_each_prompt_the_tokens_that_generate_gives() -> None:
     model = llama()
     config = micromix.MicroMixConfig(weight_rounding="nearest")

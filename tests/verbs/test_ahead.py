@@ -130,7 +130,7 @@ def test_what_a_file_cannot_hold_is_refused() -> None:
             ahead(net, X, **options)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_default_backend"), reason="this torch has no default backend")
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_default_backend"), reason="torch 2.11 has no set_default_backend")
 def test_micromix_can_be_the_default_backend() -> None:
     net = packed_net()
     torch.compiler.set_default_backend("micromix")
