@@ -55,6 +55,13 @@ def is_batched(module: nn.Module) -> bool:
     return f"{type(module).__module__}.{type(module).__qualname__}" in BATCHED
 
 
+def runs_in_a_loop(module: nn.Module | None) -> bool:
+    """Whether transformers takes one of its experts after the other out of their weights, as it is set now."""
+    if module is None or not vars(module).keys() >= INTERFACE:
+        return False
+    return getattr(vars(module).get("config"), "_experts_implementation", None) == "eager"
+
+
 def is_transposed(experts: Any) -> bool:
     """Whether the weights of a layer's experts are (E, C, N), and not (E, N, C)."""
     return is_batched(experts) or experts.is_transposed

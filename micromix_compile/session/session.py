@@ -6,9 +6,10 @@ import fnmatch
 from typing import TYPE_CHECKING
 
 from micromix_compile.calibration.sharding import check_model
+from micromix_compile.linear.experts import runs_in_a_loop
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
-from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
+from micromix_compile.passes.pre_grad.find_linears import TAKEN_OUT, why_no_plain_weight
 from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
 from micromix_compile.session.candidates import how_to_leave_training, say_left_out
@@ -138,6 +139,15 @@ class Session:
             return
         if refusals and all(state.refusal or state.name in known for state in self.names):
             self._refuse_model("; ".join(f"{name}: {reason}" for name, reason in known.items()))
+
+    def check_experts(self) -> None:
+        """Say which experts with a recipe transformers runs in a loop, which no graph shows. RuntimeError if strict."""
+        model = self.model
+        held = {s.name: s.linear.fqn for s in self.names if s.linear is not None and s.linear.experts is not None}
+        modules = named_modules(model) if model is not None and held else {}
+        looped = {fqn: TAKEN_OUT for name, fqn in held.items() if runs_in_a_loop(modules.get(name.rpartition(".")[0]))}
+        if self.config.strict or looped.items() - self.names.refusals.items():
+            self.note_refusals(looped)
 
     def _refuse_model(self, reasons: str) -> None:
         raise ValueError(f"{self.model_id} has no linear layer to quantize ({reasons})")

@@ -24,6 +24,7 @@ OF_EXPERTS: Final = (
     "a stack of matrices is covered where grouped or batched products read it; of transformers' experts they do after "
     'model.set_experts_implementation("grouped_mm")'
 )
+TAKEN_OUT: Final = f"a matrix of it is taken out by index: {OF_EXPERTS}"
 ON_THE_LEFT: Final = (
     "a part of it is multiplied from the left",
     f"a part of it is multiplied from the left: {OF_EXPERTS}",
@@ -216,7 +217,7 @@ def _refusal(operands: Operands, inputs: Mapping[fx.Node, object], context: Pass
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 2:
         return context.owner.name_of(whole), "it is cut into parts, which are weights of their own"
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 3:
-        return context.owner.name_of(whole), f"a matrix of it is taken out by index: {OF_EXPERTS}"
+        return context.owner.name_of(whole), TAKEN_OUT
     if not isinstance(parameter, nn.Parameter):
         return _computed_name(weight, inputs, context), "its weight is computed in the graph, not a Parameter"
     if parameter.dim() < 2:

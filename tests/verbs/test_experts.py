@@ -13,6 +13,7 @@ from support.architectures import ARCHITECTURES
 from support.experts import MODELS, GroupedExperts, ListedExperts, model_of_experts
 from support.targets import FOLDING, served_by
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile.cli.show import summary
@@ -271,3 +272,35 @@ def test_experts_in_a_loop_are_named_with_what_to_do() -> None:
     reasons = [why for name, why in recipe.refused.items() if "experts" in name]
     assert len(reasons) == 2
     assert all('model.set_experts_implementation("grouped_mm")' in why for why in reasons)
+
+
+class Routed(nn.Module):
+    """Experts of transformers behind a router of its own, and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = model_of_experts("mixtral")
+        self.experts = model.model.layers[0].mlp.experts
+        self.config = self.experts.config
+        self.head = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = x[:, :4].softmax(-1).topk(2)
+        return self.head(self.experts(x, chosen, weights))
+
+
+@versions
+def test_experts_that_are_set_to_a_loop_later_are_named_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Routed().eval(), torch.randn(16, 64)
+    recipe = micromix.calibrate(model, [x], QUICK, progress=False)
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
+    strict = torch.compile(model, backend="micromix", options={"recipe": recipe, "strict": True})
+    with torch.no_grad():
+        strict(x)
+        model.config._experts_implementation = "eager"
+        fast(x)
+        said = "experts.gate_up_proj has a recipe and runs unquantized in a part of the model: a matrix of it is taken"
+        assert caplog.text.count(said) == 1
+        assert 'model.set_experts_implementation("grouped_mm")' in caplog.text
+        with pytest.raises(BackendCompilerFailed, match=f"strict=True: {said}"):
+            strict(x)
