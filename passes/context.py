@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
     from micromix_compile.numerics.layout import RowLayout
+    from micromix_compile.recipe.parts import Part
     from micromix_compile.targets.target import Target
 
 
@@ -51,6 +52,7 @@ class LinearSite:
     operand: what node reads of the weight: itself, or its transpose made in the graph. routing: of a product with a
     layer's experts, whose weight holds a matrix each; x then holds the rows before they are sorted by expert. batch: of
     a batched product with such a weight, in the place of `routing`. turned: node = weight @ x, and x (..., C, T).
+    part: the output channels that are multiplied, where it is not all of the weight.
     """
 
     node: fx.Node
@@ -63,6 +65,7 @@ class LinearSite:
     routing: Routing | None = None
     batch: Batch | None = None
     turned: bool = False
+    part: Part | None = None
 
     @property
     def in_features(self) -> int:
@@ -72,6 +75,8 @@ class LinearSite:
     @property
     def out_features(self) -> int:
         """Output channels N."""
+        if self.part is not None:
+            return self.part.size
         return self.parameter.shape[-1 if self.transposed else -2]
 
 
@@ -92,28 +97,31 @@ class LinearPlan:
 class Owner(Protocol):
     """What the passes ask of whoever holds the model's state."""
 
-    def name_of(self, parameter: nn.Parameter) -> str:
-        """Fully qualified name of the linear that owns `parameter`."""
+    def name_of(self, parameter: nn.Parameter, part: Part | None = None) -> str:
+        """Fully qualified name of the linear that owns `parameter`, or of the one that is a part of it."""
 
-    def refusal(self, parameter: nn.Parameter) -> str | None:
+    def refusal(self, parameter: nn.Parameter, part: Part | None = None) -> str | None:
         """Why the linear must stay as it is, or None."""
 
-    def is_used_otherwise(self, parameter: nn.Parameter, *, transposed: bool) -> bool:
+    def is_used_otherwise(self, parameter: nn.Parameter, *, transposed: bool, part: Part | None = None) -> bool:
         """Whether another graph uses the weight the other way round."""
 
-    def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
+    def plan(self, parameter: nn.Parameter, *, transposed: bool, part: Part | None = None) -> LinearPlan | None:
         """How to rewrite the linear, or None while it isn't calibrated."""
 
     def observe(
         self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None,
-        routings: Sequence[Sequence[Tensor | None] | None],
+        routings: Sequence[Sequence[Tensor | None] | None], parts: Sequence[Part | None],
     ) -> None:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
 
-        routings: for each weight that is of experts the tensors of its `Routing`, None for others.
+        routings: for each weight that is of experts the tensors of its `Routing`, None for others. parts: which part
+        of each it is, None for all.
         """
 
-    def observe_output(self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None) -> None:
+    def observe_output(
+        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None, part: Part | None
+    ) -> None:
         """Take statistics of `y`, the output of the linear with this weight."""
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
@@ -127,7 +135,8 @@ class PassContext:
     example_inputs: the graph's inputs as the compiler got them; Parameters are real tensors. Empty after autograd.
     sites: filled by find_linears. refusals: name -> why a linear was left alone.
     unopened: filled by open_attention: name -> why the fused operation that reads the weight was left alone.
-    inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder and which tensor of its plan.
+    inputs: filled by rewrite_linears: per appended input, the Parameter's placeholder, its part, and which tensor of
+        the plan.
     target_of: who computes on a device.
     keeps_expanded: whether folded products get their weights as E4M3, too.
     folded: filled by fold_products: for one or more appended inputs, in order, the inputs that they are made from, and
@@ -141,7 +150,7 @@ class PassContext:
     sites: list[LinearSite] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
     unopened: dict[str, str] = field(default_factory=dict)
-    inputs: list[tuple[fx.Node, int]] = field(default_factory=list)
+    inputs: list[tuple[fx.Node, Part | None, int]] = field(default_factory=list)
     target_of: Callable[[torch.device], Target] = target_of
     keeps_expanded: bool = False
     folded: list[tuple[tuple[fx.Node, ...], Callable[..., tuple[Tensor, ...]]]] = field(default_factory=list)

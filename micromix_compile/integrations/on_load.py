@@ -28,6 +28,7 @@ from micromix_compile.integrations.hf import (
 )
 from micromix_compile.linear.experts import PARTS
 from micromix_compile.ops.pack import packed_weight
+from micromix_compile.recipe.parts import split_name
 from micromix_compile.recipe.types import Recipe
 from micromix_compile.session.matching import check_same_weight, model_id, named_modules
 from micromix_compile.verbs.quantize import description, places_of, say_refused, share_orders
@@ -169,7 +170,7 @@ def _check_there(model: Any, found: dict[str, LinearRecipe], recipe: Recipe) -> 
     here = {*dict(model.named_modules()), *dict(model.named_parameters())}
     tied = getattr(model, "all_tied_weights_keys", {})
     for name, linear in found.items():
-        if name not in here:
+        if not {name, split_name(name)[0]} & here:
             both = f"the recipe was made for {recipe.model_id}, and this model is {model_id(model)}"
             raise ValueError(f"{both}: it has no {linear.fqn}")
         if source := tied.get(f"{name}.weight"):

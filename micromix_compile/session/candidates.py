@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from micromix_compile.lowering.torch_private.tensors import is_convolution
+from micromix_compile.recipe.parts import gaps, split_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from micromix_compile.recipe.parts import Part
 
 logger = logging.getLogger("micromix_compile")
 
@@ -54,8 +56,9 @@ def say_left_out(refusals: Mapping[str, str], linears: Collection[str], *, stric
 
     Raises RuntimeError instead if `strict`.
     """
+    covered = {split_name(name)[0] for name in linears}
     for name, reason in refusals.items():
-        if name.partition(" (")[0] in linears:
+        if split_name(name.partition(" (")[0])[0] in covered:
             message = f"{name} has a recipe and runs unquantized in a part of the model: {reason}"
             if strict:
                 raise RuntimeError(f"strict=True: {message}")
@@ -76,11 +79,19 @@ def left_alone(
 
     parameters: all of the model, with their names.
     """
+    parts: dict[str, list[Part]] = {}
+    for whole, part in map(split_name, linears):
+        if part is not None:
+            parts.setdefault(whole, []).append(part)
     count = size = 0
     for parameter, names in parameters.items():
-        is_linear = any(name in linears for name in names)
-        if not is_linear:
-            count += parameter.numel()
-        if not is_linear or any(isinstance(modules.get(name), nn.Embedding) for name in names):
-            size += parameter.numel() * parameter.element_size()
+        left = parameter.numel()
+        if any(name in linears for name in names):
+            left = 0
+        elif cut := [part for name in names for part in parts.get(name, ())]:
+            across = parameter.shape[cut[0].dim]
+            left = left // across * sum(gap.size for gap in gaps(cut, across))
+        count += left
+        stays = any(isinstance(modules.get(name), nn.Embedding) for name in names)
+        size += (parameter.numel() if stays else left) * parameter.element_size()
     return count, size

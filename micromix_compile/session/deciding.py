@@ -122,15 +122,15 @@ def _group_recipe(observer: ChannelObserver, members: Sequence[LinearState]) -> 
 
 
 def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bool) -> LinearRecipe:
-    parameter, matrix = state.parameter(), state.matrix()
-    assert parameter is not None, "dead weights are in no group"
+    weight, matrix = state.weight(), state.matrix()
+    assert weight is not None, "dead weights are in no group"
     assert matrix is not None, "it is the living weight's"
     return LinearRecipe(
         fqn=state.name,
         in_features=matrix.shape[-1],
         out_features=matrix.shape[-2],
         group=group,
-        weight_sample=weight_sample(parameter),
+        weight_sample=weight_sample(weight),
         weight_checksums=Checksums.of(matrix.flatten(0, -2)) if with_checksums else None,
         expert_tokens=None if state.experts is None else tuple(state.experts.tokens),
         runs=1.0 if state.experts is None else state.experts.runs,
@@ -138,8 +138,9 @@ def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bo
 
 
 def _refused(names: Names, linears: Mapping[str, LinearRecipe]) -> dict[str, str]:
-    """Name -> why it is no linear of the recipe."""
-    own = {s.name: names.why_not(s) for s in names if s.name not in linears and (s.looks_linear or s.may_be_experts)}
+    """Name -> why it is no linear of the recipe. What is between parts that are linears goes by a name like theirs."""
+    left = [s for s in names if s.name not in linears and (s.looks_linear or s.may_be_experts)]
+    own = {name: names.why_not(state) for state in left for name in state.uncut_names()}
     return {**{name: reason for name, reason in names.refusals.items() if name not in linears}, **own}
 
 

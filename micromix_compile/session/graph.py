@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from micromix_compile.recipe.parts import Part
     from micromix_compile.session.session import Session
     from micromix_compile.session.state import LinearState
 
@@ -57,15 +58,17 @@ def close_graph(session: Session, context: PassContext) -> None:
 class AppendedInputs:
     """What a graph that passes have rewritten reads besides its own inputs, looked up for every call.
 
-    packed: for each of the first appended inputs, the position of its weight and which tensor of the packed form it is.
+    packed: for each of the first appended inputs, the position of its weight, which part of that, and which tensor of
+    the packed form it is.
     folded: for those that follow, one or several at a time: the positions of what they are made from, and what makes
     them.
-    weights: positions of the weights. keys: of all graph inputs on which what is appended depends.
+    weights: positions of the weights, and which parts of them. keys: of all graph inputs on which what is appended
+    depends.
     """
 
-    packed: Sequence[tuple[int, int]]
+    packed: Sequence[tuple[int, Part | None, int]]
     folded: Sequence[tuple[Sequence[int], Callable[..., tuple[Tensor, ...]]]]
-    weights: Sequence[int]
+    weights: Sequence[tuple[int, Part | None]]
     keys: Sequence[int]
 
     @classmethod
@@ -74,17 +77,17 @@ class AppendedInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
         own = len(context.example_inputs)
         place = {node: i for i, node in enumerate(placeholders)}
-        packed = [(place[weight], index) for weight, index in context.inputs]
+        packed = [(place[weight], part, index) for weight, part, index in context.inputs]
         folded = [([place[node] for node in nodes], make) for nodes, make in context.folded]
-        weights = sorted({i for i, _ in packed})
+        weights = list(dict.fromkeys((i, part) for i, part, _ in packed))
         makers = {places[-1] for places, _ in folded if places[-1] < own}
-        return cls(packed=packed, folded=folded, weights=weights, keys=sorted({*weights, *makers}))
+        return cls(packed=packed, folded=folded, weights=weights, keys=sorted({*(i for i, _ in weights), *makers}))
 
     def values(self, session: Session, args: Sequence[Any]) -> tuple[list[LinearState], list[Any]]:
         """(states of the weights among a call's `args`, what is appended to these)."""
-        packed = {i: session.packed(args[i]) for i in self.weights}
-        more = self.made(args, [packed[i][index] for i, index in self.packed])
-        return [session.state(args[i]) for i in self.weights], more
+        packed = {(i, part): session.packed(args[i], part) for i, part in self.weights}
+        more = self.made(args, [packed[i, part][index] for i, part, index in self.packed])
+        return [session.state(args[i], part) for i, part in self.weights], more
 
     def made(self, args: Sequence[Any], packed: Sequence[Any] = ()) -> list[Any]:
         """What is appended to a call's `args`: what was packed of weights, and what is made of that and of these."""

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
 from micromix_compile.recipe.fingerprint import same_sample, weight_sample
+from micromix_compile.recipe.parts import split_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from micromix_compile.recipe.parts import Part
     from micromix_compile.recipe.types import LinearRecipe, Recipe
 
 
@@ -49,17 +51,19 @@ def model_id(model: nn.Module) -> str:
 
 def match_linears(
     recipe: Recipe, names: Mapping[nn.Parameter, Sequence[str]], *, model_id: str
-) -> list[tuple[nn.Parameter, LinearRecipe]]:
-    """The recipe's linears among the named weights, recognized by name and a sample of values.
+) -> list[tuple[Sequence[str], LinearRecipe]]:
+    """The names that the recipe's linears have among the named weights, recognized by name and a sample of values.
 
     A name may be the tail of the other (a layer compiled alone, a model inside a wrapper). Raises ValueError naming
     both models if a name fits but the weight doesn't, or if a linear of the recipe is nowhere.
     """
-    matched: list[tuple[nn.Parameter, LinearRecipe]] = []
+    matched: list[tuple[Sequence[str], LinearRecipe]] = []
     for parameter, own in names.items():
         linear = find_linear(recipe, parameter, own, model_id=model_id)
         if linear is not None:
-            matched.append((parameter, linear))
+            matched.append((own, linear))
+    for parameter, part, linear in match_parts(recipe, names, model_id=model_id):
+        matched.append(([f"{name}{part}" for name in names[parameter]], linear))
     found = {linear.fqn for _, linear in matched}
     missing = [fqn for fqn in recipe.linears if fqn not in found]
     if missing:
@@ -69,7 +73,24 @@ def match_linears(
     return matched
 
 
-def find_linear(recipe: Recipe, parameter: nn.Parameter, names: Sequence[str], *, model_id: str) -> LinearRecipe | None:
+def match_parts(
+    recipe: Recipe, names: Mapping[nn.Parameter, Sequence[str]], *, model_id: str
+) -> list[tuple[nn.Parameter, Part, LinearRecipe]]:
+    """The recipe's linears that are parts of the named weights. Raises ValueError as `find_linear` does."""
+    matched = []
+    for whole, part in map(split_name, recipe.linears):
+        for parameter, own in names.items() if part is not None else ():
+            is_here = any(f".{name}".endswith(f".{whole}") or f".{whole}".endswith(f".{name}") for name in own)
+            if part is None or not is_here or not part.fits(parameter):
+                continue
+            weight, called = part.of(parameter.detach()), [f"{name}{part}" for name in own]
+            linear = find_linear(recipe, weight, called, model_id=model_id)
+            if linear is not None:
+                matched.append((parameter, part, linear))
+    return matched
+
+
+def find_linear(recipe: Recipe, parameter: Tensor, names: Sequence[str], *, model_id: str) -> LinearRecipe | None:
     """The recipe's linear for one weight, None if it has none.
 
     Raises ValueError if the weight is another model's, or if it can't be told from others of the recipe.
@@ -113,7 +134,7 @@ def _fits(linear: LinearRecipe, parameter: Tensor) -> bool:
     return parameter.shape[:-2] == leading and sorted(parameter.shape[-2:]) == sorted(linear.shape[-2:])
 
 
-def check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: nn.Parameter, model_id: str) -> None:
+def check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: Tensor, model_id: str) -> None:
     """Raise ValueError, which names both models, unless the weight is the one that the linear was calibrated with."""
     both = f"the recipe was made for {recipe.model_id}, and this model is {model_id}"
     if special := why_no_plain_weight(parameter):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from micromix_compile.recipe.parts import Part
+
     Decide = Callable[[LinearState, nn.Parameter], None]
 
 _numbers = itertools.count()
@@ -38,7 +40,10 @@ class Names:
         finalize(self, _forget, self._states, self.attribute)
 
     def __iter__(self) -> Iterator[LinearState]:
-        return iter(self._states)
+        """Each whole weight, and behind it its parts."""
+        for state in list(self._states):
+            yield state
+            yield from [state.parts[part] for part in sorted(state.parts)]
 
     @property
     def model(self) -> nn.Module | None:
@@ -76,6 +81,16 @@ class Names:
         candidates = itertools.chain((name,), (f"{name}#{i}" for i in itertools.count(1)))
         self._add(parameter, [next(one for one in candidates if one not in taken)], {}, decide)
 
+    def cut(self, parameter: nn.Parameter, part: Part, decide: Decide) -> LinearState:
+        """The state of a part of a weight that was taken in, which is a linear of its own."""
+        whole = self.state(parameter)
+        if part not in whole.parts:
+            names = [f"{name}{part}" for name in whole.names]
+            state = LinearState(names=names, parameter=whole.parameter, refusal=whole.refusal, part=part)
+            decide(state, parameter)
+            whole.parts[part] = state
+        return whole.parts[part]
+
     def _add(
         self, parameter: nn.Parameter, names: Sequence[str], modules: Mapping[str, nn.Module], decide: Decide
     ) -> None:
@@ -99,7 +114,7 @@ class Names:
     @property
     def has_candidates(self) -> bool:
         """Whether there is a weight that might be quantized."""
-        return not all(state.refusal for state in self._states)
+        return not all(state.refusal for state in self)
 
     def why_not(self, state: LinearState) -> str:
         """Why a weight that looks like a linear's has no recipe after calibration."""

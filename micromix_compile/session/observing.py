@@ -236,6 +236,7 @@ class Observation:
             for state in self._names
             if state.refusal is None
             and state.looks_linear
+            and not state.parts
             and state.name not in self._names.refusals
             and not state.was_observed
         ]

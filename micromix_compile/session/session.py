@@ -15,7 +15,7 @@ from micromix_compile.session import deciding
 from micromix_compile.session.candidates import how_to_leave_training, say_left_out
 from micromix_compile.session.coverage import Coverage
 from micromix_compile.session.distributed import check_not_distributed, is_packed
-from micromix_compile.session.matching import find_linear, named_modules
+from micromix_compile.session.matching import find_linear, match_parts, named_modules
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
 from micromix_compile.session.weights import PackedWeights
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.lowering.torch_private.recompile_limit import CompileId
+    from micromix_compile.recipe.parts import Part
     from micromix_compile.recipe.types import Recipe
     from micromix_compile.session.state import LinearState, PackedTensors
 
@@ -69,6 +70,7 @@ class Session:
         check_not_distributed(model)
         self.names.belong_to(model)
         self.names.take_in(model, self._decide)
+        self._take_in_parts()
         self.is_packed = is_packed(model)
         if self.is_packed:
             return
@@ -95,10 +97,20 @@ class Session:
         if pattern is not None:
             state.refusal = f"its name matches skip={pattern!r}"
         state.refusal = state.refusal or why_no_plain_weight(parameter)
-        linear = None
+        linear, weight = None, parameter if state.part is None else state.part.of(parameter.detach())
         if self.recipe is not None and state.refusal is None:
-            linear = find_linear(self.recipe, parameter, state.names, model_id=self.model_id)
+            linear = find_linear(self.recipe, weight, state.names, model_id=self.model_id)
+            if linear is None and state.part is not None:
+                state.refusal = "calibration did not reach this part of the weight"
         state.decide(linear, self.recipe)
+
+    def _take_in_parts(self) -> None:
+        """Name the parts of weights that the recipe has. Raises ValueError if one is another model's."""
+        if self.recipe is None:
+            return
+        wholes = {parameter: s.names for s in self.names if (parameter := s.parameter()) is not None and not s.refusal}
+        for parameter, part, _ in match_parts(self.recipe, wholes, model_id=self.model_id):
+            self.names.cut(parameter, part, self._decide)
 
     @property
     def model(self) -> nn.Module | None:
@@ -161,28 +173,28 @@ class Session:
         """Whether `parameter` has a state here."""
         return self.names.knows(parameter)
 
-    def state(self, parameter: nn.Parameter) -> LinearState:
-        """The state of a weight that was prepared or adopted."""
-        return self.names.state(parameter)
+    def state(self, parameter: nn.Parameter, part: Part | None = None) -> LinearState:
+        """The state of a weight that was prepared or adopted, or of a part of it, which is taken in if it is new."""
+        return self.names.state(parameter) if part is None else self.names.cut(parameter, part, self._decide)
 
     # What the passes ask (passes.context.Owner)
 
-    def name_of(self, parameter: nn.Parameter) -> str:
-        """Fully qualified name of the linear that owns `parameter`."""
-        return self.state(parameter).name
+    def name_of(self, parameter: nn.Parameter, part: Part | None = None) -> str:
+        """Fully qualified name of the linear that owns `parameter`, or of the one that is a part of it."""
+        return self.state(parameter, part).name
 
-    def refusal(self, parameter: nn.Parameter) -> str | None:
+    def refusal(self, parameter: nn.Parameter, part: Part | None = None) -> str | None:
         """Why the linear must stay as it is, or None."""
-        return self.state(parameter).refusal
+        return self.state(parameter, part).refusal
 
-    def is_used_otherwise(self, parameter: nn.Parameter, *, transposed: bool) -> bool:
+    def is_used_otherwise(self, parameter: nn.Parameter, *, transposed: bool, part: Part | None = None) -> bool:
         """Whether another graph uses the weight the other way round."""
-        known = self.state(parameter).transposed
+        known = self.state(parameter, part).transposed
         return known is not None and known != transposed
 
-    def plan(self, parameter: nn.Parameter, *, transposed: bool) -> LinearPlan | None:
+    def plan(self, parameter: nn.Parameter, *, transposed: bool, part: Part | None = None) -> LinearPlan | None:
         """How to rewrite the linear, or None while it has no recipe."""
-        state = self.state(parameter)
+        state = self.state(parameter, part)
         if state.linear is None:
             return None
         assert self.recipe is not None, "a linear's recipe is a part of the whole"
@@ -190,22 +202,23 @@ class Session:
         return LinearPlan(
             group=id(state.linear.group),
             layout=self.recipe.config.row_layout(state.linear.split, state.linear.group.rotated),
-            tensors=self.packed(parameter),
+            tensors=self.packed(parameter, part),
         )
 
     def observe(
         self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None,
-        routings: Sequence[Sequence[Tensor | None] | None] | None = None,
+        routings: Sequence[Sequence[Tensor | None] | None] | None = None, parts: Sequence[Part | None] | None = None,
     ) -> None:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
-        states = [self.state(parameter) for parameter in parameters]
+        states = [self.state(*weight) for weight in zip(parameters, parts or [None] * len(parameters), strict=True)]
         self.observation.input(x, states, transposed, source, routings or [None] * len(states))
 
     def observe_output(
-        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None = None
-    ) -> None:
+        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None = None,
+        part: Part | None = None,
+    ) -> None:  # fmt: skip
         """Take statistics of `y`, the output of the linear with this weight."""
-        self.observation.output(y, self.state(parameter), routing)
+        self.observation.output(y, self.state(parameter, part), routing)
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""
@@ -213,10 +226,10 @@ class Session:
 
     # Packed weights, recipes
 
-    def packed(self, parameter: nn.Parameter) -> PackedTensors:
+    def packed(self, parameter: nn.Parameter, part: Part | None = None) -> PackedTensors:
         """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed."""
         assert self.recipe is not None, "a linear's recipe is a part of the whole"
-        return self._weights.of(parameter, self.state(parameter), self.recipe)
+        return self._weights.of(parameter, self.state(parameter, part), self.recipe)
 
     def recipes(self, *, progress: bool) -> Iterator[Recipe]:
         """What was observed, decided for each config in turn. Raises ValueError if no linear was reached."""

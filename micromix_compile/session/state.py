@@ -7,10 +7,12 @@ many layers. Graphs are guarded by the key in it, so that a change of phase make
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from micromix_compile.recipe.parts import gaps
 
 if TYPE_CHECKING:
     from weakref import ref
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from micromix_compile.calibration.observer import ChannelObserver
     from micromix_compile.calibration.sensitivity import CostProbe
     from micromix_compile.ops.prepared import Kept
+    from micromix_compile.recipe.parts import Part
     from micromix_compile.recipe.types import LinearRecipe, Recipe
     from micromix_compile.recipe.watched import RecipeFile
 
@@ -36,14 +39,14 @@ UNQUANTIZED: Key = ("unquantized",)
 class LinearState:
     """One weight: what it is called, who observes its input, what was decided, its packed form.
 
-    key: phase, split and group; the graphs that use the weight are guarded by it. file: what the recipe was read from,
-    if it was; they are guarded by its content, too. transposed: known from its first use. looks_linear: as long as no
-    graph was seen; otherwise it counts as a linear only where one uses it so.
+    file: what the recipe was read from, if it was; graphs are guarded by its content. transposed: known from its first
+    use. looks_linear: as long as no graph was seen; otherwise it counts as a linear only where one uses it so. part:
+    what it is of the Parameter, None for all. parts: of all of one, the parts that are linears of their own.
     """
 
     names: list[str]
     parameter: ref[nn.Parameter]
-    key: Key = ()
+    own_key: Key = ()
     file: RecipeFile | None = None
     refusal: str | None = None
     looks_linear: bool = True
@@ -54,6 +57,8 @@ class LinearState:
     linear: LinearRecipe | None = None
     packed: Kept[PackedTensors] | None = None
     calls: int = 0
+    part: Part | None = None
+    parts: dict[Part, LinearState] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A saved model does not take this with it, but something that `torch.load` may read with weights only."""
@@ -63,6 +68,12 @@ class LinearState:
     def name(self) -> str:
         """The name it goes by; a tied weight is called after its last use, which is the linear."""
         return self.names[-1]
+
+    @property
+    def key(self) -> Key:
+        """Phase, split and group, and those of parts in another phase; graphs that use the weight are guarded by it."""
+        others = [(part, state.own_key) for part, state in sorted(self.parts.items()) if state.own_key != self.own_key]
+        return (*self.own_key, *others)
 
     @property
     def may_be_experts(self) -> bool:
@@ -80,22 +91,35 @@ class LinearState:
         """Whether calibration saw a token of its input."""
         return self.observer is not None and self.observer.tokens > 0
 
+    def uncut_names(self) -> list[str]:
+        """What is no linear of its own: its name, or those of what is between its parts."""
+        parameter = self.parameter()
+        if self.refusal is not None or not self.parts or parameter is None:
+            return [self.name]
+        parts = list(self.parts)
+        return [f"{self.name}{gap}" for gap in gaps(parts, parameter.shape[parts[0].dim])]
+
+    def weight(self) -> Tensor | None:
+        """The Parameter, or the part of it, if it is still alive."""
+        parameter = self.parameter()
+        if parameter is None or self.part is None:
+            return None if parameter is None else parameter.detach()
+        return self.part.of(parameter.detach())
+
     def matrix(self) -> Tensor | None:
         """(N, C), or (E, N, C) of experts: the weight as `x @ weight.T` uses it, if it is still alive."""
-        parameter = self.parameter()
-        if parameter is None:
-            return None
-        return parameter.detach().mT if self.transposed else parameter.detach()
+        weight = self.weight()
+        return weight.mT if weight is not None and self.transposed else weight
 
     def decide(self, linear: LinearRecipe | None, recipe: Recipe | None) -> None:
         """Note what `recipe` says of it, None for nothing, and the phase that follows from that."""
         self.linear = linear
         if self.refusal is not None:
-            self.key = UNQUANTIZED
+            self.own_key = UNQUANTIZED
         elif recipe is None:
-            self.key = CALIBRATE
+            self.own_key = CALIBRATE
         elif linear is None:
-            self.key = UNQUANTIZED
+            self.own_key = UNQUANTIZED
         else:
             members = (one.fqn.rpartition(".")[2] for one in recipe.linears.values() if one.group is linear.group)
-            self.key = ("quantized", *linear.split, linear.group.rotated, tuple(members))
+            self.own_key = ("quantized", *linear.split, linear.group.rotated, tuple(members))

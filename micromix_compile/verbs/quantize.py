@@ -15,6 +15,7 @@ from micromix_compile.linear.packed import ChannelOrder, MicroMixLinear
 from micromix_compile.linear.replacing import leave_fast_paths, replace, take_over, why_not_replaced
 from micromix_compile.lowering.torch_private.regions import original_module
 from micromix_compile.ops.pack import packed_weight
+from micromix_compile.recipe.parts import split_name
 from micromix_compile.recipe.types import check_recipe
 from micromix_compile.session.candidates import how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed
@@ -58,11 +59,10 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: {how_to_leave_training(model)}")
     check_not_distributed(model)
-    names = parameter_names(model)
     modules = named_modules(model)
     check_not_packed(recipe, modules, model_id(model))
-    matched = match_linears(recipe, names, model_id=model_id(model))
-    places, refused = places_of([(names[parameter], linear) for parameter, linear in matched], modules)
+    matched = match_linears(recipe, parameter_names(model), model_id=model_id(model))
+    places, refused = places_of(matched, modules)
     say_refused(refused, strict=recipe.config.strict)
     experts = {name: linear for name, linear in places.items() if linear.experts is not None}
     attention = {name: linear for name, linear in places.items() if is_of_attention(name, modules)}
@@ -112,6 +112,9 @@ def places_of(
 
 def _why_not(name: str, linear: LinearRecipe, modules: Mapping[str, nn.Module]) -> str | None:
     """Why what `name` names, a module or a Parameter, can't be replaced, or None if it can."""
+    whole, part = split_name(name)
+    if part is not None and name not in modules:
+        return f"it is a part of {whole}, and no module of its own: a model that is compiled with the recipe has it"
     if linear.experts is not None:
         return why_not_in_experts(name, modules)
     if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):

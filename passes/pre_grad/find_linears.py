@@ -14,11 +14,13 @@ from micromix_compile.passes.context import LinearSite, PassContext, Routing
 from micromix_compile.passes.mutations import memory_of, written_memory
 from micromix_compile.passes.pre_grad.products import Operands, is_transpose, operands_of
 from micromix_compile.passes.pre_grad.shapes import reshaped
+from micromix_compile.passes.pre_grad.views import CUT_OTHERWISE, parameter_under, seen_through, why_no_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from micromix_compile.passes.context import Batch
+    from micromix_compile.recipe.parts import Part
 
 OF_EXPERTS: Final = (
     "a stack of matrices is covered where grouped or batched products read it; of transformers' experts they do after "
@@ -36,8 +38,8 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
     """Fill `context.sites` and `context.refusals`. Changes nothing.
 
     A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2), as it is
-    or transposed there (Falcon); or a grouped product with a 3-dimensional one, which holds a matrix for each expert;
-    or what is one of these but for the shapes of its operands.
+    or transposed there (Falcon), or with some of its output channels; or a grouped product with a 3-dimensional one,
+    which holds a matrix for each expert; or what is one of these but for the shapes of its operands.
     """
     inputs = dict(zip(graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
     search = _Search(context=context, inputs=inputs, written=written_memory(graph))
@@ -51,7 +53,7 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
         if left is not None:
             context.refusals[context.owner.name_of(left)] = ON_THE_LEFT[left.dim() > 2]
             continue
-        operands = operands or _untransposed(found, inputs)
+        operands = operands or seen_through(found, inputs)
         name, reason = search.refusal(operands)
         if reason is None:
             context.sites.append(search.site(node, found.weight, operands))
@@ -64,15 +66,15 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
 class _Search:
     """What is known on the way through a graph.
 
-    written: memory that the graph writes to. orientation: by weight, how its first use takes it. tokens: by where
-    experts' rows end, which tokens those rows are of. copies: by which expert each row goes to, how many of a token
-    there are. depth: in how many transforms of torch.func the next node is.
+    written: memory that the graph writes to. orientation: by weight and part, how its first use takes it. tokens: by
+    where experts' rows end, which tokens those rows are of. copies: by which expert each row goes to, how many of a
+    token there are. depth: in how many transforms of torch.func the next node is.
     """
 
     context: PassContext
     inputs: Mapping[fx.Node, Any]
     written: frozenset[int]
-    orientation: dict[fx.Node, bool] = field(default_factory=dict)
+    orientation: dict[tuple[fx.Node, Part | None], bool] = field(default_factory=dict)
     tokens: dict[fx.Node, fx.Node] = field(default_factory=dict)
     copies: dict[fx.Node, int] = field(default_factory=dict)
     depth: int = 0
@@ -82,13 +84,13 @@ class _Search:
         name, reason = _refusal(operands, self.inputs, self.context)
         if reason is not None:
             return name, reason
-        weight, transposed = operands.weight, operands.transposed
+        weight, transposed, part = operands.weight, operands.transposed, operands.part
         if self.depth:
             return f"{name} (torch.func)", "it runs under a transform of torch.func, such as vmap"
         if memory_of(weight) in self.written:
             return name, "its weight is written to in the graph that uses it"
-        differs = self.orientation.setdefault(weight, transposed) != transposed
-        if differs or self.context.owner.is_used_otherwise(self.inputs[weight], transposed=transposed):
+        differs = self.orientation.setdefault((weight, part), transposed) != transposed
+        if differs or self.context.owner.is_used_otherwise(self.inputs[weight], transposed=transposed, part=part):
             return f"{name} (transposed)", "its weight is used both as it is and transposed"
         return name, None
 
@@ -103,7 +105,7 @@ class _Search:
         return LinearSite(
             node=node, x=x, weight=operands.weight, operand=operand, bias=operands.bias, transposed=operands.transposed,
             parameter=self.inputs[operands.weight], routing=routing, batch=self._known(operands.batch),
-            turned=operands.turned,
+            turned=operands.turned, part=operands.part,
         )  # fmt: skip
 
     def _known(self, batch: Batch | None) -> Batch | None:
@@ -155,21 +157,11 @@ def _weight_on_the_left(operands: Operands, inputs: Mapping[fx.Node, object]) ->
     return None if isinstance(inputs.get(_origin(operands.weight)), nn.Parameter) else left
 
 
-def _untransposed(operands: Operands, inputs: Mapping[fx.Node, object]) -> Operands:
-    """The same product with the Parameter itself where the graph transposes one for it."""
-    weight = operands.weight
-    if not operands.transposed or not is_transpose(weight):
-        return operands
-    origin = weight.args[0]
-    if not isinstance(origin, fx.Node) or not isinstance(inputs.get(origin), nn.Parameter):
-        return operands
-    return replace(operands, weight=origin, transposed=False)
-
-
 def _may_be_linear(operands: Operands, inputs: Mapping[fx.Node, object]) -> bool:
     """Whether a user would take a product for a linear, and not for one of two activations."""
     weight = _origin(operands.weight) if operands.offs else operands.weight
-    return not operands.transposed or isinstance(inputs.get(weight), nn.Parameter)
+    is_parameter = isinstance(inputs.get(weight), nn.Parameter) or parameter_under(weight, inputs) is not None
+    return not operands.transposed or is_parameter
 
 
 def _computed_name(weight: fx.Node, inputs: Mapping[fx.Node, object], context: PassContext) -> str:
@@ -213,17 +205,21 @@ def _refusal(operands: Operands, inputs: Mapping[fx.Node, object], context: Pass
     parameter = inputs.get(weight)
     if weight.op == "get_attr":
         return str(weight.target), "its weight is a constant of the graph (is freezing on?)"
+    if (left := why_no_view(weight, inputs)) is not None:
+        return context.owner.name_of(left[0]), left[1]
     whole = inputs.get(_cut_from(weight))
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 2:
-        return context.owner.name_of(whole), "it is cut into parts, which are weights of their own"
+        return context.owner.name_of(whole), CUT_OTHERWISE
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 3:
         return context.owner.name_of(whole), TAKEN_OUT
     if not isinstance(parameter, nn.Parameter):
         return _computed_name(weight, inputs, context), "its weight is computed in the graph, not a Parameter"
     if parameter.dim() < 2:
         return weight.name, "its weight is a vector"
-    name = context.owner.name_of(parameter)
-    return name, _refused_tensors(parameter, operands) or context.owner.refusal(parameter)
+    if special := _refused_tensors(parameter, operands):
+        return context.owner.name_of(parameter), special
+    name = context.owner.name_of(parameter, operands.part)
+    return name, context.owner.refusal(parameter, operands.part)
 
 
 def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
@@ -239,6 +235,7 @@ def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
     if isinstance(example, torch.Tensor) and example.dtype not in FLOAT_DTYPES:
         return f"its input is {example.dtype}, not float32, bfloat16 or float16"
     added = None if operands.bias is None else operands.bias.meta.get("example_value")
-    if isinstance(added, torch.Tensor) and (added.dim() != 1 or added.shape[0] not in parameter.shape):
+    outputs = operands.part.size if operands.part else parameter.shape[-1 if operands.transposed else -2]
+    if isinstance(added, torch.Tensor) and (added.dim() != 1 or added.shape[0] != outputs):
         return f"its bias has shape {tuple(added.shape)}, not one element per output"
     return None

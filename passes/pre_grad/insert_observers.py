@@ -36,13 +36,13 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     for members in groups.values():
         first, x = members[0][0], members[0][1].x
         with graph.inserting_before(first.node):
-            distinct = list({site.weight: (site, entered) for site, entered in reversed(members)}.values())[::-1]
-            columns = zip(*((one.weight, one.transposed, _tensors(routed)) for one, routed in distinct), strict=True)
-            weights, transposed, routings = map(list, columns)
+            distinct = {(one.weight, one.part): (one, entered) for one, entered in reversed(members)}.values()
+            rows = [(one.weight, one.transposed, _tensors(routed), one.part) for one, routed in reversed(distinct)]
+            weights, transposed, routings, parts = map(list, zip(*rows, strict=True))
             source = _flattened_from(x)
             if first.batch is not None:
                 x = graph.call_function(torch.ops.aten.reshape.default, (x, [-1, first.in_features]))
-            seen = (x, weights, transposed, source, routings)
+            seen = (x, weights, transposed, source, routings, parts)
             copy_meta(first.node, graph.call_function(context.owner.observe, seen))
         for site, entered in members:
             _watch_output(shapes, site, entered, context)
@@ -54,7 +54,8 @@ def _watch_output(shapes: Shapes, site: LinearSite, entered: Entered, context: P
     graph, readers = site.node.graph, list(site.node.users)
     with graph.inserting_before(site.node.next):
         out = shapes.flatten(site, entered)
-        watched = graph.call_function(context.owner.observe_output, (out, site.weight, _tensors(entered)))
+        seen = (out, site.weight, _tensors(entered), site.part)
+        watched = graph.call_function(context.owner.observe_output, seen)
         copy_meta(site.node, watched)
         left = shapes.leave(site, entered, out)
     for reader in readers:

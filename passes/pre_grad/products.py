@@ -13,6 +13,7 @@ from micromix_compile.lowering.torch_private.operators import BUILTIN_LINEAR, GR
 
 if TYPE_CHECKING:
     from micromix_compile.passes.context import Batch
+    from micromix_compile.recipe.parts import Part
 
 aten = torch.ops.aten
 
@@ -63,7 +64,7 @@ class Operands:
     """What a product reads; `transposed` as in `Product`.
 
     offs: where the rows of each expert end, of a grouped one. batch: of a batched one with a stack of weights.
-    turned: the weight is on the left, and x (..., C, T).
+    turned: the weight is on the left, and x (..., C, T). part: of a weight that is not multiplied as a whole.
     """
 
     x: fx.Node
@@ -73,6 +74,7 @@ class Operands:
     offs: fx.Node | None = None
     batch: Batch | None = None
     turned: bool = False
+    part: Part | None = None
 
 
 def operands_of(node: fx.Node) -> Operands | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from micromix_compile.passes.context import LinearPlan, LinearSite, PassContext
+    from micromix_compile.recipe.parts import Part
 
 aten = torch.ops.aten
 
@@ -30,25 +31,26 @@ WEIGHT: Final = ("w4", "w6", "w8", "w_scale")
 def rewrite_linears(graph: fx.Graph, context: PassContext) -> int:
     """Rewrite every site that has a plan; fills `context.inputs`. Returns how many were rewritten."""
     perms: dict[int, fx.Node] = {}
-    weights: dict[fx.Node, list[fx.Node]] = {}
+    weights: dict[tuple[fx.Node, Part | None], list[fx.Node]] = {}
     shapes = Shapes(graph, sort=False)
     replaced: dict[fx.Node, fx.Node] = {}  # a linear may read another one's output
     for site in context.sites:
-        plan = context.owner.plan(site.parameter, transposed=site.transposed)
+        plan = context.owner.plan(site.parameter, transposed=site.transposed, part=site.part)
         if plan is None:
             continue
         if plan.group not in perms:
             perms[plan.group] = _lift(graph, context, site, plan, 0)
-        if site.weight not in weights:
-            weights[site.weight] = [_lift(graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
+        weight = site.weight, site.part
+        if weight not in weights:
+            weights[weight] = [_lift(graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
         x = replaced.get(site.x, site.x)
-        replaced[site.node] = _replace(shapes, site, x, plan, perms[plan.group], weights[site.weight])
+        replaced[site.node] = _replace(shapes, site, x, plan, perms[plan.group], weights[weight])
     return len(replaced)
 
 
 def _lift(graph: fx.Graph, context: PassContext, site: LinearSite, plan: LinearPlan, index: int) -> fx.Node:
     node = context.owner.add_input(graph, f"micromix_{len(context.inputs)}", plan.tensors[index])
-    context.inputs.append((site.weight, index))
+    context.inputs.append((site.weight, site.part, index))
     return node
 
 

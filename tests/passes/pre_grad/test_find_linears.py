@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering.torch_private.operators import GROUPED_MM
 from micromix_compile.passes import find_linears
+from micromix_compile.passes.pre_grad import views
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.versions
+functional = nn.functional
 
 
 class Conv1D(nn.Module):
@@ -67,11 +69,66 @@ def test_a_product_with_a_transposed_parameter_is_a_linear(product: Callable[...
     assert not context.refusals
 
 
-@pytest.mark.parametrize("product", [lambda x, w: x @ w.transpose(0, 0), lambda x, w: x @ w.permute(0, 1)])
+@pytest.mark.parametrize(
+    "product",
+    [lambda x, w: x @ w.transpose(0, 0), lambda x, w: x @ w.permute(0, 1), lambda x, w: x @ w.T.detach()[:, :].mT],
+)
 def test_what_leaves_a_matrix_as_it_is_is_no_transpose(product: Callable[..., Tensor]) -> None:
     weight = nn.Parameter(torch.randn(64, 64))
     _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session_with(find_linears))
+    assert [(site.transposed, site.part) for site in context.sites] == [(True, None)]
+
+
+@pytest.mark.parametrize(
+    ("product", "name", "transposed"),
+    [
+        (lambda x, w: functional.linear(x, w[8:24]), "[8:24]", False),
+        (lambda x, w: functional.linear(x, w.narrow(0, 8, 16), x[0, :16]), "[8:24]", False),
+        (lambda x, w: functional.linear(x, w.chunk(4)[1]), "[24:48]", False),
+        (lambda x, w: functional.linear(x, w.split([8, 80, 8])[2]), "[88:96]", False),
+        (lambda x, w: functional.linear(x, w.tensor_split(2)[0]), "[0:48]", False),
+        (lambda x, w: functional.linear(x, w.view(3, 32, 64)[1]), "[32:64]", False),
+        (lambda x, w: functional.linear(x, w[8:][:4][1:2]), "[9:10]", False),
+        (lambda x, w: x @ w[-8:].T, "[88:96]", False),
+        (lambda x, w: torch.mm(x, w.t()[:, 8:24]), "[8:24]", False),
+        (lambda x, w: torch.addmm(x[0, :16], x, w.T[:, :16]), "[0:16]", False),
+        (lambda x, w: torch.cat((x, x[:, :32]), 1) @ w[:, 8:24], "[:, 8:24]", True),
+        (lambda x, w: functional.linear(torch.cat((x, x[:, :32]), 1), w[:, 8:24].T), "[:, 8:24]", True),
+    ],
+)
+def test_a_run_of_output_channels_is_a_linear_of_its_own(
+    product: Callable[..., Tensor], name: str, transposed: bool
+) -> None:
+    weight = nn.Parameter(torch.randn(96, 64))
+    session = session_with(find_linears)
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(3, 64), session=session)
+    (site,) = context.sites
+    assert session.name_of(site.parameter, site.part) == f"l_weight_{name}"
+    assert (site.transposed, site.in_features) == (transposed, 96 if transposed else 64)
+    assert site.part is not None
+    assert site.out_features == site.part.size
+    assert not context.refusals
+
+
+@pytest.mark.parametrize(
+    ("product", "reason"),
+    [
+        (lambda x, w: functional.linear(x[:, :32], w[:, :32]), views.CUT_ALONG_INPUTS),
+        (lambda x, w: x @ w[:64], views.CUT_ALONG_INPUTS),
+        (lambda x, w: functional.linear(x, w[::2]), views.CUT_OTHERWISE),
+        (lambda x, w: functional.linear(x[:, :32], w[8:24, :32]), views.CUT_OTHERWISE),
+        (lambda x, w: functional.linear(x, w[[1, 3]]), views.CUT_OTHERWISE),
+        (lambda x, w: functional.linear(x, w[:, :2].as_strided((4, 64), (64, 1), 32)), views.CUT_OTHERWISE),
+        (lambda x, w: functional.linear(x[:, :32], w.view(192, 32)), views.OF_ANOTHER_SHAPE),
+        (lambda x, w: functional.linear(x, w[: x.shape[0]]), views.CUT_BY_INPUT),
+    ],
+)
+def test_other_parts_of_a_weight_are_named_with_why(product: Callable[..., Tensor], reason: str) -> None:
+    weight = nn.Parameter(torch.randn(96, 64))
+    by_input, session = reason is views.CUT_BY_INPUT, session_with(find_linears)
+    _, context, _ = trace(lambda x: product(x, weight), torch.randn(5, 64), session=session, dynamic=by_input)
     assert not context.sites
+    assert list(context.refusals.values()) == [reason]
 
 
 def test_products_of_activations_are_no_linears() -> None:
@@ -174,9 +231,7 @@ def test_grouped_products_are_linears_that_read_tokens_where_rows_are_gathered(
     assert site.routing.tokens is site.routing.rows
 
 
-@pytest.mark.parametrize(
-    "view", [lambda w: w.transpose(-2, -1).contiguous().mT, lambda w: w.permute(0, 2, 1).permute(0, 2, 1)]
-)
+@pytest.mark.parametrize("view", [lambda w: w.transpose(-2, -1).contiguous().mT, lambda w: w * 2])
 def test_grouped_products_with_computed_weights_are_named_among_what_is_left_alone(
     view: Callable[[Tensor], Tensor],
 ) -> None:

@@ -89,7 +89,7 @@ def test_self_attention_is_calibrated_and_runs_quantized(batch_first: bool, need
         assert (fast[1] - plain[1]).abs().max() < 0.05
 
 
-def test_slices_of_a_weight_that_cross_attention_makes_are_named() -> None:
+def test_parts_of_a_weight_that_cross_attention_makes_are_linears() -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -101,8 +101,16 @@ def test_slices_of_a_weight_that_cross_attention_makes_are_named() -> None:
     model = Cross().eval()
     batch = {"x": torch.randn(2, 5, 64), "y": torch.randn(2, 7, 64)}
     recipe = micromix.calibrate(model, [batch], NEAREST)
-    assert list(recipe.linears) == ["attention.out_proj"]
-    assert recipe.refused == {"attention.in_proj_weight": "it is cut into parts, which are weights of their own"}
+    parts = ["attention.in_proj_weight[0:64]", "attention.in_proj_weight[64:192]"]
+    assert set(recipe.linears) == {*parts, "attention.out_proj"}
+    assert not recipe.refused
+    with torch.no_grad():
+        plain = on_slow_path(model, **batch)
+        fast = torch.compile(model, backend="micromix", options={"recipe": recipe, "strict": True})(**batch)
+    assert 0.001 < (fast - plain).norm() / plain.norm() < 0.15
+    packed = micromix.quantize_(model, recipe)
+    assert set(packed.micromix_refused) == {*parts, "attention.out_proj"}
+    assert "it is a part of attention.in_proj_weight, and no module of its own" in packed.micromix_refused[parts[0]]
 
 
 def test_what_can_not_be_opened_is_named_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
