@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.recipe.parts import Part, gaps, split_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,24 +70,126 @@ def batch() -> dict[str, Tensor]:
 
 
 def test_parts_of_a_weight_run_as_linears_of_their_own(tmp_path: Path) -> None:
-    joint, given = Joint().eval(), batch()
+    joint, inputs = Joint().eval(), batch()
     apart = Apart(joint).eval()
-    recipe = micromix.calibrate(joint, [given], QUICK, progress=False)
+    recipe = micromix.calibrate(joint, [inputs], QUICK, progress=False)
     assert set(recipe.linears) == set(PARTS)
     assert recipe.refused == {"out_weight[:, 0:32]": "calibration did not reach it"}
     assert recipe.left_alone == (3 * 64 + 64 * 32, 4 * (3 * 64 + 64 * 32))
     assert recipe.model_parameters == sum(parameter.numel() for parameter in joint.parameters())
     assert recipe.linears["qkv_weight[64:128]"].group is recipe.linears["qkv_weight[128:192]"].group
     recipe.save(tmp_path / "recipe")
-    same = micromix.calibrate(apart, [given], QUICK, progress=False)
+    same = micromix.calibrate(apart, [inputs], QUICK, progress=False)
     with torch.no_grad():
-        want = torch.compile(apart, backend="micromix", options={"recipe": same})(**given)
+        other = torch.compile(apart, backend="micromix", options={"recipe": same})
+        want = other(**inputs)
         for source in (recipe, tmp_path / "recipe"):
             fast = torch.compile(joint, backend="micromix", options={"recipe": source, "strict": True})
-            assert torch.equal(fast(**given), want)
-        assert 0 < (want - apart(**given)).norm() < 0.1 * want.norm()
+            assert torch.equal(fast(**inputs), want)
+        assert 0 < (want - apart(**inputs)).norm() < 0.1 * want.norm()
         joint.qkv_weight[70:80] *= 2
         apart.k.weight[6:16] *= 2
-        changed = torch.compile(apart, backend="micromix", options={"recipe": same})(**given)
-        assert torch.equal(fast(**given), changed)
-        assert not torch.equal(changed, want)
+        assert torch.equal(fast(**inputs), other(**inputs))
+        assert not torch.equal(other(**inputs), want)
+
+
+class Cut(nn.Module):
+    """Some rows of a weight, and all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.rows = nn.Linear(64, 96), slice(0, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.fc.weight[self.rows]).sum(-1) + self.fc(x).sum(-1)
+
+
+def test_parts_that_overlap_are_packed_each_for_itself() -> None:
+    net, x = Cut().eval(), torch.randn(7, 64)
+    recipe = micromix.calibrate(net, [x], MicroMixConfig(policy="mxfp8"), progress=False)
+    assert list(recipe.linears) == ["fc", "fc[0:64]"]
+    assert len(recipe.groups) == 1
+    assert recipe.left_alone == (96, 4 * 96)
+    fast = torch.compile(net, backend="micromix", options={"recipe": recipe, "strict": True})
+    with torch.no_grad():
+        assert 0 < (fast(x) - net(x)).abs().max() < 1
+    assert set(micromix.quantize_(net, recipe).micromix_refused) == {"fc[0:64]"}
+    assert type(net.fc).__name__ == "MicroMixLinear"
+
+
+def test_a_part_that_calibration_did_not_reach_is_named_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = Cut().eval(), torch.randn(7, 64)
+    recipe = micromix.calibrate(net, [x], QUICK, progress=False)
+    net.rows = slice(32, 64)
+    reason = r"fc[32:64] has a recipe and runs unquantized in a part of the model: calibration did not reach this part"
+    with torch.no_grad():
+        torch.compile(net, backend="micromix", options={"recipe": recipe})(x)
+        assert reason in caplog.text
+        with pytest.raises(BackendCompilerFailed, match=re.escape(f"strict=True: {reason}")):
+            torch.compile(net, backend="micromix", options={"recipe": recipe, "strict": True})(x)
+
+
+def test_parts_of_another_models_weight_are_an_error() -> None:
+    net, x = Joint().eval(), batch()
+    recipe = micromix.calibrate(net, [x], QUICK, progress=False)
+    with torch.no_grad():
+        net.qkv_weight[130] += 1
+        net.qkv_weight = nn.Parameter(net.qkv_weight.detach().flip(0))
+    with pytest.raises(ValueError, match=r"qkv_weight\[0:64\] has other weights here"):
+        micromix.quantize_(net, recipe)
+    with pytest.raises(BackendCompilerFailed, match=r"qkv_weight\[0:64\] has other weights here"), torch.no_grad():
+        torch.compile(net, backend="micromix", options={"recipe": recipe})(**x)
+
+
+def test_a_model_with_parts_converts_itself_and_runs_inside_another(caplog: pytest.LogCaptureFixture) -> None:
+    inputs, inner = batch(), Joint().eval()
+    fast = torch.compile(inner, backend="micromix", options={"calibration_batches": 1, "policy": "mxfp8"})
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "micromix_compile"):
+        fast(**inputs)
+        assert "calibrated on 1 batches; Joint now runs quantized: 4 linears" in caplog.text
+        assert "were not reached" not in caplog.text
+        want, recipe = fast(**inputs), micromix.recipe_of(inner)
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Tensor, y: Tensor) -> Tensor:
+                return self.inner(x, y)
+
+        outer = torch.compile(Outer().eval(), backend="micromix", options={"recipe": recipe, "strict": True})
+        assert torch.equal(outer(**inputs), want)
+
+
+def test_a_skipped_weight_s_parts_stay_and_a_part_alone_can_be_skipped() -> None:
+    inputs, joint = batch(), Joint().eval()
+    recipe = micromix.calibrate(joint, [inputs], MicroMixConfig(policy="mxfp8", skip=("qkv_*",)), progress=False)
+    assert list(recipe.linears) == ["out_weight[:, 32:96]"]
+    config = MicroMixConfig(policy="mxfp8", skip=("qkv_weight[[]0:64]",), strict=False)
+    recipe = micromix.calibrate(joint, [inputs], config, progress=False)
+    assert set(recipe.linears) == set(PARTS) - {"qkv_weight[0:64]"}
+    assert recipe.refused["qkv_weight[0:64]"] == "its name matches skip='qkv_weight[[]0:64]'"
+
+
+@given(st.data())
+def test_what_lies_between_parts_and_the_parts_are_the_whole(data: st.DataObject) -> None:
+    size, dim = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 1))
+    ends = st.tuples(st.integers(0, size), st.integers(0, size)).filter(lambda pair: pair[0] < pair[1])
+    parts = [Part(dim, *pair) for pair in data.draw(st.lists(ends, min_size=1, max_size=5))]
+    left = gaps(parts, size)
+    covered = {place for part in parts for place in range(part.start, part.stop)}
+    free = [place for part in left for place in range(part.start, part.stop)]
+    assert free == sorted(set(range(size)) - covered)
+    assert all(part.dim == dim and part.size for part in left)
+    weight = torch.arange(size * size).reshape(size, size)
+    for part in (*parts, *left):
+        assert split_name(f"a.b{part}") == ("a.b", part)
+        assert part.fits(weight)
+        assert torch.equal(part.of(weight), eval(f"weight{part}"))
+    assert not Part(dim, 0, size + 1).fits(weight)
+
+
+@pytest.mark.parametrize("name", ["fc", "fc.0", "fc[0]", "fc[:, 0]", "[0:1]", "fc (computed)", "fc[0:1].weight"])
+def test_other_names_name_no_part(name: str) -> None:
+    assert split_name(name) == (name, None)
