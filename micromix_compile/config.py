@@ -193,6 +193,7 @@ class MicroMixConfig:
         largest share their blocks with those that lose least by it (see `orders`). Mixed formats sort by size.
     granularity: channels per format are rounded to multiples of this: 32, 64 or 128.
     skip: fnmatch patterns of module names that stay as they are.
+    convolutions: nn.Conv1d and nn.Conv2d of kernel size 1, with stride 1, one group and no padding, count as linears.
     shards: what number of tensor-parallel ranks, or of which multiple, linears that these cut along their input
         channels are ordered for (see `numerics.shards`); any number that divides it can load a packed checkpoint.
     row_parallel: fnmatch patterns of the names of those linears.
@@ -235,6 +236,9 @@ class MicroMixConfig:
     granularity: int = field(default=32, metadata=_takes(GRANULARITIES, "Channel counts are multiples of"))
     skip: tuple[str, ...] = field(
         default=DEFAULT_SKIP, metadata=_takes(_are_texts, "Names (fnmatch) of linears to leave as they are; repeatable")
+    )
+    convolutions: bool = field(
+        default=False, metadata=_takes(_is_flag, "Take convolutions of kernel size 1 for linears, too")
     )
     shards: int = field(
         default=1,

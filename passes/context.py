@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from micromix_compile.recipe.parts import as_matrix
 from micromix_compile.targets.target import target_of
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class LinearSite:
 
     operand: what node reads of the weight: itself, or its transpose made in the graph. routing: of a product with a
     layer's experts, whose weight holds a matrix each; x then holds the rows before they are sorted by expert. batch: of
-    a batched product with such a weight, in the place of `routing`. turned: node = weight @ x, and x (..., C, T).
-    part: the output channels that are multiplied, where it is not all of the weight.
+    a batched product with such a weight, in the place of `routing`. turned: how many dimensions of x are behind its
+    channels: of node = weight @ x with x (..., C, T), and of convolutions. part: the output channels that are
+    multiplied, where it is not all of the weight.
     """
 
     node: fx.Node
@@ -64,20 +66,25 @@ class LinearSite:
     parameter: nn.Parameter
     routing: Routing | None = None
     batch: Batch | None = None
-    turned: bool = False
+    turned: int = 0
     part: Part | None = None
 
     @property
     def in_features(self) -> int:
         """Input channels C."""
-        return self.parameter.shape[-2 if self.transposed else -1]
+        return as_matrix(self.parameter).shape[-2 if self.transposed else -1]
 
     @property
     def out_features(self) -> int:
         """Output channels N."""
         if self.part is not None:
             return self.part.size
-        return self.parameter.shape[-1 if self.transposed else -2]
+        return as_matrix(self.parameter).shape[-1 if self.transposed else -2]
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether its weight is one of a convolution."""
+        return self.parameter.dim() > as_matrix(self.parameter).dim()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

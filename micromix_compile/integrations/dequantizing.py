@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from micromix_compile.integrations.tensor_parallel import check_whole
+from micromix_compile.linear.convolution import POINTWISE
 from micromix_compile.linear.experts import MicroMixExperts
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.linear.replacing import take_over_hooks
@@ -50,7 +51,7 @@ def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.
     """Give a module the weights of the packed one, and the very Parameters and modules that this has beside them."""
     if isinstance(packed, MicroMixLinear):
         matrix = packed.dequantized() + 0
-        weights = {"weight": matrix if isinstance(original, nn.Linear) else matrix.T}  # GPT-2's is (C, N)
+        weights = {"weight": matrix if isinstance(original, (nn.Linear, *POINTWISE)) else matrix.T}  # GPT-2's: (C, N)
     else:
         stacked = {name: _experts(packed, name, getattr(original, name).dtype) for name in packed.layouts}
         weights = {name: w.mT if original.is_transposed else w for name, w in stacked.items()}

@@ -32,9 +32,11 @@ from micromix_compile.integrations import checkpoint, tensor_parallel
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.integrations.dequantizing import dequantize_
 from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
+from micromix_compile.linear.convolution import packed_class
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.recipe.orders import SHARDS, SPLIT, check_order, shards_of
+from micromix_compile.recipe.parts import as_matrix
 from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule, check, integer, shown
 from micromix_compile.verbs.quantize import order_of, share_orders
 
@@ -199,7 +201,7 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
     bias = getattr(module, "bias", None)
     n, channels = described["out_features"], described["in_features"]
     weight = getattr(module, "weight", None)
-    if weight is None or tuple(weight.shape) not in ((n, channels), (channels, n)):  # GPT-2's is (C, N)
+    if weight is None or tuple(as_matrix(weight).shape) not in ((n, channels), (channels, n)):  # GPT-2's is (C, N)
         raise ValueError(f"its weight must be {(n, channels)}, got {None if weight is None else tuple(weight.shape)}")
     k4, k6, k8 = described["split"]
     if k4 + k6 + k8 != channels + -channels % BLOCK_SIZE:
@@ -209,7 +211,7 @@ def _empty_linear(module: nn.Module, described: dict[str, Any], config: MicroMix
         raise ValueError(f"rotated must be at most its {k4 + k6 + k8} channels, got {rotated}")
     if "scale_rounding" in described:
         config = dataclasses.replace(config, scale_rounding=described["scale_rounding"])
-    return MicroMixLinear(
+    return packed_class(module)(
         in_features=channels,
         out_features=n,
         split=(k4, k6, k8),

@@ -26,9 +26,10 @@ from micromix_compile.integrations.hf import (
     put_empty,
     take_loaded,
 )
+from micromix_compile.linear.convolution import POINTWISE
 from micromix_compile.linear.experts import PARTS
 from micromix_compile.ops.pack import packed_weight
-from micromix_compile.recipe.parts import split_name
+from micromix_compile.recipe.parts import as_matrix, split_name
 from micromix_compile.recipe.types import Recipe
 from micromix_compile.session.matching import check_same_weight, model_id, named_modules
 from micromix_compile.verbs.quantize import description, places_of, say_refused, share_orders
@@ -135,11 +136,12 @@ class _Pack(ConversionOps):  # type: ignore[misc]
         recipe, name = self._quantizer.quantization_config.recipe, full_layer_name.removesuffix(".weight")
         linear = self._quantizer.places[name]
         try:
-            check_same_weight(recipe, linear, nn.Parameter(weight, requires_grad=False), model_id(model))
+            check_same_weight(recipe, linear, as_matrix(weight), model_id(model))
         except ValueError as error:
             self._quantizer.errors.append(error)
             return {}
-        packed = packed_weight(weight.mT if name in self._quantizer.transposed else weight, linear, recipe)
+        matrix = as_matrix(weight)
+        packed = packed_weight(matrix.mT if name in self._quantizer.transposed else matrix, linear, recipe)
         own = PARTS if linear.experts is not None else (".weight_q4", ".weight_q6", ".weight_q8", ".weight")
         order = f"{name}{'.' if linear.experts is None else '_'}order.channel_perm"
         parts = {name + part: tensor for part, tensor in zip(own, packed, strict=True)}
@@ -152,7 +154,7 @@ def _is_transposed(name: str, modules: Mapping[str, nn.Module]) -> bool:
     if module is None:
         holder: Any = modules[name.rpartition(".")[0]]
         return bool(holder.is_transposed)
-    return not isinstance(module, nn.Linear)
+    return not isinstance(module, (nn.Linear, *POINTWISE))
 
 
 def _check_one_process(model: Any) -> None:

@@ -33,9 +33,9 @@ class DequantizedWeight(Tensor):
     _make: Callable[[], Tensor]
 
     def __new__(
-        cls, make: Callable[[], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+        cls, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Self:
-        """make: returns the (N, C) tensor of this dtype on this device."""
+        """make: returns the tensor of this shape and dtype on this device."""
         weight = make_wrapper(cls, shape, dtype, device)
         weight._make = make
         return weight

@@ -99,12 +99,16 @@ class MicroMixLinear(nn.Linear):
         """(k4, k6, k8)."""
         return self.layout.split
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of `weight`: (N, C)."""
+        return self.rows, self.channels
+
     def dequantized(self) -> Tensor:
         """The weight (N, C) in the model's order of channels, as `weight_dtype`; its values are made when read."""
-        shape = (self.rows, self.channels)
         if torch.compiler.is_compiling():
             return self._dequantize()  # an operation of the graph, which goes away where only the dtype is read
-        return DequantizedWeight(self._dequantize, shape, self.weight_dtype, self.weight_scale.device)
+        return DequantizedWeight(self._dequantize, self.weight_shape, self.weight_dtype, self.weight_scale.device)
 
     def _dequantize(self) -> Tensor:
         weight = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale, self.order.channel_perm)

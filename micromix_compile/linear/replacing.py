@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 LINEARS: Final = (
     "torch.nn.modules.linear.Linear",
@@ -48,10 +48,13 @@ def _class_of(module: nn.Module | None) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def why_not_replaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+def why_not_replaced(
+    name: str, modules: Mapping[str, nn.Module], takes: Callable[[nn.Module], bool] = is_linear_module
+) -> str | None:
     """Why what `name` names can't become a packed linear, or None if it can.
 
-    name: of a linear module, or of a Parameter that belongs to none. modules: all of the model by their names.
+    name: of a linear module, or of a Parameter that belongs to none. modules: all of the model by their names. takes:
+    which modules are those of linears.
     """
     module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
     if name.rpartition(".")[2] in READ_DIRECTLY.get(_class_of(parent), ()):
@@ -60,7 +63,7 @@ def why_not_replaced(name: str, modules: Mapping[str, nn.Module]) -> str | None:
         return f"it is a Parameter that {type(parent).__name__} reads directly, not the weight of a linear"
     if parametrize.is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize)"
-    if not is_linear_module(module):
+    if not takes(module):
         return f"it is a {_class_of(module)}, not an nn.Linear"
     if special := why_special(module):
         return special

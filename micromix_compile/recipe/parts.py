@@ -1,4 +1,4 @@
-"""Parts of a Parameter that are linears of their own: rows or columns of a matrix, and what they are called."""
+"""The matrix that a Parameter is, and parts of it that are linears of their own: rows or columns, and their names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PATTERN: Final = re.compile(r"(?P<base>.+)\[(?P<columns>:, )?(?P<start>\d+):(?P<stop>\d+)\]")
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(N, C) of a convolution of kernel size 1, whose weight is (N, C, 1) or (N, C, 1, 1); any other as it is."""
+    return weight.flatten(1) if weight.dim() > 2 and weight.shape[2:].numel() == 1 else weight
 
 
 class Part(NamedTuple):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from torch import fx, nn
 
+from micromix_compile.linear.convolution import why_not_pointwise
 from micromix_compile.lowering.torch_private.tensors import is_convolution
 from micromix_compile.recipe.parts import gaps, split_name
 
@@ -15,27 +16,37 @@ if TYPE_CHECKING:
 
     from micromix_compile.recipe.parts import Part
 
+ON_REQUEST: Final = "it is a convolution of kernel size 1, which is taken with convolutions=True"
+
 logger = logging.getLogger("micromix_compile")
 
 
 def why_never_linear(
-    parameter: nn.Parameter, names: Sequence[str], modules: Mapping[str, nn.Module]
+    parameter: nn.Parameter, names: Sequence[str], modules: Mapping[str, nn.Module], *, convolutions: bool
 ) -> tuple[str | None, bool]:
     """(why the Parameter can be no linear of ours or None, whether a user would take it for one).
 
     names: what `modules`, by name, call it. Where nobody would, as with a class token, it is no linear left out.
+    convolutions: whether those of kernel size 1 are taken.
     """
     owners = [modules.get("" if name == "weight" else name) for name in names]  # the model may be the layer
     if all(isinstance(owner, nn.Embedding) for owner in owners):
         return "it is an embedding", True
     if are_experts(names, modules) and all("bias" in name.rpartition(".")[2] for name in names):
         return "it holds the biases of experts", False
-    if any(map(is_convolution, owners)):
-        return "it is a convolution", False
+    convolution = next(filter(is_convolution, owners), None)
+    if convolution is not None:
+        reason = why_not_pointwise(convolution)
+        if not convolutions:
+            return ("it is a convolution", False) if reason else (ON_REQUEST, True)
+        if reason is not None:
+            return reason, True
     if not parameter.numel():
         return f"its weight {tuple(parameter.shape)} is empty", True
     if parameter.is_meta:
         return "its weight is on the meta device, which holds no values: load it first", True
+    if convolution is not None:
+        return None, True
     if parameter.dim() == 2:
         is_named = any("weight" in name.rpartition(".")[2] for name in names) or are_experts(names, modules)
         return None, is_named or any(owner is not None for owner in owners)

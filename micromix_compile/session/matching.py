@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
 from micromix_compile.recipe.fingerprint import same_sample, weight_sample
-from micromix_compile.recipe.parts import split_name
+from micromix_compile.recipe.parts import as_matrix, split_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Module names by Parameter identity, for every weight of a linear or of a layer's experts.
+    """Module names by Parameter identity, for every weight of a linear, a convolution of kernel size 1 or experts.
 
     A tied weight has several names. Those of experts have three dimensions.
     """
-    return {parameter: names for parameter, names in all_parameter_names(model).items() if parameter.dim() in (2, 3)}
+    named = all_parameter_names(model).items()
+    return {parameter: names for parameter, names in named if as_matrix(parameter.detach()).dim() in (2, 3)}
 
 
 def all_parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -59,7 +60,7 @@ def match_linears(
     """
     matched: list[tuple[Sequence[str], LinearRecipe]] = []
     for parameter, own in names.items():
-        linear = find_linear(recipe, parameter, own, model_id=model_id)
+        linear = find_linear(recipe, as_matrix(parameter), own, model_id=model_id)
         if linear is not None:
             matched.append((own, linear))
     for parameter, part, linear in match_parts(recipe, names, model_id=model_id):

@@ -27,11 +27,12 @@ class Names:
     """The states of a model's weights, in the model's order.
 
     Where a weight is taken in, `decide` completes its state before the weight gets it; what it raises leaves the weight
-    unknown. attribute: the Parameters' attribute that holds their states. refusals: name -> why a linear was left
-    alone, as graphs told.
+    unknown. convolutions: whether those of kernel size 1 count as linears. attribute: the Parameters' attribute that
+    holds their states. refusals: name -> why a linear was left alone, as graphs told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, convolutions: bool = False) -> None:
+        self.convolutions = convolutions
         self.attribute = f"_micromix_{next(_numbers)}"
         self.model_id = "a function"
         self.refusals: dict[str, str] = {}
@@ -94,7 +95,7 @@ class Names:
     def _add(
         self, parameter: nn.Parameter, names: Sequence[str], modules: Mapping[str, nn.Module], decide: Decide
     ) -> None:
-        reason, looks_linear = why_never_linear(parameter, names, modules)
+        reason, looks_linear = why_never_linear(parameter, names, modules, convolutions=self.convolutions)
         state = LinearState(names=list(names), parameter=ref(parameter), refusal=reason, looks_linear=looks_linear)
         decide(state, parameter)
         setattr(parameter, self.attribute, state)

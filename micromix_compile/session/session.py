@@ -10,6 +10,7 @@ from micromix_compile.linear.experts import runs_in_a_loop
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
 from micromix_compile.passes.pre_grad.find_linears import TAKEN_OUT, why_no_plain_weight
+from micromix_compile.recipe.parts import as_matrix
 from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
 from micromix_compile.session.candidates import how_to_leave_training, say_left_out
@@ -49,7 +50,7 @@ class Session:
     ) -> None:
         self.config = config
         self.recipe = recipe
-        self.names = Names()
+        self.names = Names(convolutions=config.convolutions)
         self.observation = Observation(self.names, (config, *also))
         self.coverage = Coverage(self.names)
         self.is_packed = False  # the model holds packed linears already: nothing is to be calibrated
@@ -97,7 +98,7 @@ class Session:
         if pattern is not None:
             state.refusal = f"its name matches skip={pattern!r}"
         state.refusal = state.refusal or why_no_plain_weight(parameter)
-        linear, weight = None, parameter if state.part is None else state.part.of(parameter.detach())
+        linear, weight = None, as_matrix(parameter) if state.part is None else state.part.of(parameter.detach())
         if self.recipe is not None and state.refusal is None:
             linear = find_linear(self.recipe, weight, state.names, model_id=self.model_id)
             if linear is None and state.part is not None:

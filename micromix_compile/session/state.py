@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from micromix_compile.recipe.parts import gaps
+from micromix_compile.recipe.parts import as_matrix, gaps
 
 if TYPE_CHECKING:
     from weakref import ref
@@ -100,10 +100,10 @@ class LinearState:
         return [f"{self.name}{gap}" for gap in gaps(parts, parameter.shape[parts[0].dim])]
 
     def weight(self) -> Tensor | None:
-        """The Parameter, or the part of it, if it is still alive."""
+        """The Parameter as a matrix, or a stack of such, or the part of it, if it is still alive."""
         parameter = self.parameter()
         if parameter is None or self.part is None:
-            return None if parameter is None else parameter.detach()
+            return None if parameter is None else as_matrix(parameter.detach())
         return self.part.of(parameter.detach())
 
     def matrix(self) -> Tensor | None:

@@ -69,7 +69,7 @@ def calibrate_each(
 ) -> Iterator[Recipe]:
     """One recipe per config from a single calibration, made when it is asked for. Otherwise like `calibrate`.
 
-    The first config's seed and scale_rounding hold for the measurement of sensitivities.
+    The first config's seed and scale_rounding hold for the measurement of sensitivities, its convolutions for all.
     """
     _check_batches(batches)
     _check_configs(configs)

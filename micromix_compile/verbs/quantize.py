@@ -10,12 +10,19 @@ from torch import nn
 
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, SCHEMA_VERSION
 from micromix_compile.linear.attention import IN_PROJ, OUT_PROJ, MicroMixAttention
+from micromix_compile.linear.convolution import POINTWISE, packed_class, why_not_pointwise
 from micromix_compile.linear.experts import MicroMixExperts, weight_names
 from micromix_compile.linear.packed import ChannelOrder, MicroMixLinear
-from micromix_compile.linear.replacing import leave_fast_paths, replace, take_over, why_not_replaced
+from micromix_compile.linear.replacing import (
+    is_linear_module,
+    leave_fast_paths,
+    replace,
+    take_over,
+    why_not_replaced,
+)
 from micromix_compile.lowering.torch_private.regions import original_module
 from micromix_compile.ops.pack import packed_weight
-from micromix_compile.recipe.parts import split_name
+from micromix_compile.recipe.parts import as_matrix, split_name
 from micromix_compile.recipe.types import check_recipe
 from micromix_compile.session.candidates import how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed
@@ -41,8 +48,9 @@ logger = logging.getLogger("micromix_compile")
 def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by packed ones in place; the original weights are freed. Returns `model`.
 
-    A linear becomes a `MicroMixLinear`; the experts of a layer that transformers keeps in one module a
-    `MicroMixExperts`, and an nn.MultiheadAttention a `MicroMixAttention`, if the recipe has both their weights.
+    A linear becomes a `MicroMixLinear`, a convolution of kernel size 1 a `MicroMixConvolution`; the experts of a layer
+    that transformers keeps in one module a `MicroMixExperts`, and an nn.MultiheadAttention a `MicroMixAttention`, if
+    the recipe has both their weights.
 
     Weights that something else still uses (tied embeddings) stay alive through that user. Hooks of a replaced linear
     move to the packed one. A linear that would lose something stays as it is: one with an overridden forward, a
@@ -119,7 +127,7 @@ def _why_not(name: str, linear: LinearRecipe, modules: Mapping[str, nn.Module]) 
         return why_not_in_experts(name, modules)
     if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
         return why_not_in_attention(name, modules)
-    return why_not_replaced(name, modules)
+    return why_not_replaced(name, modules, takes=lambda one: is_linear_module(one) or why_not_pointwise(one) is None)
 
 
 def say_refused(refused: Mapping[str, str], *, strict: bool) -> None:
@@ -141,12 +149,14 @@ def _packed_modules(
             module = modules[name]
             weight = module.weight
             assert isinstance(weight, nn.Parameter), "a linear module has a weight"
-            matrix = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
-            key = id(weight), isinstance(module, nn.Linear)
+            matrix, as_it_is = as_matrix(weight.detach()), isinstance(module, (nn.Linear, *POINTWISE))
+            key = id(weight), as_it_is
             if key not in packed:
-                packed[key] = packed_weight(matrix, linear, recipe)
+                packed[key] = packed_weight(matrix if as_it_is else matrix.T, linear, recipe)
             if module not in made:
-                made[module] = packed_linear(weight, module.bias, packed[key], linear, recipe.config)
+                made[module] = packed_linear(
+                    weight, module.bias, packed[key], linear, recipe.config, packed_class(module)
+                )
                 take_over(made[module], module)
     return {name: made[modules[name]] for name in places}
 

@@ -12,7 +12,7 @@ from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.ops.pack import packed_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -62,10 +62,11 @@ def _pack(attention: nn.Module, holder: str, places: Mapping[str, LinearRecipe],
 
 
 def packed_linear(
-    weight: Tensor, bias: object, packed: PackedWeight, linear: LinearRecipe, config: MicroMixConfig
-) -> MicroMixLinear:
-    """A packed linear in the place of one with this weight and, if it is a Parameter, this bias."""
-    made = MicroMixLinear(
+    weight: Tensor, bias: object, packed: PackedWeight, linear: LinearRecipe, config: MicroMixConfig,
+    make: Callable[..., MicroMixLinear] = MicroMixLinear,
+) -> MicroMixLinear:  # fmt: skip
+    """A packed linear, of the class `make`, in the place of one with this weight and, if it is a Parameter, this bias."""
+    made = make(
         in_features=linear.in_features,
         out_features=linear.out_features,
         split=linear.split,

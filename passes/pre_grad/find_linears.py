@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from micromix_compile.numerics.checks import FLOAT_DTYPES
 from micromix_compile.passes.context import LinearSite, PassContext, Routing
 from micromix_compile.passes.mutations import memory_of, written_memory
-from micromix_compile.passes.pre_grad.products import Operands, is_transpose, operands_of
+from micromix_compile.passes.pre_grad.products import Operands, convolution_of, is_transpose, operands_of
 from micromix_compile.passes.pre_grad.shapes import reshaped
 from micromix_compile.passes.pre_grad.views import CUT_OTHERWISE, parameter_under, seen_through, why_no_view
+from micromix_compile.recipe.parts import as_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,16 +40,17 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
 
     A linear is F.linear, or addmm, mm or matmul with a 2-dimensional Parameter on the right (Conv1D of GPT-2), as it is
     or transposed there (Falcon), or with some of its output channels; or a grouped product with a 3-dimensional one,
-    which holds a matrix for each expert; or what is one of these but for the shapes of its operands.
+    which holds a matrix for each expert; or what is one of these but for the shapes of its operands; or a convolution
+    of kernel size 1.
     """
     inputs = dict(zip(graph.find_nodes(op="placeholder"), context.example_inputs, strict=True))
     search = _Search(context=context, inputs=inputs, written=written_memory(graph))
     for node in graph.nodes:
         search.depth += _entered_transforms(node)
-        found = operands_of(node)
-        if found is None:
+        found = operands_of(node) or convolution_of(node)
+        if found is None or (found.turned and not isinstance(inputs.get(found.weight), nn.Parameter)):
             continue
-        operands = reshaped(found, inputs, search.written)
+        operands = found if found.turned else reshaped(found, inputs, search.written)
         left = None if operands else _weight_on_the_left(found, inputs)
         if left is not None:
             context.refusals[context.owner.name_of(left)] = ON_THE_LEFT[left.dim() > 2]
@@ -227,7 +229,8 @@ def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
     if special := why_no_plain_weight(parameter):
         return special
     dims = 2 if operands.offs is None and operands.batch is None else 3
-    if parameter.dim() != dims:
+    matrix = as_matrix(parameter.detach())
+    if matrix.dim() != dims:
         return f"its weight has {parameter.dim()} dimensions, not {dims}"
     if parameter.dtype not in FLOAT_DTYPES:
         return f"its weight is {parameter.dtype}, not float32, bfloat16 or float16"
@@ -235,7 +238,7 @@ def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
     if isinstance(example, torch.Tensor) and example.dtype not in FLOAT_DTYPES:
         return f"its input is {example.dtype}, not float32, bfloat16 or float16"
     added = None if operands.bias is None else operands.bias.meta.get("example_value")
-    outputs = operands.part.size if operands.part else parameter.shape[-1 if operands.transposed else -2]
+    outputs = operands.part.size if operands.part else matrix.shape[-1 if operands.transposed else -2]
     if isinstance(added, torch.Tensor) and (added.dim() != 1 or added.shape[0] != outputs):
         return f"its bias has shape {tuple(added.shape)}, not one element per output"
     return None

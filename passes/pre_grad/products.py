@@ -12,6 +12,8 @@ from torch import fx
 from micromix_compile.lowering.torch_private.operators import BUILTIN_LINEAR, GROUPED_MM, bound, schema_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from micromix_compile.passes.context import Batch
     from micromix_compile.recipe.parts import Part
 
@@ -64,7 +66,8 @@ class Operands:
     """What a product reads; `transposed` as in `Product`.
 
     offs: where the rows of each expert end, of a grouped one. batch: of a batched one with a stack of weights.
-    turned: the weight is on the left, and x (..., C, T). part: of a weight that is not multiplied as a whole.
+    turned: how many dimensions of x are behind its channels, as in (..., C, T) of a weight on the left, and in
+    (B, C, H, W) of a convolution. part: of a weight that is not multiplied as a whole.
     """
 
     x: fx.Node
@@ -73,8 +76,34 @@ class Operands:
     transposed: bool
     offs: fx.Node | None = None
     batch: Batch | None = None
-    turned: bool = False
+    turned: int = 0
     part: Part | None = None
+
+
+CONVOLUTIONS: Final[dict[Any, Any]] = {
+    **dict.fromkeys((torch.conv1d, aten.conv1d.default), schema_of(aten.conv1d.default)),
+    **dict.fromkeys((torch.conv2d, aten.conv2d.default), schema_of(aten.conv2d.default)),
+}
+
+
+def convolution_of(node: fx.Node) -> Operands | None:
+    """The operands of a convolution that multiplies each place by one matrix; None for other nodes."""
+    if node.op != "call_function" or node.target not in CONVOLUTIONS:
+        return None
+    given = bound(CONVOLUTIONS[node.target], node.args, node.kwargs)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    kernel = weight.meta["example_value"].shape[2:] if isinstance(weight, fx.Node) else ()
+    ones, padding = _each(given["stride"]), given["padding"]
+    if not isinstance(x, fx.Node) or not kernel or any(one != 1 for one in (*kernel, *ones, given["groups"])):
+        return None
+    if not isinstance(padding, str) and any(_each(padding)):  # of one place "same" pads nothing
+        return None
+    bias = bias if isinstance(bias, fx.Node) else None
+    return Operands(x=x, weight=weight, bias=bias, transposed=False, turned=len(kernel))
+
+
+def _each(sizes: Any) -> Sequence[Any]:
+    return sizes if isinstance(sizes, list | tuple) else (sizes,)
 
 
 def operands_of(node: fx.Node) -> Operands | None:

@@ -45,11 +45,11 @@ def reshaped(operands: Operands, inputs: Mapping[fx.Node, object], written: froz
         return None
     if isinstance(inputs.get(_stack(operands.weight)[0]), nn.Parameter):  # of two weights the right one is a linear's
         return None
-    return replace(operands, x=operands.weight, weight=weight, transposed=is_transposed, turned=True)
+    return replace(operands, x=operands.weight, weight=weight, transposed=is_transposed, turned=1)
 
 
 def _of_a_stack(operands: Operands, inputs: Mapping[fx.Node, object], written: frozenset[int]) -> Operands | None:
-    for x, factor, turned in ((operands.x, operands.weight, False), (operands.weight, operands.x, True)):
+    for x, factor, turned in ((operands.x, operands.weight, 0), (operands.weight, operands.x, 1)):
         stack, experts, is_transposed = _stack(factor)
         if not isinstance(inputs.get(stack), nn.Parameter) or _dims(stack) != 3:
             continue
@@ -63,7 +63,7 @@ def _of_a_stack(operands: Operands, inputs: Mapping[fx.Node, object], written: f
             batch = replace(batch, copies=copies)
         elif not turned and _are_tokens_for_each(x):
             batch = replace(batch, is_all_tokens=True)
-        transposed = turned == is_transposed
+        transposed = bool(turned) == is_transposed
         return replace(operands, x=rows, weight=stack, transposed=transposed, batch=batch, turned=turned)
     return None
 
@@ -136,14 +136,15 @@ class Shapes:
     def __init__(self, graph: fx.Graph, *, sort: bool) -> None:
         self._graph = graph
         self._sort = sort
-        self._all: dict[tuple[fx.Node, bool], Routing] = {}
+        self._all: dict[tuple[fx.Node, int], Routing] = {}
+        self._last: dict[tuple[fx.Node, int], fx.Node] = {}
         self._chosen: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]] = {}
 
     def enter(self, site: LinearSite, x: fx.Node) -> Entered:
         """The rows x of a site and their routing, if it is of experts."""
         with self._graph.inserting_before(site.node):
             if _is_turned(site):
-                x = self._add(site, aten.transpose.int, x, -1, -2)
+                x = self._channels_last(site, x)
             if site.batch is None:
                 return Entered(x, site.routing)
             return self._with_all(site, x) if site.batch.experts is None else self._by_index(site, x)
@@ -194,14 +195,24 @@ class Shapes:
             return self._add(site, aten.unsqueeze.default, out, 2 if site.turned else 1)
         if site.batch is not None:
             out = self._add(site, aten.reshape.default, out, [site.parameter.shape[0], -1, site.out_features])
-        return self._add(site, aten.transpose.int, out, -1, -2) if site.turned else out
+        if not site.turned:
+            return out
+        out = self._add(site, aten.movedim.int, out, -1, -1 - site.turned)
+        as_before = site.is_convolution and _example(site.node).is_contiguous()
+        return self._add(site, aten.contiguous.default, out) if as_before else out
 
     def flatten(self, site: LinearSite, entered: Entered) -> fx.Node:
         """The results of a site as a linear or a grouped product has them: what `leave` makes its own of."""
-        out = self._add(site, aten.transpose.int, site.node, -1, -2) if site.turned else site.node
+        out = self._channels_last(site, site.node) if site.turned else site.node
         if site.batch is not None:
             out = self._add(site, aten.reshape.default, out, [-1, site.out_features])
         return out if entered.order is None else self._add(site, aten.index.Tensor, out, [entered.order])
+
+    def _channels_last(self, site: LinearSite, x: fx.Node) -> fx.Node:
+        """One view of it for all that read it."""
+        if (x, site.turned) not in self._last:
+            self._last[x, site.turned] = self._add(site, aten.movedim.int, x, -1 - site.turned, -1)
+        return self._last[x, site.turned]
 
     def _add(self, site: LinearSite, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return copy_meta(site.node, self._graph.call_function(target, args, kwargs))
@@ -209,7 +220,7 @@ class Shapes:
 
 def _is_turned(site: LinearSite) -> bool:
     """Whether x has channels before rows; tokens that were copied for it are as they were."""
-    return site.turned and not (site.batch is not None and _dims(site.x) == 2)
+    return bool(site.turned) and not (site.batch is not None and _dims(site.x) == 2)
 
 
 def _example(node: Any) -> Any:

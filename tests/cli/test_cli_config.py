@@ -66,6 +66,7 @@ VALUES: dict[str, Any] = {
     "uniform_order": "model",
     "granularity": 64,
     "skip": ["*a", "*b"],
+    "convolutions": True,
     "shards": 4,
     "row_parallel": ["*o", "*down"],
 }

@@ -79,7 +79,7 @@ def test_experts_are_linears_and_only_what_is_skipped_is_refused() -> None:
 
 
 def test_a_model_of_convolutions_is_told_that_they_are() -> None:
-    with pytest.raises(ValueError, match=r"no linear layer to quantize \(0: it is a convolution\)"):
+    with pytest.raises(ValueError, match=r"quantize \(0: it is a convolution of kernel size 1, which is"):
         micromix.calibrate(nn.Sequential(nn.Conv1d(64, 64, 1)).eval(), [torch.randn(2, 64, 9)])
 
 
