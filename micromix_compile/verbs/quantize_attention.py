@@ -65,7 +65,7 @@ def packed_linear(
     weight: Tensor, bias: object, packed: PackedWeight, linear: LinearRecipe, config: MicroMixConfig,
     make: Callable[..., MicroMixLinear] = MicroMixLinear,
 ) -> MicroMixLinear:  # fmt: skip
-    """A packed linear, of the class `make`, in the place of one with this weight and, if it is a Parameter, this bias."""
+    """A packed linear, made by `make`, in the place of one with this weight and, if it is a Parameter, this bias."""
     made = make(
         in_features=linear.in_features,
         out_features=linear.out_features,

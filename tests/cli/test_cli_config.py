@@ -85,7 +85,9 @@ def test_a_command_gets_the_options_that_were_given_and_no_others() -> None:
     run_alone([], standalone_mode=False)
     for name, value in VALUES.items():
         flag = f"--{name.replace('_', '-')}"
-        given = [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
+        given = [flag, str(value)]
+        if isinstance(value, bool):
+            given = [flag if value else flag.replace("--", "--no-")]
         if isinstance(value, list):
             given = [part for one in value for part in (flag, one)]
         run_alone(given, standalone_mode=False)
