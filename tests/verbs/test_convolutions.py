@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support.graphs import trace
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.convolution import MicroMixConvolution, why_not_pointwise
+from micromix_compile.passes import find_linears
+from micromix_compile.passes.manager import counted
+from micromix_compile.session.session import Session
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +38,7 @@ class Places(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.spread(x)
         h = self.first(x) * self.second(x).sigmoid()
-        return self.third(h.view(x.shape[0], 96, -1))
+        return self.third(h.view(x.shape[0], -1).view(x.shape[0], 96, -1))  # as a convolution's output can be seen
 
 
 class Tokens(nn.Module):
@@ -87,7 +91,9 @@ def test_convolutions_have_the_bits_of_linears_compiled_and_packed(
         assert torch.equal(packed(inputs), want)
         assert 0 < (want - places(inputs)).norm() < 0.1 * want.norm()
         options = {"recipe": tmp_path / "recipe", "strict": True}
-        fast = torch.compile(places, backend="micromix", options=options)(inputs)
+        with counted() as counts:
+            fast = torch.compile(places, backend="micromix", options=options)(inputs)
+        assert (counts["rewrite_linears"], counts["share_activations"]) == (3, 1)
         linears = torch.compile(tokens, backend="micromix", options={"recipe": same})(inputs)
         assert torch.equal(fast, linears)
         torch.testing.assert_close(torch.compile(packed, backend="micromix")(inputs), want)
@@ -155,6 +161,20 @@ def test_without_the_wish_they_stay_and_say_how_to_take_them(places: Places, inp
 )
 def test_what_is_no_linear_at_each_place_is_refused_with_its_reason(layer: Any, reason: str | None) -> None:
     assert why_not_pointwise(layer) == reason
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [({}, 1), ({"padding": "same"}, 1), ({"dilation": 3}, 1), ({"stride": 2}, 0), ({"padding": (0, 1)}, 0)],
+)
+def test_a_weight_of_size_1_is_a_linear_only_where_it_is_used_as_one(call: dict[str, Any], found: int) -> None:
+    session = Session(QUICK)
+    session.passes = (find_linears,)  # type: ignore[attr-defined]
+    net = nn.Sequential(nn.Conv2d(64, 32, 1)).eval()
+    session.prepare(net)
+    weight = net[0].weight
+    _, context, _ = trace(lambda x: nn.functional.conv2d(x, weight, **call), torch.randn(2, 64, 3, 3), session=session)
+    assert len(context.sites) == found
 
 
 def test_a_packed_convolution_takes_one_example_and_refuses_other_shapes(places: Places, inputs: Tensor) -> None:

@@ -116,6 +116,7 @@ def test_a_run_of_output_channels_is_a_linear_of_its_own(
         (lambda x, w: functional.linear(x[:, :32], w[:, :32]), views.CUT_ALONG_INPUTS),
         (lambda x, w: x @ w[:64], views.CUT_ALONG_INPUTS),
         (lambda x, w: functional.linear(x, w[::2]), views.CUT_OTHERWISE),
+        (lambda x, w: functional.linear(x, w[8:8]), views.CUT_OTHERWISE),
         (lambda x, w: functional.linear(x[:, :32], w[8:24, :32]), views.CUT_OTHERWISE),
         (lambda x, w: functional.linear(x, w[[1, 3]]), views.CUT_OTHERWISE),
         (lambda x, w: functional.linear(x, w[:, :2].as_strided((4, 64), (64, 1), 32)), views.CUT_OTHERWISE),
