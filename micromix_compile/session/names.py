@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 from weakref import finalize, ref
 
-from micromix_compile.passes.pre_grad.find_linears import OF_EXPERTS
+from micromix_compile.passes.pre_grad.find_linears import BOTH_WAYS, OF_EXPERTS
 from micromix_compile.session.candidates import why_never_linear
 from micromix_compile.session.matching import all_parameter_names, model_id, named_modules
 from micromix_compile.session.state import LinearState
@@ -83,11 +83,16 @@ class Names:
         self._add(parameter, [next(one for one in candidates if one not in taken)], {}, decide)
 
     def cut(self, parameter: nn.Parameter, part: Part, decide: Decide) -> LinearState:
-        """The state of a part of a weight that was taken in, which is a linear of its own."""
+        """The state of a part of a weight that was taken in, which is a linear of its own.
+
+        All parts of a weight are rows, or all are columns, as its first one is; others stay as they are.
+        """
         whole = self.state(parameter)
         if part not in whole.parts:
             names = [f"{name}{part}" for name in whole.names]
-            state = LinearState(names=names, parameter=whole.parameter, refusal=whole.refusal, part=part)
+            crosses = any(other.dim != part.dim for other in whole.parts)
+            refusal = whole.refusal or (BOTH_WAYS if crosses else None)
+            state = LinearState(names=names, parameter=whole.parameter, refusal=refusal, part=part)
             decide(state, parameter)
             whole.parts[part] = state
         return whole.parts[part]

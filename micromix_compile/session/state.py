@@ -96,8 +96,9 @@ class LinearState:
         parameter = self.parameter()
         if self.refusal is not None or not self.parts or parameter is None:
             return [self.name]
-        parts = list(self.parts)
-        return [f"{self.name}{gap}" for gap in gaps(parts, parameter.shape[parts[0].dim])]
+        dim = next(iter(self.parts)).dim
+        parts = [part for part in self.parts if part.dim == dim]
+        return [f"{self.name}{gap}" for gap in gaps(parts, parameter.shape[dim])]
 
     def weight(self) -> Tensor | None:
         """The Parameter as a matrix, or a stack of such, or the part of it, if it is still alive."""

@@ -27,6 +27,7 @@ OF_EXPERTS: Final = (
     "a stack of matrices is covered where grouped or batched products read it; of transformers' experts they do after "
     'model.set_experts_implementation("grouped_mm")'
 )
+BOTH_WAYS: Final = "its weight is used both as it is and transposed"
 TAKEN_OUT: Final = f"a matrix of it is taken out by index: {OF_EXPERTS}"
 ON_THE_LEFT: Final = (
     "a part of it is multiplied from the left",
@@ -93,7 +94,7 @@ class _Search:
             return name, "its weight is written to in the graph that uses it"
         differs = self.orientation.setdefault((weight, part), transposed) != transposed
         if differs or self.context.owner.is_used_otherwise(self.inputs[weight], transposed=transposed, part=part):
-            return f"{name} (transposed)", "its weight is used both as it is and transposed"
+            return f"{name} (transposed)", BOTH_WAYS
         return name, None
 
     def site(self, node: fx.Node, operand: fx.Node, operands: Operands) -> LinearSite:

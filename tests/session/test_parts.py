@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.passes.pre_grad.find_linears import BOTH_WAYS
 from micromix_compile.recipe.parts import Part, gaps, split_name
 
 if TYPE_CHECKING:
@@ -115,6 +116,22 @@ def test_parts_that_overlap_are_packed_each_for_itself() -> None:
         assert 0 < (fast(x) - net(x)).abs().max() < 1
     assert set(micromix.quantize_(net, recipe).micromix_refused) == {"fc[0:64]"}
     assert type(net.fc).__name__ == "MicroMixLinear"
+
+
+def test_rows_and_columns_of_one_weight_are_not_both_linears() -> None:
+    class Crossing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 96))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.weight[:32]).sum() + (x[:, :64] @ self.weight[:, 72:]).sum()
+
+    recipe = micromix.calibrate(Crossing().eval(), [torch.randn(7, 96)], QUICK, progress=False)
+    (name,) = recipe.linears
+    assert name.endswith("[0:32]")
+    assert set(recipe.refused.values()) == {BOTH_WAYS, "calibration did not reach it"}
+    assert recipe.model_parameters == 64 * 96
 
 
 def test_a_part_that_calibration_did_not_reach_is_named_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
