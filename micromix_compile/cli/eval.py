@@ -109,7 +109,8 @@ def eval_(
     if is_packed(model):
         results = _measure_packed(loaded, measured, wanted.tasks, resume)
     else:
-        recipe = kept.recipe(functools.partial(decide, recipe, config, loaded, source))
+        if _any_quantized(names):
+            recipe = kept.recipe(functools.partial(decide, recipe, config, loaded, source))
         results = measure(loaded, recipe, names, measured, wanted.tasks, resume)
     console().print(table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
     if json_file is not None:
@@ -154,6 +155,12 @@ def _row_names(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
     return names
 
 
+def _any_quantized(names: Sequence[str]) -> bool:
+    from micromix_compile.evaluation.rows import FULL_PRECISION
+
+    return not set(names) <= set(FULL_PRECISION.values())
+
+
 def _tasks(loaded: zoo.LoadedModel, suite: str | None, tasks: Sequence[str] | None, how: TaskSettings) -> LoadedSuite:
     """Those of the suite, then those that are named; says what of the suite is left out."""
     if suite is not None or tasks:
@@ -167,7 +174,7 @@ def _tasks(loaded: zoo.LoadedModel, suite: str | None, tasks: Sequence[str] | No
 
 def measure(
     loaded: zoo.LoadedModel,
-    recipe: Recipe,
+    recipe: Recipe | None,
     rows: Sequence[str],
     windows: torch.Tensor,
     tasks: Sequence[HarnessTask] = (),

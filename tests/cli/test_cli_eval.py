@@ -39,6 +39,19 @@ def test_eval_prints_the_rows_and_writes_them_with_their_circumstances(
     assert content["hardware"]["cpu"]
 
 
+def test_the_unquantized_model_alone_is_evaluated_without_calibrating(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a recipe is in its row but the bytes of the linears, which then nobody counted."""
+    from micromix_compile.cli import eval as command
+
+    monkeypatch.setattr(command, "decide", lambda *_: pytest.fail("calibrated"))
+    arguments = ("--model", small_model, "--windows", 1, *SHORT, "--json", tmp_path / "results.json")
+    run_well("eval", *arguments, "--rows", "fp32")
+    (row,) = json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]
+    assert (row["row"], row["stored_bits"], row["stored_bytes"]) == ("fp32", 32.0, None)
+
+
 def write_pairs(folder: Path) -> Path:
     """A task of lm-eval with three items, whose data are here."""
     rows = [{"question": word, "choices": [" down", " up"], "answer": 0} for word in ("Up and", "Left and", "In and")]
@@ -83,7 +96,7 @@ def test_an_evaluation_goes_on_where_it_stopped(
 
     from micromix_compile.cli import eval as command
 
-    kept = ("--resume", tmp_path / "kept", "--tasks", write_pairs(tmp_path), "--rows", "fp32")
+    kept = ("--resume", tmp_path / "kept", "--tasks", write_pairs(tmp_path), "--rows", "fp32 mxfp4")
     arguments = ("--model", small_model, "--windows", 1, "--calibration-windows", 1, *SHORT, *kept)
     first = run_well("eval", *arguments)
     for module, name in ((HFLM, "_model_call"), (command, "decide")):
