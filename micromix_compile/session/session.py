@@ -113,6 +113,10 @@ class Session:
         """Whether `module` is the model that was prepared."""
         return self.model is module
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is a part of the model that was prepared, or that model."""
+        return self.model is not None and any(module is part for part in self.model.modules())
+
     def check_not_training(self) -> None:
         """Raise ValueError if the model has been put into training mode."""
         if self.model is not None:
