@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
@@ -264,6 +265,11 @@ class MicroMixConfig:
     def rounds_weights(self) -> bool:
         """Whether weights are rounded while calibrating, and not when they are packed."""
         return self.scale_search or self.weight_rounding != "nearest"
+
+    def why_skipped(self, names: Iterable[str]) -> str | None:
+        """Why a linear of these names stays as it is, if `skip` matches one of them."""
+        found = (p for p in self.skip for name in names if fnmatch.fnmatch(name, p))
+        return next((f"its name matches skip={pattern!r}" for pattern in found), None)
 
     def row_layout(self, split: Split, rotated: int) -> RowLayout:
         """How activations are quantized whose weights are split so. Not for "auto", which calibration decides."""

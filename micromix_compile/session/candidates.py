@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from torch import fx, nn
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("micromix_compile")
+
+SHOWN: Final = 8
+"""Weights that a message names of those that stay; `Recipe.refused` has all."""
 
 
 def why_never_linear(
@@ -60,6 +63,31 @@ def say_left_out(refusals: Mapping[str, str], linears: Collection[str], *, stric
             if strict:
                 raise RuntimeError(f"strict=True: {message}")
             logger.warning(message)
+
+
+def say_unknown(unknown: Mapping[str, str], refused: Collection[str], *, model_id: str, strict: bool) -> None:
+    """Log linears of a graph, and why each is left as it is, but those that a recipe `refused`; a name may be a tail.
+
+    Raises RuntimeError instead if `strict`.
+    """
+    expected = [name.partition(" (")[0] for name in refused]
+    names = {name: name.partition(" (")[0] for name in unknown}
+    listed = [f"{n}: {why}" for n, why in unknown.items() if not any(_is_tail(names[n], one) for one in expected)]
+    if listed:
+        message = f"{len(listed)} linears of {model_id} run unquantized ({first_of(listed)})"
+        if strict:
+            raise RuntimeError(f"strict=True: {message}")
+        logger.warning(message)
+
+
+def _is_tail(name: str, other: str) -> bool:
+    """Whether one of two dotted names ends with the other."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def first_of(listed: Sequence[str]) -> str:
+    """What a message says of a list."""
+    return "; ".join([*listed[:SHOWN], *(["..."] if len(listed) > SHOWN else [])])
 
 
 def how_to_leave_training(model: nn.Module) -> str:

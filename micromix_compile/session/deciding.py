@@ -14,7 +14,7 @@ from micromix_compile.ops.pack import round_experts, round_weights
 from micromix_compile.progress import track
 from micromix_compile.recipe.fingerprint import Checksums, weight_sample
 from micromix_compile.recipe.types import FEW_TOKENS, GroupRecipe, LinearRecipe, Recipe
-from micromix_compile.session.candidates import left_alone
+from micromix_compile.session.candidates import first_of, left_alone
 from micromix_compile.session.matching import all_parameter_names, named_modules
 from micromix_compile.targets.target import target_of
 
@@ -34,9 +34,6 @@ logger = logging.getLogger("micromix_compile")
 
 UNDECIDED: Final = MicroMixConfig(policy="mxfp8", uniform_order="model", activations="same", rotate="none")
 """The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
-
-SHOWN: Final = 8
-"""Weights that a message names of those that stay; `Recipe.refused` has all."""
 
 Groups = dict["ChannelObserver", list["LinearState"]]
 """The linears that read one activation, by who observed it."""
@@ -175,8 +172,7 @@ def _say_escaped(names: Names, recipe: Recipe, *, strict: bool) -> None:
     if not escaped:
         return
     listed = [f"{name}: {why}" for name, why in escaped.items()]
-    shown = "; ".join([*listed[:SHOWN], *(["..."] if len(listed) > SHOWN else [])])
-    message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({shown})"
+    message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({first_of(listed)})"
     if strict:
         raise ValueError(f"strict=True: {message}; name them in skip if that is meant")
     logger.warning(message)

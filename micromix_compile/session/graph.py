@@ -41,10 +41,11 @@ def open_graph(
 def close_graph(session: Session, context: PassContext) -> None:
     """Guard what the graph was built on.
 
-    Raises ValueError if it turns out that nothing can be quantized, or, if strict, if a fused operation hides linears.
+    Raises ValueError if it turns out that nothing can be quantized, or, if strict, if a fused operation hides linears;
+    RuntimeError, if strict, for a linear that stays though nobody asked for it.
     """
     say_unopened(context.unopened, strict=session.config.strict)
-    session.note_refusals({**context.refusals, **context.unopened})
+    session.note_refusals({**context.refusals, **context.unopened}, [site.parameter for site in context.sites])
     for site in context.sites:
         guard_attribute(site.weight, session.state_attribute, "key")
     if context.sites and session.state(context.sites[0].parameter).file is not None:

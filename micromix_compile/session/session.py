@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import TYPE_CHECKING
 
 from micromix_compile.calibration.sharding import check_model
@@ -11,7 +10,7 @@ from micromix_compile.passes import LinearPlan
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
 from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
-from micromix_compile.session.candidates import how_to_leave_training, say_left_out
+from micromix_compile.session.candidates import how_to_leave_training, say_left_out, say_unknown
 from micromix_compile.session.coverage import Coverage
 from micromix_compile.session.distributed import check_not_distributed, is_packed
 from micromix_compile.session.matching import find_linear, named_modules
@@ -20,7 +19,7 @@ from micromix_compile.session.observing import Observation
 from micromix_compile.session.weights import PackedWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, fx, nn
 
@@ -90,10 +89,7 @@ class Session:
     def _decide(self, state: LinearState, parameter: nn.Parameter) -> None:
         """Complete the state of a weight that is new."""
         state.file = self._source if isinstance(self._source, RecipeFile) else None
-        pattern = next((p for p in self.config.skip for name in state.names if fnmatch.fnmatch(name, p)), None)
-        if pattern is not None:
-            state.refusal = f"its name matches skip={pattern!r}"
-        state.refusal = state.refusal or why_no_plain_weight(parameter)
+        state.refusal = self.config.why_skipped(state.names) or state.refusal or why_no_plain_weight(parameter)
         linear = None
         if self.recipe is not None and state.refusal is None:
             linear = find_linear(self.recipe, parameter, state.names, model_id=self.model_id)
@@ -132,16 +128,32 @@ class Session:
         """Whether it holds packed linears, and no recipe is for any of its other weights: nothing else will change."""
         return self.is_packed and not any(state.linear for state in self.names)
 
-    def note_refusals(self, refusals: Mapping[str, str]) -> None:
-        """Remember why candidates in a graph were left alone. Raises ValueError if no other is left."""
+    def note_refusals(self, refusals: Mapping[str, str], sites: Iterable[nn.Parameter] = ()) -> None:
+        """Remember why candidates in a graph were left alone, and say what runs unquantized though nobody asked for it.
+
+        sites: the weights of the others. Raises ValueError if no other is left; RuntimeError if strict, instead of
+        saying something.
+        """
         known = self.names.refusals
         known.update(refusals)
-        if self.recipe is not None:
-            say_left_out(refusals, self.recipe.linears, strict=self.config.strict)
+        self._say_left(refusals, sites)
         if not self.names.has_model or self.is_packed or self.recipe is not None:
             return
         if refusals and all(state.refusal or state.name in known for state in self.names):
             self._refuse_model("; ".join(f"{name}: {reason}" for name, reason in known.items()))
+
+    def _say_left(self, refusals: Mapping[str, str], sites: Iterable[nn.Parameter]) -> None:
+        """A recipe has what its model refused, so that only a function's refusals are news, or a linear without one."""
+        recipe, strict = self.recipe, self.config.strict
+        skipped = {state.name for state in self.names if self.config.why_skipped(state.names)}
+        unasked = {name: reason for name, reason in refusals.items() if name.partition(" (")[0] not in skipped}
+        unknown = {} if self.names.has_model else unasked
+        if recipe is not None:
+            say_left_out(unasked, recipe.linears, strict=strict)
+            states = map(self.state, sites)
+            unknown |= {s.name: f"the recipe of {recipe.model_id} has no such linear" for s in states if not s.linear}
+            unknown = {name: why for name, why in unknown.items() if name not in recipe.linears}
+        say_unknown(unknown, () if recipe is None else recipe.refused, model_id=self.model_id, strict=strict)
 
     def _refuse_model(self, reasons: str) -> None:
         raise ValueError(f"{self.model_id} has no linear layer to quantize ({reasons})")
