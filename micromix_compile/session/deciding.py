@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Final
 
-from micromix_compile.calibration.assignment import assign, channel_order, decided
+from micromix_compile.calibration.assignment import assign, channel_order, decided, without
 from micromix_compile.calibration.experts import expert_name
 from micromix_compile.calibration.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.config import MicroMixConfig
@@ -49,13 +49,14 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
     _say_escaped(names, observed, strict=any(config.strict for config in observation.configs))
     target = _target(groups)
     for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
-        recipe = assign(observed, decided(observation.feasible(config), target.activations))
+        wanted = _wanted(names, observed, config)
+        recipe = assign(wanted, decided(observation.feasible(config), target.activations))
         if config.activations == "auto":
             _say_activations(recipe, target)
         _say_starved(recipe)
         if config.rounds_weights:
             with naming_out_of_memory(*ROUNDING):
-                packed = _round(recipe, groups, keep_moments=left > 0, progress=progress)
+                packed = _round(recipe, _of_recipe(recipe, groups), keep_moments=left > 0, progress=progress)
             recipe = dataclasses.replace(recipe, packed=packed)
         yield recipe
 
@@ -84,6 +85,12 @@ def _groups(names: Names) -> Groups:
     return groups
 
 
+def _of_recipe(recipe: Recipe, groups: Groups) -> Groups:
+    """Those of its linears."""
+    kept = {one: [state for state in members if state.name in recipe.linears] for one, members in groups.items()}
+    return {observer: members for observer, members in kept.items() if members}
+
+
 def _observed(names: Names, groups: Groups, *, with_checksums: bool) -> Recipe:
     """All that was observed as a recipe that decides nothing yet."""
     linears = _linears(names, groups, with_checksums=with_checksums)
@@ -98,6 +105,13 @@ def _observed(names: Names, groups: Groups, *, with_checksums: bool) -> Recipe:
         refused=refused,
         left_alone=_left_alone(names, linears),
     )
+
+
+def _wanted(names: Names, observed: Recipe, config: MicroMixConfig) -> Recipe:
+    """What was observed without the linears that this config skips, and others don't."""
+    skips = {state.name: config.why_skipped(state.names) for state in names if state.name in observed.linears}
+    wanted = without(observed, {name: why for name, why in skips.items() if why is not None})
+    return dataclasses.replace(wanted, left_alone=_left_alone(names, wanted.linears))
 
 
 def _linears(names: Names, groups: Groups, *, with_checksums: bool) -> dict[str, LinearRecipe]:

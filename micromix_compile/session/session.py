@@ -89,7 +89,8 @@ class Session:
     def _decide(self, state: LinearState, parameter: nn.Parameter) -> None:
         """Complete the state of a weight that is new."""
         state.file = self._source if isinstance(self._source, RecipeFile) else None
-        state.refusal = self.config.why_skipped(state.names) or state.refusal or why_no_plain_weight(parameter)
+        skips = [config.why_skipped(state.names) for config in self.observation.configs]
+        state.refusal = (skips[0] if all(skips) else state.refusal) or why_no_plain_weight(parameter)
         linear = None
         if self.recipe is not None and state.refusal is None:
             linear = find_linear(self.recipe, parameter, state.names, model_id=self.model_id)

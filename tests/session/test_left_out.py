@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +92,30 @@ def test_products_of_a_function_with_what_is_no_parameter_are_said(
     assert message in refused(lambda: compiled(function, **options, strict=True)(tensors, X))
 
 
+def test_a_new_skip_takes_linears_out_of_a_recipe() -> None:
+    two = Two().eval()
+    recipe = micromix.calibrate(two, [X], dataclasses.replace(PLAIN, weight_rounding="gptq"))
+    fewer = micromix.assign(recipe, dataclasses.replace(recipe.config, skip=("b",)))
+    assert (list(fewer.linears), list(fewer.packed), fewer.refused["b"]) == (["a"], ["a"], "its name matches skip='b'")
+    assert isinstance(micromix.quantize_(copy.deepcopy(two), fewer).get_submodule("b"), nn.Linear)
+    with pytest.raises(ValueError, match="no linear of the recipe of Two is left: a is left out, for its name matches"):
+        micromix.assign(recipe, dataclasses.replace(recipe.config, skip=("*",)))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_config_of_a_calibration_skips_its_own(first: int) -> None:
+    two = Two().eval()
+    configs = [dataclasses.replace(PLAIN, scale_search=True, skip=skip) for skip in ((), ("b",))]
+    order = [configs[first], configs[1 - first]]
+    recipes = list(micromix.calibrate_each(two, [X], order, progress=False))
+    for recipe, config in zip(recipes, order, strict=True):
+        alone = micromix.calibrate(two, [X], config, progress=False)
+        assert list(recipe.linears) == list(alone.linears) == list(recipe.packed)
+        assert (recipe.refused, recipe.left_alone) == (alone.refused, alone.left_alone)
+
+
 def test_what_skip_names_is_no_linear_left_out(caplog: pytest.LogCaptureFixture) -> None:
     two = Two().eval()
     recipe = micromix.calibrate(two, [X], PLAIN)
     assert said_by(lambda: compiled(two, recipe=recipe, skip=["b"], strict=True)(X), caplog) == []
+    assert list(micromix.recipe_of(two).linears) == ["a"]
