@@ -13,7 +13,7 @@ from micromix_compile.session import deciding
 from micromix_compile.session.candidates import how_to_leave_training, say_left_out, say_unknown
 from micromix_compile.session.coverage import Coverage
 from micromix_compile.session.distributed import check_not_distributed, is_packed
-from micromix_compile.session.matching import find_linear, named_modules
+from micromix_compile.session.matching import find_linear, fits, named_modules
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
 from micromix_compile.session.weights import PackedWeights
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.lowering.torch_private.recompile_limit import CompileId
-    from micromix_compile.recipe.types import Recipe
+    from micromix_compile.recipe.types import LinearRecipe, Recipe
     from micromix_compile.session.state import LinearState, PackedTensors
 
 
@@ -52,6 +52,8 @@ class Session:
         self.is_packed = False  # the model holds packed linears already: nothing is to be calibrated
         self.versions: set[CompileId] = set()
         """What Dynamo has compiled in the present phase."""
+        self._matched: dict[str, LinearRecipe] = {}
+        """By the model's names: what the recipe has of weights that are the model's, or were before they changed."""
         self._weights = PackedWeights()
         self._source = source
 
@@ -93,7 +95,11 @@ class Session:
         state.refusal = (skips[0] if all(skips) else state.refusal) or why_no_plain_weight(parameter)
         linear = None
         if self.recipe is not None and state.refusal is None:
-            linear = find_linear(self.recipe, parameter, state.names, model_id=self.model_id)
+            linear = self._matched.get(state.name)
+            if linear is None or not fits(linear, parameter):
+                linear = find_linear(self.recipe, parameter, state.names, model_id=self.model_id)
+        if linear is not None and self.names.has_model:
+            self._matched[state.name] = linear
         state.decide(linear, self.recipe)
 
     @property
@@ -236,7 +242,10 @@ class Session:
         """
         self.recipe = next(self.recipes(progress=True))
         for state in self.names:
-            state.decide(self.recipe.linears.get(state.name), self.recipe)
+            linear = self.recipe.linears.get(state.name)
+            if linear is not None and self.names.has_model:
+                self._matched[state.name] = linear
+            state.decide(linear, self.recipe)
         self.versions.clear()
         return self.recipe
 
