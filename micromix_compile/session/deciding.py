@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from typing import TYPE_CHECKING, Final
@@ -55,10 +56,20 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
             _say_activations(recipe, target)
         _say_starved(recipe)
         if config.rounds_weights:
-            with naming_out_of_memory(*ROUNDING):
+            with naming_out_of_memory(*ROUNDING), _whole_or_forgotten(observation):
                 packed = _round(recipe, _of_recipe(recipe, groups), keep_moments=left > 0, progress=progress)
             recipe = dataclasses.replace(recipe, packed=packed)
         yield recipe
+
+
+@contextlib.contextmanager
+def _whole_or_forgotten(observation: Observation) -> Iterator[None]:
+    """Where rounding fails half-way, moments are gone that another attempt would need: calibration starts again."""
+    try:
+        yield
+    except BaseException:
+        observation.release()
+        raise
 
 
 def _target(groups: Groups) -> Target:
