@@ -49,12 +49,11 @@ class Session:
         self.names = Names()
         self.observation = Observation(self.names, (config, *also))
         self.coverage = Coverage(self.names)
-        self.is_packed = False  # the model holds packed linears already: nothing is to be calibrated
         self.versions: set[CompileId] = set()
         """What Dynamo has compiled in the present phase."""
+        self._weights = PackedWeights()
         self._matched: dict[str, LinearRecipe] = {}
         """By the model's names: what the recipe has of weights that are the model's, or were before they changed."""
-        self._weights = PackedWeights()
         self._source = source
 
     # The model and its weights
@@ -65,11 +64,10 @@ class Session:
         Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, if its weights are
         spread over processes, or if it is to be calibrated for shards that don't fit.
         """
-        check_not_training(model)
         check_not_distributed(model)
         self.names.belong_to(model)
         self.names.take_in(model, self._decide)
-        self.is_packed = is_packed(model)
+        self.check_not_training()
         if self.is_packed:
             return
         if not self.has_candidates:
@@ -121,9 +119,13 @@ class Session:
         return self.model is not None and any(module is part for part in self.model.modules())
 
     def check_not_training(self) -> None:
-        """Raise ValueError if the model has been put into training mode."""
-        if self.model is not None:
-            check_not_training(self.model)
+        """Raise ValueError if the model is, as a whole, in training mode; one whose linears are packed may be."""
+        model = self.model
+        if model is not None and model.training and not self.takes_no_options:
+            raise ValueError(
+                f"{type(model).__name__} is in training mode, where dropout falsifies calibration and quantized "
+                f"linears have no gradient: {how_to_leave_training(model)}"
+            )
 
     @property
     def has_candidates(self) -> bool:
@@ -131,9 +133,14 @@ class Session:
         return self.names.has_candidates
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the model holds packed linears, perhaps by now: what is left of it is not to be calibrated."""
+        return self.model is not None and is_packed(self.model)
+
+    @property
     def takes_no_options(self) -> bool:
         """Whether it holds packed linears, and no recipe is for any of its other weights: nothing else will change."""
-        return self.is_packed and not any(state.linear for state in self.names)
+        return self.is_packed and not any(state.linear and state.parameter() is not None for state in self.names)
 
     def note_refusals(self, refusals: Mapping[str, str], sites: Iterable[nn.Parameter] = ()) -> None:
         """Remember why candidates in a graph were left alone, and say what runs unquantized though nobody asked for it.
@@ -248,12 +255,3 @@ class Session:
             state.decide(linear, self.recipe)
         self.versions.clear()
         return self.recipe
-
-
-def check_not_training(model: nn.Module) -> None:
-    """Raise ValueError if `model`, as a whole, is in training mode."""
-    if model.training:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, where dropout falsifies calibration and quantized linears "
-            f"have no gradient: {how_to_leave_training(model)}"
-        )
