@@ -16,6 +16,7 @@ from micromix_compile.session.distributed import check_not_distributed, is_packe
 from micromix_compile.session.matching import find_linear, fits, named_modules
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
+from micromix_compile.session.state import members_of
 from micromix_compile.session.weights import PackedWeights
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Session:
         self.coverage = Coverage(self.names)
         self.versions: set[CompileId] = set()
         """What Dynamo has compiled in the present phase."""
+        self._members = None if recipe is None else members_of(recipe)
         self._weights = PackedWeights()
         self._matched: dict[str, LinearRecipe] = {}
         """By the model's names: what the recipe has of weights that are the model's, or were before they changed."""
@@ -98,7 +100,7 @@ class Session:
                 linear = find_linear(self.recipe, parameter, state.names, model_id=self.model_id)
         if linear is not None and self.names.has_model:
             self._matched[state.name] = linear
-        state.decide(linear, self.recipe)
+        state.decide(linear, self._members)
 
     @property
     def model(self) -> nn.Module | None:
@@ -248,10 +250,11 @@ class Session:
         Raises ValueError if no linear was reached.
         """
         self.recipe = next(self.recipes(progress=True))
+        self._members = members_of(self.recipe)
         for state in self.names:
             linear = self.recipe.linears.get(state.name)
             if linear is not None and self.names.has_model:
                 self._matched[state.name] = linear
-            state.decide(linear, self.recipe)
+            state.decide(linear, self._members)
         self.versions.clear()
         return self.recipe
