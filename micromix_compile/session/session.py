@@ -161,13 +161,14 @@ class Session:
     def _say_left(self, refusals: Mapping[str, str], sites: Iterable[nn.Parameter]) -> None:
         """A recipe has what its model refused, so that only a function's refusals are news, or a linear without one."""
         recipe, strict = self.recipe, self.config.strict
-        skipped = {state.name for state in self.names if self.config.why_skipped(state.names)}
+        states = self.names if refusals else ()
+        skipped = {state.name for state in states if self.config.why_skipped(state.names)}
         unasked = {name: reason for name, reason in refusals.items() if name.partition(" (")[0] not in skipped}
         unknown = {} if self.names.has_model else unasked
         if recipe is not None:
             say_left_out(unasked, recipe.linears, strict=strict)
-            states = map(self.state, sites)
-            unknown |= {s.name: f"the recipe of {recipe.model_id} has no such linear" for s in states if not s.linear}
+            reason = f"the recipe of {recipe.model_id} has no such linear"
+            unknown |= {state.name: reason for state in map(self.state, sites) if state.linear is None}
             unknown = {name: why for name, why in unknown.items() if name not in recipe.linears}
         say_unknown(unknown, () if recipe is None else recipe.refused, model_id=self.model_id, strict=strict)
 
