@@ -114,7 +114,7 @@ def _linears(names: Names, groups: Groups, *, with_checksums: bool) -> dict[str,
 
 def _group_recipe(observer: ChannelObserver, members: Sequence[LinearState]) -> GroupRecipe:
     """One group, its order and split still open."""
-    probe = next((state.probe for state in members if state.probe is not None), None)
+    probe = observer.probe
     costs = None if probe is None else probe.costs(_each_matrix(members), observer.order())
     statistics = observer.statistics(costs)
     perm = channel_order(statistics, UNDECIDED)
