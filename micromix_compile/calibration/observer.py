@@ -160,6 +160,20 @@ class ChannelObserver:
                 f"policies but 'budget' with weight_rounding='nearest' and scale_search=False need no squares"
             )
 
+    def absorb(self, other: ChannelObserver) -> None:
+        """Add all that `other` saw, of as many channels: its linears turned out to share an input with these."""
+        torch.maximum(self._abs_mean, other._abs_mean, out=self._abs_mean)
+        torch.maximum(self._abs_max, other._abs_max, out=self._abs_max)
+        self._below = {threshold: count + other._below[threshold] for threshold, count in self._below.items()}
+        self.batches += other.batches
+        self.tokens += other.tokens
+        self.moment = _sum(self.moment, other.moment)
+        self.guided = _sum(self.guided, other.guided)
+        if self.probe is not None and other.probe is not None:
+            self.probe.absorb(other.probe)
+        else:
+            self.probe = self.probe or other.probe
+
     def order(self) -> Tensor:
         """(C,) int64: the channels seen so far, ascending by mean |x|."""
         return torch.argsort(self._abs_mean, stable=True)
@@ -177,3 +191,9 @@ class ChannelObserver:
             below=dict(self._below),
             costs=costs,
         )
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other.to(one.device)

@@ -82,6 +82,18 @@ class CostProbe:
         self._reached[name] = self._reached.get(name, 0) + len(y)
         self.add_output(name, y)
 
+    def absorb(self, other: CostProbe) -> None:
+        """Add all that `other` measured, of as many channels."""
+        self._tokens += other._tokens
+        self._rows += other._rows
+        self._error += other._error
+        self._energy += other._energy
+        for name, rows in other._reached.items():
+            self._reached[name] = self._reached.get(name, 0) + rows
+        for mine, its in ((self._output_energy, other._output_energy), (self._information, other._information)):
+            for name, values in its.items():
+                mine[name] = mine[name] + values if name in mine else values
+
     def _errors(self, rows: Tensor, order: Tensor) -> list[Tensor]:
         """Rounding errors (M, C) of `rows` in each of _ROUNDED, blocked by `order`, in the model's order."""
         order = order.to(rows.device)

@@ -154,20 +154,22 @@ class Observation:
                 watched.output(state, y)
 
     def _observer(self, states: Sequence[LinearState], x: Tensor) -> ChannelObserver:
-        """The one that these linears share."""
-        observer = next((state.observer for state in states if state.observer is not None), None)
-        if observer is None:
-            counted = tuple(dict.fromkeys(t for config in self.configs for t in policy_of(config).counted(config)))
-            observer = ChannelObserver(
-                states[0].name,
-                x.shape[-1],
-                counted,
-                with_squares=self.rounds_weights or self.needs_costs,
-                layout=self._layout,
-            )
+        """The one that these linears share: if they have several, the first, with all that the others saw."""
+        known = dict.fromkeys(state.observer for state in states if state.observer is not None)
+        observer, *others = known or [self._new_observer(states[0].name, x.shape[-1])]
+        for other in others:
+            observer.absorb(other)
+            for state in self._names:
+                if state.observer is other:
+                    state.observer = observer
         for state in states:
             state.observer = observer
         return observer
+
+    def _new_observer(self, name: str, channels: int) -> ChannelObserver:
+        counted = tuple(dict.fromkeys(t for config in self.configs for t in policy_of(config).counted(config)))
+        squares = self.rounds_weights or self.needs_costs
+        return ChannelObserver(name, channels, counted, with_squares=squares, layout=self._layout)
 
     def _probe(self, observer: ChannelObserver, x: Tensor) -> CostProbe:
         if observer.probe is None:

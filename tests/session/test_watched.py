@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,25 +12,24 @@ import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
-from micromix_compile.session.state import LinearState
+
+if TYPE_CHECKING:
+    from micromix_compile.session.state import LinearState
 
 
-def observation() -> Observation:
-    """One that takes guided moments and costs in a pass backward."""
-    made = Observation(Names(), [MicroMixConfig(policy="budget")])
-    made.takes_statistics, made.takes_gradients = False, True
-    return made
-
-
-def states(*rows: int) -> tuple[list[nn.Parameter], list[LinearState]]:
-    """Weights (N, 64) of so many rows, and what is known of them."""
-    weights = [nn.Parameter(torch.randn(n, 64)) for n in rows]
-    return weights, [LinearState([f"fc{i}"], weakref.ref(weight)) for i, weight in enumerate(weights)]
+def observation(*rows: int, gradients: bool = True) -> tuple[Observation, list[nn.Parameter], list[LinearState]]:
+    """What takes costs, and guided moments in a pass backward, of weights (N, 64) of so many rows."""
+    names, weights = Names(), [nn.Parameter(torch.randn(n, 64)) for n in rows]
+    for i, weight in enumerate(weights):
+        names.adopt(weight, f"fc{i}", lambda state, parameter: None)
+    made = Observation(names, [MicroMixConfig(policy="budget")])
+    made.takes_statistics, made.takes_gradients = False, gradients
+    return made, weights, [names.state(weight) for weight in weights]
 
 
 def test_guided_moments_and_information_are_those_of_the_inputs_that_each_output_was_made_of() -> None:
     """The first linear is called again, on fewer tokens, before the second is; inputs are changed in place later."""
-    seen, (weights, (first, second)) = observation(), states(8, 3)
+    seen, weights, (first, second) = observation(8, 3)
     x, again, mask = torch.randn(2, 5, 64), torch.randn(2, 4, 64), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     want, leaf, other = torch.zeros(64, 64), x.clone(), again.clone()
     seen.token_mask = mask
@@ -64,7 +63,7 @@ def test_guided_moments_and_information_are_those_of_the_inputs_that_each_output
 
 
 def test_an_input_gets_its_own_gradient_back_and_requires_none_again() -> None:
-    seen, (weights, known) = observation(), states(8)
+    seen, weights, known = observation(8)
     leaf, own = torch.randn(5, 64), torch.randn(5, 64)
     leaf.grad = own.clone()
     gradient = leaf.grad
@@ -87,7 +86,7 @@ def nan_where_masked(mask: Tensor) -> Tensor:
 
 
 def test_nans_of_tokens_that_do_not_count_reach_nothing() -> None:
-    seen, (weights, known) = observation(), states(8)
+    seen, weights, known = observation(8)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     x = nan_where_masked(mask)
     seen.token_mask = mask
@@ -103,6 +102,34 @@ def test_nans_of_tokens_that_do_not_count_reach_nothing() -> None:
     costs = observer.probe.costs({"fc0": weights[0]}, torch.arange(64))  # or it would raise
     assert costs.activations.gt(0).any()
     assert costs.weights.gt(0).any()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_linears_that_turn_out_to_share_an_input_keep_what_they_saw(gradients: bool) -> None:
+    """The first reads x, two others y, then the first and the second z: the third goes with them."""
+    x, y, z = (torch.randn(tokens, 64) for tokens in (3, 4, 5))
+    calls = {"apart": [(x, [0]), (y, [1, 2]), (z, [0, 1])], "together": [(x, [0, 1, 2])]}
+    calls["together"] += [(y, [1, 2]), (z, [0, 1])]
+    found = {}
+    for kind, of_kind in calls.items():
+        torch.manual_seed(1)
+        seen, weights, known = observation(8, 3, 2, gradients=gradients)
+        outputs = []
+        for given, members in of_kind:
+            leaf, states = given.clone(), [known[i] for i in members]
+            watched = seen.input(leaf, states, [False] * len(states), None, [None] * len(states))
+            for i in members if given is not x else [0]:
+                outputs.append(leaf @ weights[i].detach().T)
+                seen.output(outputs[-1], known[i], watched)
+        if gradients:
+            torch.autograd.backward(outputs, [torch.ones_like(one) for one in outputs])
+        (observer,) = {state.observer for state in known}
+        assert observer is not None
+        assert observer.probe is not None
+        costs = observer.probe.costs({state.name: w for state, w in zip(known, weights, strict=True)}, torch.arange(64))
+        found[kind] = costs.activations, costs.weights, observer.guided if gradients else observer.moment
+    for got, want in zip(found["apart"], found["together"], strict=True):
+        torch.testing.assert_close(got, want)
 
 
 class Latents(nn.Module):
