@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from support.compiled import assert_statistics_equal_hooks, batches, close, compiled_with
 from support.models import Net, fake_quantized, make_net
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers.pytorch_utils import Conv1D
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from micromix_compile.recipe.types import ChannelCosts
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -36,6 +44,45 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
         micromix.calibrate(net, batches())
         assert torch.equal(net(x), expected)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+class Shifts(nn.Module):
+    """A model that changes its inputs in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
+        return self.fc(x.add_(more[0].mul_(2)))
+
+
+def test_what_is_run_twice_are_the_batches_as_they_came() -> None:
+    model, given = Shifts().eval(), [(torch.randn(2, 8, 64), torch.randn(2, 8, 64)) for _ in range(2)]
+    x, more = torch.empty(2, 8, 64), torch.empty(2, 8, 64)
+
+    def refilled() -> Iterator[dict[str, Any]]:
+        for one, other in given:
+            yield {"x": x.copy_(one), "more": [more.copy_(other)]}
+
+    def costs(batches: Iterable[Any], model: nn.Module) -> ChannelCosts:
+        found = micromix.calibrate(model, batches, progress=False).linears["fc"].group.statistics.costs
+        assert found is not None
+        return found
+
+    plain = costs([one + 2 * other for one, other in given], nn.Sequential(OrderedDict(fc=model.fc)).eval())
+    got = costs(refilled(), model)
+    torch.testing.assert_close(got.activations, plain.activations)
+    torch.testing.assert_close(got.weights, plain.weights)
+
+
+def test_batches_get_no_gradient_and_may_be_a_part_of_a_graph() -> None:
+    model, leaf = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(2, 8, 64, requires_grad=True)
+    recipe = micromix.calibrate(model, [leaf, 2 * leaf], progress=False)
+    assert recipe.linears["0"].group.statistics.tokens == 32
+    assert leaf.grad is None
+    with pytest.raises(TypeError, match=r"a batch that is run twice must be one that copy\.deepcopy copies: cannot"):
+        micromix.calibrate(model, [{"input": leaf, "lock": threading.Lock()}], progress=False)
 
 
 def test_conv1d_weights_are_calibrated_and_quantized() -> None:
