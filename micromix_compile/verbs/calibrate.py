@@ -26,7 +26,7 @@ from micromix_compile.session.session import Session
 from micromix_compile.verbs.observed import compile_observed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from torch import fx
 
@@ -74,6 +74,19 @@ def calibrate_each(
     """
     _check_batches(batches)
     _check_configs(configs)
+    with contextlib.closing(_recipes(model, batches, configs, progress)) as recipes:
+        while True:
+            with torch.inference_mode(False):  # whose tensors have no gradients, and can't be changed outside
+                recipe = next(recipes, None)
+            if recipe is None:
+                return
+            yield recipe
+
+
+def _recipes(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], configs: Sequence[MicroMixConfig], progress: bool
+) -> Generator[Recipe]:
+    """What `calibrate_each` does, outside of inference mode."""
     model = original_module(model)
     session = Session(configs[0], also=configs[1:])
     session.prepare(model)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("micromix_compile")
 
 
+@torch.inference_mode(False)  # whose tensors backward could not read, nor load_state_dict change
 def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by packed ones in place; the original weights are freed. Returns `model`.
 

@@ -85,6 +85,23 @@ def test_batches_get_no_gradient_and_may_be_a_part_of_a_graph() -> None:
         micromix.calibrate(model, [{"input": leaf, "lock": threading.Lock()}], progress=False)
 
 
+def test_in_inference_mode_the_same_recipe_and_an_ordinary_model_are_made() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    want = micromix.calibrate(model, [torch.ones(2, 8, 64).cumsum(1)], progress=False)
+    with torch.inference_mode():
+        each = micromix.calibrate_each(model, [torch.ones(2, 8, 64).cumsum(1)], [MicroMixConfig()], progress=False)
+        recipe = next(each)
+        assert torch.is_inference_mode_enabled()
+        assert list(each) == []
+        micromix.quantize_(model, recipe)
+    for name, packed in want.packed.items():
+        assert all(torch.equal(one, other) for one, other in zip(packed, recipe.packed[name], strict=True))
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    model.load_state_dict(model.state_dict())
+
+
 def test_conv1d_weights_are_calibrated_and_quantized() -> None:
     model = nn.Sequential(Conv1D(48, 64)).eval()
     recipe = micromix.calibrate(model, [torch.randn(2, 5, 64)])
