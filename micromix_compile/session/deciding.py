@@ -61,6 +61,8 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
                 packed = _round(recipe, groups, keep_moments=left > 0, progress=progress)
             recipe = dataclasses.replace(recipe, packed=packed)
         yield recipe
+        if left:
+            observed = _known_anew(observed, groups)
 
 
 def _target(groups: Groups) -> Target:
@@ -135,6 +137,17 @@ def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bo
         expert_tokens=None if state.experts is None else tuple(state.experts.tokens),
         runs=1.0 if state.experts is None else state.experts.runs,
     )
+
+
+def _known_anew(observed: Recipe, groups: Groups) -> Recipe:
+    """The same of the weights as they are now: whoever got a recipe may have changed them before asking for another."""
+    linears = dict(observed.linears)
+    for state in (state for members in groups.values() for state in members):
+        if state.parameter() is not None:
+            known = linears[state.name]
+            with_checksums = known.weight_checksums is not None
+            linears[state.name] = _linear_recipe(state, known.group, with_checksums=with_checksums)
+    return dataclasses.replace(observed, linears=linears)
 
 
 def _refused(names: Names, linears: Mapping[str, LinearRecipe]) -> dict[str, str]:

@@ -102,6 +102,22 @@ def test_in_inference_mode_the_same_recipe_and_an_ordinary_model_are_made() -> N
     model.load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_each_recipe_knows_the_weights_that_it_was_made_of(rounding: str) -> None:
+    """The second is made of a weight that was changed after the first: it fits that, and no other."""
+    model, config = nn.Sequential(nn.Linear(64, 32)).eval(), MicroMixConfig(policy="mxfp4", weight_rounding=rounding)
+    recipes = micromix.calibrate_each(model, [torch.randn(4, 16, 64)], [config, config], progress=False)
+    first = next(recipes)
+    with torch.no_grad():
+        model[0].weight.mul_(-2)
+    second = next(recipes)
+    known = [recipe.linears["0"].weight_checksums for recipe in (first, second)]
+    assert [one is not None and one.fit(model[0].weight) for one in known] == [False, True]
+    assert torch.equal(second.linears["0"].weight_sample, -2 * first.linears["0"].weight_sample)
+    assert torch.equal(first.packed["0"].w4 ^ 0x88, second.packed["0"].w4)  # signs
+    assert torch.equal(first.packed["0"].w_scale + 1, second.packed["0"].w_scale)
+
+
 def test_conv1d_weights_are_calibrated_and_quantized() -> None:
     model = nn.Sequential(Conv1D(48, 64)).eval()
     recipe = micromix.calibrate(model, [torch.randn(2, 5, 64)])
