@@ -111,12 +111,11 @@ class Observation:
             routed = self._route(x, states, routings, kept, tokens)
             guides = self.takes_moments and self.takes_gradients
             watched = Watched(states[0], kept, routed, takes_costs=self.takes_costs, takes_moments=guides)
-            order = observer.order()
             if self.takes_costs:
-                self._probe(observer, x).add_input(watched.counted(x), order, tokens)
+                self._probe(observer, x).add_input(watched.counted(x), observer.order(), tokens)
             if self.takes_gradients and (self.takes_costs or self.takes_moments):
                 self._require_gradient(x)
-                watched.watch_gradients(x, order)
+                watched.watch_gradients(x, observer.order())
             return watched
 
     def _require_gradient(self, x: Tensor) -> None:
