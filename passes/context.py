@@ -107,14 +107,15 @@ class Owner(Protocol):
     def observe(
         self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None,
         routings: Sequence[Sequence[Tensor | None] | None],
-    ) -> None:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
 
         routings: for each weight that is of experts the tensors of its `Routing`, None for others.
+        Returns what `observe_output` wants to know of this call.
         """
 
-    def observe_output(self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None) -> None:
-        """Take statistics of `y`, the output of the linear with this weight."""
+    def observe_output(self, y: Tensor, parameter: nn.Parameter, watched: Any) -> None:
+        """Take statistics of `y`, the output of the linear with this weight. watched: what `observe` returned."""
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from micromix_compile.linear.gradient import grouped_product
 from micromix_compile.linear.packed import ChannelOrder
 from micromix_compile.linear.replacing import take_over, why_special
+from micromix_compile.linear.stated import differing_layouts, note_layouts
 from micromix_compile.numerics import packing
 from micromix_compile.numerics.layout import PackedWeight, packed_shapes, weight_split
 
@@ -139,8 +140,16 @@ class MicroMixExperts(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """As usual, but tensors that share an allocation get storages of their own, unless keep_vars."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_layouts(destination, prefix, self.layouts)
         for name in (f"{prefix}{name}{part}" for name in self.layouts for part in PARTS if not keep_vars):
             destination[name] = packing.with_own_storage(destination[name])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        """As usual. Bytes of other layouts are not loaded, and load_state_dict raises RuntimeError."""
+        if differing := differing_layouts(metadata, prefix, self.layouts):
+            args[-1].extend(differing)  # torch's error messages
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, C) -> (T, C), under autocast in its dtype."""

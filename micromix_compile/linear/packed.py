@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from micromix_compile.linear.dequantized import DequantizedWeight
 from micromix_compile.linear.gradient import packed_product
+from micromix_compile.linear.stated import differing_layouts, note_layouts
 from micromix_compile.numerics import packing
 from micromix_compile.numerics.layout import PackedWeight, Split, packed_shapes, weight_split
 
@@ -143,17 +144,24 @@ class MicroMixLinear(nn.Linear):
         that share memory would refuse all of one allocation. With keep_vars the buffers themselves are asked for.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_layouts(destination, prefix, {"weight": self.layout})
         if keep_vars or "weight" in vars(self):  # the latter while transformers sets one tensor after the other
             return
         destination[f"{prefix}weight"] = destination.pop(f"{prefix}weight_scale")
         for name in ("weight_q4", "weight_q6", "weight_q8", "weight"):
             destination[f"{prefix}{name}"] = packing.with_own_storage(destination[f"{prefix}{name}"])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As usual; the scales are `weight`, or `weight_scale` as older versions wrote them."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        """As usual; the scales are `weight`, or `weight_scale` as older versions wrote them.
+
+        Bytes of another layout than the module's are not loaded, and load_state_dict raises RuntimeError.
+        """
+        if differing := differing_layouts(metadata, prefix, {"weight": self.layout}):
+            args[-1].extend(differing)  # torch's error messages
+            return
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}weight_scale"] = state_dict.pop(f"{prefix}weight")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def compact(self) -> None:
         """Move the packed tensors into one allocation, see `packing.in_one_storage`."""

@@ -12,6 +12,7 @@ from micromix_compile.lowering.torch_private.tensors import is_convolution
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 
 logger = logging.getLogger("micromix_compile")
 
@@ -27,7 +28,7 @@ def why_never_linear(
     names: what `modules`, by name, call it. Where nobody would, as with a class token, it is no linear left out.
     """
     owners = [modules.get("" if name == "weight" else name) for name in names]  # the model may be the layer
-    if all(isinstance(owner, nn.Embedding) for owner in owners):
+    if all(isinstance(owner, EMBEDDINGS) for owner in owners):
         return "it is an embedding", True
     if are_experts(names, modules) and all("bias" in name.rpartition(".")[2] for name in names):
         return "it holds the biases of experts", False
@@ -109,6 +110,6 @@ def left_alone(
         is_linear = any(name in linears for name in names)
         if not is_linear:
             count += parameter.numel()
-        if not is_linear or any(isinstance(modules.get(name), nn.Embedding) for name in names):
+        if not is_linear or any(isinstance(modules.get(name), EMBEDDINGS) for name in names):
             size += parameter.numel() * parameter.element_size()
     return count, size

@@ -60,6 +60,8 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
                 packed = _round(recipe, _of_recipe(recipe, groups), keep_moments=left > 0, progress=progress)
             recipe = dataclasses.replace(recipe, packed=packed)
         yield recipe
+        if left:
+            observed = _known_anew(observed, groups)
 
 
 @contextlib.contextmanager
@@ -136,7 +138,7 @@ def _linears(names: Names, groups: Groups, *, with_checksums: bool) -> dict[str,
 
 def _group_recipe(observer: ChannelObserver, members: Sequence[LinearState]) -> GroupRecipe:
     """One group, its order and split still open."""
-    probe = next((state.probe for state in members if state.probe is not None), None)
+    probe = observer.probe
     costs = None if probe is None else probe.costs(_each_matrix(members), observer.order())
     statistics = observer.statistics(costs)
     perm = channel_order(statistics, UNDECIDED)
@@ -157,6 +159,17 @@ def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bo
         expert_tokens=None if state.experts is None else tuple(state.experts.tokens),
         runs=1.0 if state.experts is None else state.experts.runs,
     )
+
+
+def _known_anew(observed: Recipe, groups: Groups) -> Recipe:
+    """The same of the weights as they are now: whoever got a recipe may have changed them before asking for another."""
+    linears = dict(observed.linears)
+    for state in (state for members in groups.values() for state in members):
+        if state.parameter() is not None:
+            known = linears[state.name]
+            with_checksums = known.weight_checksums is not None
+            linears[state.name] = _linear_recipe(state, known.group, with_checksums=with_checksums)
+    return dataclasses.replace(observed, linears=linears)
 
 
 def _refused(names: Names, linears: Mapping[str, LinearRecipe]) -> dict[str, str]:

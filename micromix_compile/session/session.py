@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from micromix_compile.lowering.torch_private.recompile_limit import CompileId
     from micromix_compile.recipe.types import LinearRecipe, Recipe
     from micromix_compile.session.state import LinearState, PackedTensors
+    from micromix_compile.session.watched import Watched
 
 
 class Session:
@@ -219,16 +220,14 @@ class Session:
     def observe(
         self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None,
         routings: Sequence[Sequence[Tensor | None] | None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> Watched:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
         states = [self.state(parameter) for parameter in parameters]
-        self.observation.input(x, states, transposed, source, routings or [None] * len(states))
+        return self.observation.input(x, states, transposed, source, routings or [None] * len(states))
 
-    def observe_output(
-        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None = None
-    ) -> None:
-        """Take statistics of `y`, the output of the linear with this weight."""
-        self.observation.output(y, self.state(parameter), routing)
+    def observe_output(self, y: Tensor, parameter: nn.Parameter, watched: Watched) -> None:
+        """Take statistics of `y`, the output of the linear with this weight. watched: what `observe` returned."""
+        self.observation.output(y, self.state(parameter), watched)
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from micromix_compile.calibration.experts import ExpertObserver
     from micromix_compile.calibration.observer import ChannelObserver
-    from micromix_compile.calibration.sensitivity import CostProbe
     from micromix_compile.ops.prepared import Kept
     from micromix_compile.recipe.types import GroupRecipe, LinearRecipe, Recipe
     from micromix_compile.recipe.watched import RecipeFile
@@ -53,7 +52,6 @@ class LinearState:
     transposed: bool | None = None
     observer: ChannelObserver | None = None
     experts: ExpertObserver | None = None
-    probe: CostProbe | None = None
     linear: LinearRecipe | None = None
     packed: Kept[PackedTensors] | None = None
     calls: int = 0

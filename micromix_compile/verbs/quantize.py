@@ -16,7 +16,7 @@ from micromix_compile.linear.replacing import leave_fast_paths, replace, take_ov
 from micromix_compile.lowering.torch_private.regions import original_module
 from micromix_compile.ops.pack import packed_weight
 from micromix_compile.recipe.types import check_recipe
-from micromix_compile.session.candidates import how_to_leave_training
+from micromix_compile.session.candidates import EMBEDDINGS, how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed, is_packed
 from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names
 from micromix_compile.verbs.quantize_attention import (
@@ -40,6 +40,7 @@ ONE_FOR_ALL: Final = ("fp6", "weights", "activations", "scale_rounding")
 """Options of a packed checkpoint that tell how all of its linears are read and run."""
 
 
+@torch.inference_mode(False)  # whose tensors backward could not read, nor load_state_dict change
 def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by packed ones in place; the original weights are freed. Returns `model`.
 
@@ -102,7 +103,7 @@ def places_of(
             reason = _why_not(name, linear, modules)
             if reason is None:
                 places[name] = linear
-            elif not isinstance(modules.get(name), nn.Embedding):
+            elif not isinstance(modules.get(name), EMBEDDINGS):
                 refused[name] = reason
     for name, linear in places.items():
         holder = name.rpartition(".")[0]

@@ -98,6 +98,20 @@ def test_what_goes_to_no_expert_is_zero_under_autocast_too() -> None:
     assert "2 x (192, mxfp4=32, mxfp6=0 (e2m3), mxfp8=32" in repr(made)
 
 
+def test_bytes_that_mean_something_else_are_not_loaded() -> None:
+    def made(**options: Any) -> MicroMixExperts:
+        config = MicroMixConfig(**{"activations": "same", **options})
+        return MicroMixExperts(Experts(), WEIGHTS, config).to_empty(device="cpu")
+
+    state = made().state_dict()
+    with pytest.raises(RuntimeError, match=r"the packed weight down_proj is laid out as .*'fp6': 'e2m3'") as raised:
+        made(fp6="e3m2").load_state_dict(state)
+    assert "gate_up_proj" not in str(raised.value)  # which has no MXFP6
+    same = made(activations="fp8")
+    same.load_state_dict(state)
+    assert torch.equal(same.down_proj_q6, state["down_proj_q6"])
+
+
 def test_experts_without_a_gate_apply_their_activation_function_and_their_norm() -> None:
     """Against the sum over each token's experts, of what the operations give for it alone."""
     original = Experts(has_gate=False, has_post_expert_norm=True, has_bias=True)

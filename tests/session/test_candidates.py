@@ -42,6 +42,25 @@ class Others(nn.Module):
         return torch.einsum("btc,chd->bthd", x, self.q)
 
 
+class Bag(nn.Module):
+    """A linear behind a bag of embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.fc = nn.EmbeddingBag(96, 64), nn.Linear(64, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc(self.bag(tokens))
+
+
+def test_a_bag_of_embeddings_is_an_embedding_and_no_linear_that_was_left_out() -> None:
+    model = Bag().eval()
+    tokens = torch.randint(0, 96, (2, 9))
+    recipe = micromix.calibrate(model, [tokens], dataclasses.replace(PLAIN, strict=True), progress=False)
+    assert recipe.linears.keys() == {"fc"}
+    assert recipe.refused == {"bag": "it is an embedding"}
+
+
 def mixtral() -> MixtralForCausalLM:
     sizes: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     config = MixtralConfig(
