@@ -257,20 +257,20 @@ def _await_tensors(packed: MicroMixLinear, *, scale: str) -> None:
     """Until all is loaded: the scales are a buffer of the name under which they are stored.
 
     transformers asks for `weight` of a module before it sets one, and models that give their linears initial values ask
-    for it too: it is an attribute of the instance, which no other `weight` hides.
+    for it too. Where a model is spread over devices, accelerate asks for it afterwards, and wants what was loaded.
     """
     buffers = packed._buffers
     stored = buffers.pop("weight_scale")
     assert stored is not None, "a packed linear has scales"
     buffers[scale] = stored
-    weight: Any = torch.empty_like(stored)
-    weight._is_hf_initialized = packed._is_hf_initialized = True
-    vars(packed)["weight"] = weight
+    stand_in: Any = torch.empty_like(stored)
+    stand_in._is_hf_initialized = packed._is_hf_initialized = True
+    packed.stand_in = stand_in
 
 
 def _take_tensors(packed: MicroMixLinear) -> None:
     """The end of `_await_tensors`."""
-    vars(packed).pop("weight")
+    del packed.stand_in
     buffers = packed._buffers
     if "weight" in buffers:
         buffers["weight_scale"] = buffers.pop("weight")

@@ -172,3 +172,13 @@ def test_a_tied_head_of_the_recipe_is_quantized_after_loading(tmp_path: Path) ->
     recipe = micromix.calibrate(model, [IDS], micromix.MicroMixConfig(**NEAREST, skip=()), progress=False)
     with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens\.weight: load the model"):
         load(tmp_path, quantization_config=micromix.MicroMixQuantConfig(recipe))
+
+
+def test_a_model_that_is_quantized_while_loading_may_be_spread_over_devices(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "plain")
+    recipe = micromix.calibrate(model, [IDS], micromix.MicroMixConfig(**NEAREST))
+    places, config = {"model": "cpu", "lm_head": "disk"}, micromix.MicroMixQuantConfig(recipe)
+    spread = load(tmp_path / "plain", quantization_config=config, device_map=places, offload_folder=tmp_path / "disk")
+    with torch.no_grad():
+        assert torch.equal(spread(IDS).logits, micromix.quantize_(model, recipe)(IDS).logits)
