@@ -178,6 +178,7 @@ def test_what_was_sealed_must_still_be_a_packed_model(
 def test_any_dtype_may_be_asked_for(original: Path) -> None:
     assert logits(original, dtype=torch.float32).dtype is torch.float32
 
+
 @pytest.mark.parametrize("offloaded", ["lm_head", "model.layers.0"])
 def test_a_model_spread_over_devices_computes_the_same(original: Path, tmp_path: Path, offloaded: str) -> None:
     places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "model.layers.0", "lm_head"), "cpu")
