@@ -41,8 +41,8 @@ def convert(
     source: has config.json and safetensors files. If compressed-tensors (MXFP4, MXFP6, MXFP8) or ModelOpt
     (MXFP8) quantized it, its twin is a packed checkpoint. If it is a packed one whose linears have one format each and
     the model's order of channels, its twin is compressed-tensors'. destination: a checkpoint or an empty directory
-    there is replaced, once all is written and `before_replacing` returned. activations: "same" as their weight, "fp8", "mxfp6" (see
-    `MicroMixConfig`), or "mxfp8", instead of what a checkpoint of others says of them.
+    there is replaced, once all is written and `before_replacing` returned. activations: "same" as their weight, "fp8",
+    "mxfp6" (see `MicroMixConfig`), or "mxfp8", instead of what a checkpoint of others says of them.
 
     Raises FileNotFoundError, or ValueError that names the file or the tensor, what it is and what is read; then
     `destination` is as it was.

@@ -31,7 +31,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.integrations import checkpoint, tensor_parallel
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.integrations.dequantizing import dequantize_
-from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
+from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names, packed_only
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.recipe.orders import SHARDS, SPLIT, check_order, shards_of
@@ -311,7 +311,7 @@ def _sealing(save: Any) -> Any:
         tensor_parallel.check_whole(self)
         if given.arguments.get("push_to_hub"):
             raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
-        with own_names(self):
+        with own_names(self), packed_only(self):
             result = save(self, *args, **kwargs)
         if given.arguments.get("is_main_process", True):
             checkpoint.seal(given.arguments["save_directory"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from support.models import make_net
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import micromix_compile as micromix
 from micromix_compile.integrations import checkpoint
@@ -173,6 +173,25 @@ def test_what_was_sealed_must_still_be_a_packed_model(
     micromix.seal(packed)
     with pytest.raises(ValueError, match=message):
         logits(packed)
+
+
+def test_a_plain_linear_in_the_place_of_a_packed_one_is_saved_as_it_is(tmp_path: Path) -> None:
+    """Those of `resize_token_embeddings`, too; and the model's description of what is packed stays its own."""
+    model = packed_llama(activations="same", rotate="none", skip=())
+    described = dict(model.config.quantization_config["linears"])
+    assert "lm_head" in described
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path)
+    assert model.config.quantization_config["linears"] == described
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config.linears.keys() == described.keys() - {UP, "lm_head"}
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    model.model.save_pretrained(tmp_path / "base")
+    assert AutoModel.from_pretrained(tmp_path / "base").config.quantization_config.linears.keys() == {
+        name.removeprefix("model.") for name in described.keys() - {UP, "lm_head"}
+    }
 
 
 def test_any_dtype_may_be_asked_for(original: Path) -> None:
