@@ -320,6 +320,18 @@ def _sealing(save: Any) -> Any:
     return save_pretrained
 
 
+def _without_packed(get_keys: Any) -> Any:
+    """`PreTrainedModel.get_expanded_tied_weights_keys`, but a packed head is tied to nothing."""
+
+    @functools.wraps(get_keys)
+    def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+        keys: dict[str, str] = get_keys(self, *args, **kwargs)
+        packed = {name for name, module in self.named_modules() if keys and isinstance(module, MicroMixLinear)}
+        return {target: source for target, source in keys.items() if target.rpartition(".")[0] not in packed}
+
+    return get_expanded_tied_weights_keys
+
+
 def _checking(get_config_dict: Any) -> Any:
     """`PreTrainedConfig.get_config_dict`, which reads config.json for all others, and refuses a damaged one of ours.
 
@@ -360,4 +372,5 @@ def _as_dict(config: Any) -> Any:
 
 
 PreTrainedModel.save_pretrained = _sealing(PreTrainedModel.save_pretrained)
+PreTrainedModel.get_expanded_tied_weights_keys = _without_packed(PreTrainedModel.get_expanded_tied_weights_keys)
 PreTrainedConfig.get_config_dict = _checking(PreTrainedConfig.get_config_dict.__func__)
