@@ -41,7 +41,8 @@ from micromix_compile.targets.target import (
     register_target,
     target_for,
     target_of,
-)from micromix_compile.targets.tiles import SM_90
+)
+from micromix_compile.targets.tiles import SM_90
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
