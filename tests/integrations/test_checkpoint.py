@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from support.models import make_net
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import micromix_compile as micromix
 from micromix_compile.integrations import checkpoint
@@ -34,13 +34,11 @@ UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 IDS = torch.arange(16).reshape(2, 8)
 
 
-def packed_llama(*, tie_word_embeddings: bool = False, **options: object) -> torch.nn.Module:
+def packed_llama(**options: object) -> torch.nn.Module:
     """A packed Llama of one layer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(
-        **sizes, num_hidden_layers=1, vocab_size=64, attention_bias=True, tie_word_embeddings=tie_word_embeddings
-    )
+    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=64, attention_bias=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     wanted = micromix.MicroMixConfig(weight_rounding="nearest", **options)  # type: ignore[arg-type]
     return micromix.quantize_(model, micromix.calibrate(model, [IDS], wanted))
@@ -175,39 +173,6 @@ def test_what_was_sealed_must_still_be_a_packed_model(
     micromix.seal(packed)
     with pytest.raises(ValueError, match=message):
         logits(packed)
-
-
-def test_a_plain_linear_in_the_place_of_a_packed_one_is_saved_as_it_is(tmp_path: Path) -> None:
-    """Those of `resize_token_embeddings`, too; and the model's description of what is packed stays its own."""
-    model = packed_llama(activations="same", rotate="none", skip=())
-    described = dict(model.config.quantization_config["linears"])
-    assert "lm_head" in described
-    model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
-    model.resize_token_embeddings(70)
-    model.save_pretrained(tmp_path)
-    assert model.config.quantization_config["linears"] == described
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.quantization_config.linears.keys() == described.keys() - {UP, "lm_head"}
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    model.model.save_pretrained(tmp_path / "base")
-    assert AutoModel.from_pretrained(tmp_path / "base").config.quantization_config.linears.keys() == {
-        name.removeprefix("model.") for name in described.keys() - {UP, "lm_head"}
-    }
-
-
-def test_a_packed_head_stays_packed_when_weights_are_tied(tmp_path: Path) -> None:
-    model = packed_llama(activations="same", rotate="none", skip=(), tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
-    for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
-        with torch.no_grad():
-            before = one(IDS).logits
-            one.tie_weights()
-            assert torch.equal(one(IDS).logits, before)
-        assert isinstance(one.lm_head, micromix.MicroMixLinear)
-        one.resize_token_embeddings(70)  # makes a plain one
-        one.tie_weights()
-        assert one.lm_head.weight is one.model.embed_tokens.weight
 
 
 def test_any_dtype_may_be_asked_for(original: Path) -> None:
