@@ -9,30 +9,30 @@ import torch
 from torch import nn
 
 from micromix_compile.integrations.tensor_parallel import check_whole
-from micromix_compile.linear.experts import MicroMixExperts
+from micromix_compile.linear.experts import MicroMixExperts, is_transposed
 from micromix_compile.linear.packed import MicroMixLinear
-from micromix_compile.linear.replacing import take_over_hooks
+from micromix_compile.linear.replacing import replace, take_over_hooks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def dequantize_(model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
-    """Put modules of the original classes in the places of packed ones, one after the other. Returns `model`.
+    """Put modules of the original classes in the places of packed ones, once all are made. Returns `model`.
 
     dtype: of the weights, or its name; None for what they had before they were packed. Raises ValueError if this
     process holds a part of the model only.
     """
     check_whole(model)
     wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, MicroMixLinear | MicroMixExperts)}
-    originals = _originals(model)
-    for name, module in packed.items():
-        original = originals.get_submodule(name)
-        _fill(original, module, wanted)
-        take_over_hooks(original, module)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, original)
+    modules, originals = dict(model.named_modules()), _originals(model)
+    plain: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if isinstance(module, MicroMixLinear | MicroMixExperts):
+            plain[name] = originals.get_submodule(name)
+            _fill(plain[name], module, wanted)
+            take_over_hooks(plain[name], module)
+    replace(modules, plain)
     return model  # type: ignore[no-any-return]
 
 
@@ -53,7 +53,7 @@ def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.
         weights = {"weight": matrix if isinstance(original, nn.Linear) else matrix.T}  # GPT-2's is (C, N)
     else:
         stacked = {name: _experts(packed, name, getattr(original, name).dtype) for name in packed.layouts}
-        weights = {name: w.mT if original.is_transposed else w for name, w in stacked.items()}
+        weights = {name: w.mT if is_transposed(original) else w for name, w in stacked.items()}
         original._modules.update({name: packed._modules[name] for name in original._modules})
     kept = {name: p for name, p in packed._parameters.items() if p is not None and name in original._parameters}
     original._parameters.update(kept)

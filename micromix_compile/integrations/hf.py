@@ -31,7 +31,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.integrations import checkpoint, tensor_parallel
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.integrations.dequantizing import dequantize_
-from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
+from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names, packed_only
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
 from micromix_compile.recipe.orders import SHARDS, SPLIT, check_order, shards_of
@@ -257,20 +257,20 @@ def _await_tensors(packed: MicroMixLinear, *, scale: str) -> None:
     """Until all is loaded: the scales are a buffer of the name under which they are stored.
 
     transformers asks for `weight` of a module before it sets one, and models that give their linears initial values ask
-    for it too: it is an attribute of the instance, which no other `weight` hides.
+    for it too. Where a model is spread over devices, accelerate asks for it afterwards, and wants what was loaded.
     """
     buffers = packed._buffers
     stored = buffers.pop("weight_scale")
     assert stored is not None, "a packed linear has scales"
     buffers[scale] = stored
-    weight: Any = torch.empty_like(stored)
-    weight._is_hf_initialized = packed._is_hf_initialized = True
-    vars(packed)["weight"] = weight
+    stand_in: Any = torch.empty_like(stored)
+    stand_in._is_hf_initialized = packed._is_hf_initialized = True
+    packed.stand_in = stand_in
 
 
 def _take_tensors(packed: MicroMixLinear) -> None:
     """The end of `_await_tensors`."""
-    vars(packed).pop("weight")
+    del packed.stand_in
     buffers = packed._buffers
     if "weight" in buffers:
         buffers["weight_scale"] = buffers.pop("weight")
@@ -311,13 +311,25 @@ def _sealing(save: Any) -> Any:
         tensor_parallel.check_whole(self)
         if given.arguments.get("push_to_hub"):
             raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
-        with own_names(self):
+        with own_names(self), packed_only(self):
             result = save(self, *args, **kwargs)
         if given.arguments.get("is_main_process", True):
             checkpoint.seal(given.arguments["save_directory"])
         return result
 
     return save_pretrained
+
+
+def _without_packed(get_keys: Any) -> Any:
+    """`PreTrainedModel.get_expanded_tied_weights_keys`, but a packed head is tied to nothing."""
+
+    @functools.wraps(get_keys)
+    def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+        keys: dict[str, str] = get_keys(self, *args, **kwargs)
+        packed = {name for name, module in self.named_modules() if keys and isinstance(module, MicroMixLinear)}
+        return {target: source for target, source in keys.items() if target.rpartition(".")[0] not in packed}
+
+    return get_expanded_tied_weights_keys
 
 
 def _checking(get_config_dict: Any) -> Any:
@@ -360,4 +372,5 @@ def _as_dict(config: Any) -> Any:
 
 
 PreTrainedModel.save_pretrained = _sealing(PreTrainedModel.save_pretrained)
+PreTrainedModel.get_expanded_tied_weights_keys = _without_packed(PreTrainedModel.get_expanded_tied_weights_keys)
 PreTrainedConfig.get_config_dict = _checking(PreTrainedConfig.get_config_dict.__func__)

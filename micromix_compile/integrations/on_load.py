@@ -26,7 +26,7 @@ from micromix_compile.integrations.hf import (
     put_empty,
     take_loaded,
 )
-from micromix_compile.linear.experts import PARTS
+from micromix_compile.linear.experts import PARTS, is_transposed
 from micromix_compile.ops.pack import packed_weight
 from micromix_compile.recipe.types import Recipe
 from micromix_compile.session.matching import check_same_weight, model_id, named_modules
@@ -149,8 +149,7 @@ def _is_transposed(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a weight is (C, N), as GPT-2's is, or (E, C, N)."""
     module: Any = modules.get(name)
     if module is None:
-        holder: Any = modules[name.rpartition(".")[0]]
-        return bool(holder.is_transposed)
+        return is_transposed(modules[name.rpartition(".")[0]])
     return not isinstance(module, nn.Linear)
 
 

@@ -120,8 +120,8 @@ class MicroMixExperts(nn.Module):
         take_over(self, original)
 
     def packed(self, name: str) -> PackedWeight:
-        """One of the weights."""
-        q4, q6, q8, scale = (self.get_buffer(name + part) for part in PARTS)
+        """One of the weights, whose tensors are buffers, or Parameters after `packed_as_parameters_`."""
+        q4, q6, q8, scale = (getattr(self, name + part) for part in PARTS)
         return PackedWeight(q4, q6, q8, scale)
 
     def load_packed(self, name: str, packed: PackedWeight, channel_perm: Tensor) -> None:
@@ -165,7 +165,7 @@ class MicroMixExperts(nn.Module):
             out = original.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         unsorted = weighted[torch.argsort(order)]
-        return unsorted.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+        return unsorted.view(tokens, top_k, out.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _cast(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -184,7 +184,7 @@ class MicroMixExperts(nn.Module):
         shown = []
         for name, (k4, k6, k8, fp6, _, activations, rotated) in self.layouts.items():
             formats = f"mxfp4={k4}, mxfp6={k6} ({fp6}), mxfp8={k8}, activations={activations}, rotated={rotated}"
-            shown.append(f"{name}: {self.experts} x ({self.get_buffer(name).shape[1]}, {formats})")
+            shown.append(f"{name}: {self.experts} x ({self.packed(name).w_scale.shape[1]}, {formats})")
         return "\n".join(shown)
 
 

@@ -39,15 +39,14 @@ class ChannelOrder(nn.Module):
 
 
 class _WeightReader:
-    """`module.weight` of a packed linear. What stands in its place while a checkpoint is loaded goes first.
-
-    No property, which nothing in the module's own namespace could stand in for.
-    """
+    """`module.weight` of a packed linear. While a checkpoint is loaded: the buffer called so, once it is filled."""
 
     def __get__(self, module: MicroMixLinear | None, owner: type | None = None) -> Any:
         if module is None:
             return self
         loading = module._buffers.get("weight")
+        if module.stand_in is not None and (loading is None or loading.is_meta):
+            return module.stand_in
         return module.dequantized() if loading is None else loading
 
 
@@ -67,6 +66,8 @@ class MicroMixLinear(nn.Linear):
     weight_q6: Tensor
     weight_q8: Tensor
     weight_scale: Tensor
+    stand_in: Tensor | None = None
+    """While a checkpoint is loaded: what `weight` is before it has come."""
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class MicroMixLinear(nn.Linear):
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         note_layouts(destination, prefix, {"weight": self.layout})
-        if keep_vars or "weight" in vars(self):  # the latter while transformers sets one tensor after the other
+        if keep_vars or self.stand_in is not None:  # the latter while transformers sets one tensor after the other
             return
         destination[f"{prefix}weight"] = destination.pop(f"{prefix}weight_scale")
         for name in ("weight_q4", "weight_q6", "weight_q8", "weight"):

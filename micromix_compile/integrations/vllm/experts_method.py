@@ -110,7 +110,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         each = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         out = down.multiply(layer.folded[DOWN], inner, each, offs)
         weighted = out * topk_weights.reshape(-1)[order].unsqueeze(-1)
-        total: Tensor = weighted[torch.argsort(order)].view(*topk_ids.shape, -1).sum(1)
+        total: Tensor = weighted[torch.argsort(order)].view(*topk_ids.shape, out.shape[-1]).sum(1)
         return total.to(x.dtype)
 
 
