@@ -50,6 +50,8 @@ def convert(
     start, end = Path(source), Path(destination)
     if activations not in (None, *ACTIVATIONS):
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+    if start.resolve().is_relative_to(end.resolve()):
+        raise ValueError(f"destination must not be source or hold it, got {end} for {start}")
     packed = checkpoint.is_ours(checkpoint.read_config(start / "config.json"))
     if packed and activations is not None:
         raise ValueError(f"activations must not be given for a packed checkpoint, which {start} is")
