@@ -44,9 +44,9 @@ from micromix_compile.cli.options import (
     changed,
     takes_config,
 )
-from micromix_compile.cli.outputs import check_output
+from micromix_compile.cli.outputs import check_file
 from micromix_compile.cli.resume import Kept, fingerprint
-from micromix_compile.cli.show import console, note, table, write_json
+from micromix_compile.cli.show import console, is_json_of_results, note, table, write_json
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.harness import TaskSettings, load_harness_task
@@ -93,7 +93,7 @@ def eval_(
     which has one format and no unquantized model beside it, only perplexity and tasks are measured.
     """
     if json_file is not None:
-        check_output("--json", json_file, is_file=True)
+        check_file("--json", json_file, "results of evaluations", is_json_of_results)
     names = _row_names(rows, dtype)
     how = _how(suite, task_items, task_data, batch_size, allow_code_execution)
     check_packed(context, model)

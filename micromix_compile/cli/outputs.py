@@ -15,7 +15,7 @@ from micromix_compile.cli.errors import UsageError
 from micromix_compile.cli.models import is_packed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _PARTS: Final = (
     *("config.json", "generation_config.json"),
@@ -42,6 +42,16 @@ def check_output(option: str, path: Path, *, is_file: bool) -> None:
             pass  # os.access says yes to root where the file system says no
     except OSError as error:
         raise UsageError(f"{option} must be a path that can be written to, got {path}: {error.strerror}") from error
+
+
+def check_file(option: str, path: Path, kind: str, is_one: Callable[[Path], bool]) -> None:
+    """Raises UsageError unless a file can be written to `path`, and what stands there is empty or one of the same kind.
+
+    kind: several of them, for people.
+    """
+    check_output(option, path, is_file=True)
+    if path.is_file() and path.stat().st_size and not is_one(path):
+        raise UsageError(f"{option} replaces {kind} only, and {path} is something else")
 
 
 def check_directory(option: str, path: Path, *, overwrite: bool, made_from: Path | None, copied: bool = False) -> None:

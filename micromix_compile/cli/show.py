@@ -100,3 +100,12 @@ def write_json(path: Path, settings: dict[str, Any], results: Sequence[RowResult
         "hardware": hardware(),
     }
     files.write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def is_json_of_results(path: Path) -> bool:
+    """Whether `write_json` wrote the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"rows", "versions", "hardware"} <= content.keys()

@@ -124,6 +124,15 @@ def read(path: Path) -> Recipe:
         raise ValueError(f"{path}: metadata is nested too deeply") from None
 
 
+def is_recipe(path: Path) -> bool:
+    """Whether a file says that it is a recipe, of whatever version, whole or damaged behind its head."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool((file.metadata() or {}).get("format") == json.dumps(FORMAT))
+    except SafetensorError:
+        return False
+
+
 def _read_parts(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors; dtypes that no recipe has are refused before anything is made of them."""
     with safe_open(path, framework="pt") as file:

@@ -96,6 +96,25 @@ def test_a_directory_in_the_place_of_an_output_file_is_refused_before_loading(
     assert result.stderr == f"micromix {command}: {output} must be a file, and {tmp_path} is a directory\n"
 
 
+@pytest.mark.parametrize(("command", "output"), [("calibrate", "--out"), ("eval", "--json")])
+def test_an_output_file_replaces_its_own_kind_only(
+    small_model: Path, recipe_file: Path, tmp_path: Path, no_loading: None, command: str, output: str
+) -> None:
+    """Neither weights, nor a text, nor other JSON; empty files are nothing that is lost."""
+    weights = (small_model / "model.safetensors").read_bytes()
+    recipe, results = recipe_file.read_bytes(), b'{"rows": [], "versions": {}, "hardware": {}}'
+    for content in (weights, recipe, results, recipe[:200], b"[1]", b"{}", b"dear all", b""):
+        (tmp_path / "out").write_bytes(content)
+        result = run(command, output, tmp_path / "out")
+        if content in (b"", recipe if command == "calibrate" else results):
+            assert str(result.exception) == "a model was loaded"
+        else:
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert f"{output} replaces re" in result.stderr
+            assert f"only, and {tmp_path / 'out'} is something else" in " ".join(result.stderr.split())
+        assert (tmp_path / "out").read_bytes() == content
+
+
 def test_unknown_text_is_an_error_of_the_user(small_model: Path) -> None:
     """Raised by the library, shown as one line."""
     result = run("calibrate", "--out", "r", "--model", small_model, "--data", "books")
