@@ -94,6 +94,8 @@ def eval_(
     """
     if json_file is not None:
         check_file("--json", json_file, "results of evaluations", is_json_of_results)
+        if resume is not None and json_file.resolve() == resume.resolve():
+            raise UsageError(f"--json must be a file, and {resume} is the directory of --resume")
     names = _row_names(rows, dtype)
     how = _how(suite, task_items, task_data, batch_size, allow_code_execution)
     check_packed(context, model)
