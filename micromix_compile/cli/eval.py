@@ -108,11 +108,12 @@ def eval_(
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
     wanted = _tasks(loaded, suite, tasks, how)
+    if not is_packed(model) and _any_quantized(names):
+        recipe = kept.recipe(functools.partial(decide, recipe, config, loaded, source))
+    kept.claim()
     if is_packed(model):
         results = _measure_packed(loaded, measured, wanted.tasks, resume)
     else:
-        if _any_quantized(names):
-            recipe = kept.recipe(functools.partial(decide, recipe, config, loaded, source))
         results = measure(loaded, recipe, names, measured, wanted.tasks, resume)
     console().print(table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
     if json_file is not None:

@@ -24,11 +24,11 @@ class Kept:
     """The recipe and the models' answers to tasks, in `folder`; without one, nothing is kept.
 
     settings: all that the answers depend on, as JSON has it. Raises UsageError if the folder holds an evaluation with
-    others, or something else.
+    others, or something else. A new folder is made by `claim`, once all that was asked for is known to be right.
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self._settings = folder, settings
         if folder is None:
             return
         path = folder / _SETTINGS
@@ -37,7 +37,11 @@ class Kept:
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"--resume must be a new directory or one of an evaluation before, got {folder}")
-        files.write_atomically(path, json.dumps(settings, indent=2).encode())
+
+    def claim(self) -> None:
+        """The folder is this evaluation's from now on."""
+        if self.folder is not None and not (path := self.folder / _SETTINGS).is_file():
+            files.write_atomically(path, json.dumps(self._settings, indent=2).encode())
 
     def recipe(self, decide: Callable[[], Recipe]) -> Recipe:
         """The one that was decided before, or `decide()`."""
@@ -49,6 +53,7 @@ class Kept:
         if path.is_file():
             return micromix.Recipe.load(path)
         recipe = decide()
+        self.claim()
         recipe.save(path)
         return recipe
 

@@ -122,6 +122,17 @@ def test_eval_refuses_what_it_cannot_do_before_a_model_is_loaded(
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
 
 
+def test_a_command_that_was_wrong_leaves_the_folder_of_resume_to_the_right_one(
+    small_model: Path, tmp_path: Path
+) -> None:
+    """Another model, text or number of windows than there are: found late, and nothing was measured."""
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{number} is a number. " * 20 for number in range(8)), "utf-8")
+    given = ("--model", small_model, "--data", tmp_path / "text.txt", "--windows", 1, *SHORT, "--rows", "mxfp4")
+    for wrong in (("--model", "tinny"), ("--data", "books"), ("--windows", 999), ("--calibration-windows", 999)):
+        assert run("eval", *given, *wrong, "--resume", tmp_path / "kept").exit_code == 1
+        assert not (tmp_path / "kept").exists()
+
+
 def test_what_a_suite_leaves_out_is_said_and_written(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
