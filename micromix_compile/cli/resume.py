@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from micromix_compile import files
 from micromix_compile.cli.errors import UsageError
 from micromix_compile.evaluation import zoo
+from micromix_compile.recipe.schema import MAPPING, FieldError, check, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,7 @@ class Kept:
             return
         path = folder / _SETTINGS
         if path.is_file():
-            _check_same(folder, json.loads(path.read_text("utf-8")), settings)
+            _check_same(folder, _read(path), settings)
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"--resume must be a new directory or one of an evaluation before, got {folder}")
@@ -56,6 +57,17 @@ class Kept:
         self.claim()
         recipe.save(path)
         return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises UsageError for a file that is damaged."""
+    try:
+        found = parse_json(path.read_bytes(), str(path))
+        check(found, MAPPING, str(path))
+    except FieldError as error:
+        raise UsageError(f"--resume must be a new directory or one of an evaluation before: {error}") from error
+    settings: dict[str, Any] = found
+    return settings
 
 
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from micromix_compile.cli.errors import exit_of
 from micromix_compile.evaluation import zoo
+from micromix_compile.evaluation.types import NothingQuantizedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,6 +132,29 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(zoo, "load_model", fail)
     assert isinstance(run("generate").exception, AssertionError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory while rounding weights: take another"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        NothingQuantizedError("row mxfp4 equals the reference to the bit"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_line_whatever_its_class(error: Exception) -> None:
+    assert exit_of(error) == (1, str(error))
+
+
+def test_a_prompt_without_a_token_is_refused_before_calibrating(small_model: Path, tmp_path: Path) -> None:
+    """With a chat template, an empty one has tokens."""
+    shutil.copytree(small_model, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    result = run("generate", "--model", tmp_path / "plain", "--prompt", "", "--data", "books", "--which", "micromix")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--prompt must have a token at least for a model without a chat template, got ''" in result.stderr
+    result = run("generate", "--model", small_model, "--prompt", "", "--data", "books", "--which", "micromix")
+    assert "data must be one of" in result.stderr
 
 
 def test_errors_inside_torch_compile_are_shown_by_their_cause() -> None:

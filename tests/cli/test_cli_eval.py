@@ -122,6 +122,15 @@ def test_eval_refuses_what_it_cannot_do_before_a_model_is_loaded(
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
 
 
+@pytest.mark.parametrize(("content", "fact"), [("", "is not JSON"), ("[1]", "must be"), ("{", "is not JSON")])
+def test_damaged_settings_in_the_folder_of_resume_are_named(
+    small_model: Path, tmp_path: Path, no_loading: None, content: str, fact: str
+) -> None:
+    (tmp_path / "settings.json").write_text(content, "utf-8")
+    refused = run("eval", "--model", small_model, "--resume", tmp_path)
+    assert (refused.exit_code, f"{tmp_path / 'settings.json'} {fact}" in refused.stderr) == (2, True), refused.stderr
+
+
 def test_a_command_that_was_wrong_leaves_the_folder_of_resume_to_the_right_one(
     small_model: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -186,6 +187,23 @@ def test_an_unknown_text_lists_what_is_accepted(data: str) -> None:
     """Names and file types."""
     with pytest.raises(ValueError, match=r"wiki, c4, technical, a \.txt file, .*a \.parquet file; got"):
         texts.load_texts(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fact"),
+    [
+        ("mine.txt", b"Stra\xdfe", "must be UTF-8 text: "),
+        ("mine.jsonl", b'{"text": "Stra\xdfe"}', "must hold rows as json has them: 'utf-8' codec"),
+        ("mine.json", b"", "must hold rows as json has them: it is empty"),
+        ("mine.parquet", b"PAR", "must hold rows as parquet has them: "),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, fact: str) -> None:
+    if name != "mine.txt":
+        pytest.importorskip("datasets")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))} {fact}"):
+        texts.load_texts(str(tmp_path / name))
 
 
 def test_a_missing_file_is_named() -> None:
