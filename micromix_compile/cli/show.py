@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from micromix_compile import files
 from micromix_compile.evaluation.machine import hardware, versions
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Standard output, wide enough for a table where it is a file."""
-    return Console(width=None if sys.stdout.isatty() else 150)
+    """Standard output, wide enough for a table where it is a file. Brackets and colons of paths are no markup."""
+    return Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False)
 
 
 def status(text: str) -> Status:
     """A spinner on standard error, as long as something runs."""
-    return Console(stderr=True).status(text)
+    return Console(stderr=True).status(Text(text))
 
 
 def note(text: str) -> None:

@@ -15,6 +15,7 @@ import platformdirs
 import torch
 from filelock import FileLock
 from rich.console import Console
+from rich.text import Text
 
 from micromix_compile.files import replace_directory
 from micromix_compile.integrations import checkpoint
@@ -145,7 +146,7 @@ def _status(text: str, progress: bool) -> Iterator[None]:
         if importlib.util.find_spec("transformers") is not None:
             stack.enter_context(_without_bars())
         if progress:
-            stack.enter_context(Console(stderr=True).status(text))
+            stack.enter_context(Console(stderr=True).status(Text(text)))
         yield
 
 

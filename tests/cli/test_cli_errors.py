@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from micromix_compile.cli import show
 from micromix_compile.cli.errors import exit_of
 from micromix_compile.evaluation import zoo
-from micromix_compile.evaluation.types import NothingQuantizedError
+from micromix_compile.evaluation.types import Evaluation, Metric, NothingQuantizedError, RowResult, TaskResult
+from micromix_compile.progress import track
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,6 +157,24 @@ def test_a_prompt_without_a_token_is_refused_before_calibrating(small_model: Pat
     assert "--prompt must have a token at least for a model without a chat template, got ''" in result.stderr
     result = run("generate", "--model", small_model, "--prompt", "", "--data", "books", "--which", "micromix")
     assert "data must be one of" in result.stderr
+
+
+def test_brackets_and_colons_of_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of paths in titles, tasks in columns, a model that is loaded, and what a bar counts."""
+    name = "run[v2] x[/bold] :smile:"
+    task = TaskResult(task="t[x]", items=1, metric="acc", metrics={"acc": Metric(value=0.5)})
+    show.console().print(
+        show.table([RowResult(row="fp32", evaluation=Evaluation(perplexity=1.0, predictions=1), tasks=(task,))], name)
+    )
+    shown = capsys.readouterr().out
+    assert name in shown
+    assert "t[x]" in shown
+    with show.status(name):
+        assert list(track((1, 2), name)) == [1, 2]
+    (tmp_path / "x[" / "bold]").mkdir(parents=True)
+    (tmp_path / "x[" / "bold]" / "config.json").write_text("{}", "utf-8")
+    result = run("generate", "--model", tmp_path / "x[" / "bold]")
+    assert (result.exit_code, "micromix generate: " in result.stderr) == (1, True)
 
 
 def test_errors_inside_torch_compile_are_shown_by_their_cause() -> None:
