@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 from torch import nn
 
+from micromix_compile.session.matching import model_id
 from micromix_compile.session.names import Names
 
 if TYPE_CHECKING:
@@ -27,6 +29,24 @@ def test_a_weight_that_is_refused_while_it_is_taken_in_stays_unknown() -> None:
         names.take_in(model, refuse)
     assert not names.knows(model[0].weight)
     assert not list(names)
+
+
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [
+        ("/home/me/models/tiny", "Linear(tiny)"),
+        ("models/tiny/", "Linear(tiny)"),
+        ("org/tiny", "Linear(tiny)"),
+        ("tiny", "Linear(tiny)"),
+        ("/", "Linear"),
+        (".", "Linear"),
+        ("", "Linear"),
+    ],
+)
+def test_a_model_is_called_by_the_name_of_where_it_came_from_never_by_a_path(origin: str, name: str) -> None:
+    model = nn.Linear(4, 4)
+    model.config = SimpleNamespace(name_or_path=origin)
+    assert model_id(model) == name
 
 
 def test_weights_of_no_module_get_names_of_their_own() -> None:
