@@ -375,7 +375,7 @@ def _linear(linear: dict[str, Any], groups: Mapping[str, GroupRecipe], parts: _P
         out_features=linear["out_features"],
         group=group,
         weight_sample=parts.take(f"{fqn}.weight_sample", torch.float32, (SAMPLE_SIZE,)),
-        weight_checksums=None if sums is None else Checksums.from_json(sums),
+        weight_checksums=None if sums is None else Checksums(**sums),
         expert_tokens=None if expert_tokens is None else tuple(expert_tokens),
         runs=linear["runs"],
     )
