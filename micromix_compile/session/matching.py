@@ -44,7 +44,7 @@ def _clean(name: str) -> str:
 
 def model_id(model: nn.Module) -> str:
     """What a recipe calls a model: its class, and the name that its weights came under, no path, if that is known."""
-    origin = Path(getattr(getattr(model, "config", None), "name_or_path", "")).name
+    origin = Path(getattr(getattr(model, "config", None), "name_or_path", None) or "").name
     return f"{type(model).__name__}({origin})" if origin else type(model).__name__
 
 

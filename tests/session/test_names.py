@@ -41,9 +41,10 @@ def test_a_weight_that_is_refused_while_it_is_taken_in_stays_unknown() -> None:
         ("/", "Linear"),
         (".", "Linear"),
         ("", "Linear"),
+        (None, "Linear"),
     ],
 )
-def test_a_model_is_called_by_the_name_of_where_it_came_from_never_by_a_path(origin: str, name: str) -> None:
+def test_a_model_is_called_by_the_name_of_where_it_came_from_never_by_a_path(origin: str | None, name: str) -> None:
     model = nn.Linear(4, 4)
     model.config = SimpleNamespace(name_or_path=origin)
     assert model_id(model) == name
