@@ -84,15 +84,6 @@ def load_model(
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 
-def load_tokenizer(name: str = DEFAULT_MODEL, *, progress: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without the model. Names and errors as in `load_model`."""
-    directory = default_model_dir(progress=progress) if name == DEFAULT_MODEL else _local_directory(name)
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return tokenizer
-
-
 def is_packed(directory: Path) -> bool:
     """Whether the checkpoint in `directory` was written after `quantize_`. Raises ValueError for a damaged config."""
     return checkpoint.is_ours(checkpoint.read_config(directory / "config.json"))

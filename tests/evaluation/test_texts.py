@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import default_tokenizer
 
-from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation import texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,7 +113,7 @@ def test_every_window_begins_with_the_bos_token_that_a_tokenizer_wants(after: li
 
 def test_a_long_text_is_cut_into_the_same_windows_as_when_tokenized_whole() -> None:
     """The real tokenizer sees only as much text as the windows need; that must not show."""
-    tokenizer = zoo.load_tokenizer()
+    tokenizer = default_tokenizer()
     articles = texts.load_texts("wiki").evaluation
     whole = tokenizer("\n\n".join(articles), add_special_tokens=False, verbose=False)["input_ids"]
     assert texts.token_windows(articles, tokenizer, 5, 512).flatten().tolist() == whole[: 5 * 512]
