@@ -48,15 +48,14 @@ class Batch:
 class LinearSite:
     """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`.
 
-    operand: what node reads of the weight: itself, or its transpose made in the graph. routing: of a product with a
-    layer's experts, whose weight holds a matrix each; x then holds the rows before they are sorted by expert. batch: of
-    a batched product with such a weight, in the place of `routing`. turned: node = weight @ x, and x (..., C, T).
+    routing: of a product with a layer's experts, whose weight holds a matrix each; x then holds the rows before they
+    are sorted by expert. batch: of a batched product with such a weight, in the place of `routing`. turned: node =
+    weight @ x, and x (..., C, T).
     """
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node
-    operand: fx.Node
     bias: fx.Node | None
     transposed: bool
     parameter: nn.Parameter

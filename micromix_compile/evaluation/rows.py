@@ -10,7 +10,7 @@ import torch
 from micromix_compile.calibration.assignment import assign
 from micromix_compile.evaluation.harness import compiled_twin, run_harness_tasks
 from micromix_compile.evaluation.perplexity import evaluate
-from micromix_compile.evaluation.types import RowResult, TaskResult
+from micromix_compile.evaluation.types import NothingQuantizedError, RowResult, TaskResult
 from micromix_compile.numerics.formats import FP6_FORMATS
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def evaluate_rows(
     `row_names(dtype of the model)`. responses: a folder in which answers to the tasks' questions are kept, a file a
     row, and looked up first.
 
-    Raises ValueError for an unknown row or a quantized one without a recipe, before anything runs, and RuntimeError if
-    a quantized row turns out to be the unquantized model.
+    Raises ValueError for an unknown row or a quantized one without a recipe, before anything runs, and
+    `NothingQuantizedError` if a quantized row turns out to be the unquantized model.
     """
     dtype = next(model.parameters()).dtype
     quantized = [row for row in rows if row != FULL_PRECISION[dtype]]
@@ -106,7 +106,7 @@ def _quantized(row: str, model: nn.Module, recipe: Recipe, measured: _Measured) 
     label = f"compiling and evaluating {row}"
     result = evaluate(compiled, measured.windows, model, label=label, progress=measured.progress)
     if result.kl == 0.0:
-        raise RuntimeError(f"row {row} equals the reference to the bit: nothing was quantized")
+        raise NothingQuantizedError(f"row {row} equals the reference to the bit: nothing was quantized")
     return RowResult(
         row=row,
         element_bits=recipe.element_bits,

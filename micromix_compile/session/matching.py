@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
@@ -42,8 +43,8 @@ def _clean(name: str) -> str:
 
 
 def model_id(model: nn.Module) -> str:
-    """What a recipe calls a model: its class, and where its weights came from if that is known."""
-    origin = getattr(getattr(model, "config", None), "name_or_path", "")
+    """What a recipe calls a model: its class, and the name that its weights came under, no path, if that is known."""
+    origin = Path(getattr(getattr(model, "config", None), "name_or_path", None) or "").name
     return f"{type(model).__name__}({origin})" if origin else type(model).__name__
 
 

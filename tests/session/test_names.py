@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.recipe.types import LinearRecipe
+from micromix_compile.session.matching import model_id
 from micromix_compile.session.names import Names
 from micromix_compile.session.session import Session
 
@@ -34,6 +36,25 @@ def test_a_weight_that_is_refused_while_it_is_taken_in_stays_unknown() -> None:
         names.take_in(model, refuse)
     assert not names.knows(model[0].weight)
     assert not list(names)
+
+
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [
+        ("/home/me/models/tiny", "Linear(tiny)"),
+        ("models/tiny/", "Linear(tiny)"),
+        ("org/tiny", "Linear(tiny)"),
+        ("tiny", "Linear(tiny)"),
+        ("/", "Linear"),
+        (".", "Linear"),
+        ("", "Linear"),
+        (None, "Linear"),
+    ],
+)
+def test_a_model_is_called_by_the_name_of_where_it_came_from_never_by_a_path(origin: str | None, name: str) -> None:
+    model = nn.Linear(4, 4)
+    model.config = SimpleNamespace(name_or_path=origin)
+    assert model_id(model) == name
 
 
 def test_weights_of_no_module_get_names_of_their_own() -> None:
