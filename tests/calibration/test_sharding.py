@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.experts import model_of_experts
 from support.llama import llama, token_batches
 from support.recipe_files import Fields, Tensors, forge
 from transformers import AutoModelForCausalLM
@@ -139,6 +140,14 @@ def test_a_model_that_cannot_be_cut_is_refused_before_it_is_calibrated(model: nn
     skipping = dataclasses.replace(config(), shards=3, skip=("*o_proj",))
     with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has 256 input channels, which shards=3 do not"):
         micromix.calibrate(model, never(), skipping)
+
+
+def test_experts_that_cannot_be_cut_are_refused_before_they_are_calibrated() -> None:
+    model = model_of_experts("mixtral")
+    with pytest.raises(
+        ValueError, match=r"mlp.experts.down_proj has 96 input channels, which shards=2 do not cut into"
+    ):
+        micromix.calibrate(model, never(), config())
 
 
 def never() -> Iterator[Tensor]:
