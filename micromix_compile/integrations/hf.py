@@ -263,7 +263,8 @@ def _check_orders(model: nn.Module, linears: dict[str, Any]) -> None:
         perm, group = getattr(holder, attribute).channel_perm, described["group"]
         name = f"{fqn}{attribute.removeprefix(fqn.rpartition('.')[2])}" if "experts" in described else f"{fqn}.order"
         try:
-            check_order(perm.cpu(), described["in_features"], f"{name}.channel_perm")
+            shards = shards_of(described, tuple(described["split"]), name)
+            check_order(perm.cpu(), described["in_features"], f"{name}.channel_perm", shards)
         except FieldError as error:
             raise ValueError(f"the checkpoint is not whole: {error}") from error
         if not torch.equal(perm, first.setdefault(group, perm)):

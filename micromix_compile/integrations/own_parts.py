@@ -1,7 +1,7 @@
-"""What a rank reads of a packed checkpoint: its own part of each tensor, one tensor after the other.
+"""What transformers hands a rank of a packed checkpoint: the rank's own part of each tensor, one after the other.
 
-transformers maps a checkpoint's files into memory, and hands on a tensor of them without a copy. Here the rank's part
-of it is taken there: what others hold gets neither to the rank's device nor, whole rows and experts, off the disk.
+transformers maps a checkpoint's files into memory, and passes on a tensor of them without a copy. The rank's part of it
+is taken there, so that what others hold never gets to the rank's device, or into memory that is not the file's.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Both on two processes that talk over gloo, and, for every way in which transform
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -128,7 +129,7 @@ class Kind:
 
     def __init__(self, module: str, experts: str, config: Any) -> None:
         made = getattr(__import__(f"transformers.models.{module}", fromlist=["_"]), experts)
-        self.batched, self.top_k = experts == "Llama4TextExperts", 2
+        self.batched = experts == "Llama4TextExperts"
         with torch.device("meta"):
             self.original = made(config)
         self.tp_plan, self.ep_plan = (
@@ -150,27 +151,24 @@ class Kind:
         return nn.ModuleDict({"experts": made})
 
 
-def kinds() -> dict[str, Kind]:
-    """Every way in which transformers keeps experts that its plans cut."""
+KINDS: Final = ("gate above the rest", "no gate", "transposed", "batched")
+"""Every way in which transformers keeps experts that its plans cut."""
+
+
+@functools.cache
+def kind_of(name: str) -> Kind:
+    """One of `KINDS`."""
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 128}
-    return {
-        "gate above the rest": Kind(
-            "mixtral.modeling_mixtral", "MixtralExperts", transformers.MixtralConfig(num_local_experts=4, **sizes)
-        ),
-        "no gate": Kind(
-            "nemotron_h.modeling_nemotron_h", "NemotronHExperts",
-            transformers.NemotronHConfig(n_routed_experts=4, moe_latent_size=None, **sizes),
-        ),
-        "transposed": Kind(
-            "aria.modeling_aria", "AriaExperts", transformers.AriaTextConfig(moe_num_experts=4, **sizes)
-        ),
-        "batched": Kind(
-            "llama4.modeling_llama4", "Llama4TextExperts", transformers.Llama4TextConfig(num_local_experts=4, **sizes)
-        ),
-    }  # fmt: skip
-
-
-KINDS: Final = kinds()
+    if name == "gate above the rest":
+        mixtral = transformers.MixtralConfig(num_local_experts=4, **sizes)
+        return Kind("mixtral.modeling_mixtral", "MixtralExperts", mixtral)
+    if name == "no gate":
+        nemotron = transformers.NemotronHConfig(n_routed_experts=4, moe_latent_size=None, **sizes)
+        return Kind("nemotron_h.modeling_nemotron_h", "NemotronHExperts", nemotron)
+    if name == "transposed":
+        return Kind("aria.modeling_aria", "AriaExperts", transformers.AriaTextConfig(moe_num_experts=4, **sizes))
+    llama4 = transformers.Llama4TextConfig(num_local_experts=4, **sizes)
+    return Kind("llama4.modeling_llama4", "Llama4TextExperts", llama4)
 
 
 LINEARS: Final = {
@@ -217,7 +215,7 @@ EP_PLAN: Final = {
 def test_experts_that_cannot_be_dealt_are_refused_by_name(
     plan: dict[str, str], ep_plan: dict[str, str], reason: str
 ) -> None:
-    modules = {"layers.3.mlp.experts": KINDS["gate above the rest"].original}
+    modules = {"layers.3.mlp.experts": kind_of("gate above the rest").original}
     with pytest.raises(ValueError, match=reason):
         tensor_parallel.parts_of(modules, LINEARS, Dealing(Ranks(3, 1, plan), Ranks(3, 1, ep_plan)), w_fp4=False)
 
@@ -233,7 +231,7 @@ def test_experts_with_biases_are_dealt_whole_only() -> None:
 
 
 def test_experts_that_no_plan_names_stay_whole_on_each_rank() -> None:
-    modules = {"layers.3.mlp.experts": KINDS["gate above the rest"].original}
+    modules = {"layers.3.mlp.experts": kind_of("gate above the rest").original}
     for plan in ({}, dict.fromkeys(PLAN, "replicate")):
         assert not tensor_parallel.parts_of(modules, LINEARS, Dealing(Ranks(2, 0, plan), Ranks(1, 0, {})), w_fp4=False)
 
@@ -267,7 +265,7 @@ def test_transformers_is_not_left_with_rules_that_name_nothing_any_more() -> Non
 def test_what_takes_a_ranks_part_finds_its_tensors_by_any_prefix_and_no_others() -> None:
     linear = {"out_features": 8, "in_features": 64, "split": [32, 0, 32], "group": "g"}
     linears = {**LINEARS, "model.layers.11.fc": linear}
-    modules = {"layers.3.mlp.experts": KINDS["gate above the rest"].original}
+    modules = {"layers.3.mlp.experts": kind_of("gate above the rest").original}
     plan = {"model.layers.*.fc": "colwise"}
     parts = tensor_parallel.parts_of(modules, linears, Dealing(Ranks(2, 1, plan), Ranks(2, 1, EP_PLAN)), w_fp4=False)
     stored = own_parts.stored_parts(linears, parts, micromix.MicroMixConfig(), "weight")
@@ -312,14 +310,14 @@ def described(shape: tuple[int, int, int], shards: tuple[Split, ...]) -> dict[st
 
 @settings(max_examples=40)
 @given(
-    kind=st.sampled_from(sorted(KINDS)), up=splits(64), down=shards_of_128(), by_experts=st.booleans(),
+    kind=st.sampled_from(KINDS), up=splits(64), down=shards_of_128(), by_experts=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_what_the_ranks_experts_compute_sums_to_what_whole_ones_do(
     kind: str, up: Split, down: tuple[Split, ...], by_experts: bool, seed: int
 ) -> None:
     """By transformers' own plans: the ranks' outputs are added in another order, and nothing else is other."""
-    case, ranks = KINDS[kind], len(down)
+    case, ranks = kind_of(kind), len(down)
     by_experts = by_experts and not case.batched  # for which transformers has no plan of that kind
     generator = torch.Generator().manual_seed(seed)
     shapes = expert_shapes(case.original)
