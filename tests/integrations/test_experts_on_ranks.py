@@ -6,6 +6,7 @@ Both on two processes that talk over gloo, and, for every way in which transform
 from __future__ import annotations
 
 import functools
+import itertools
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -62,10 +63,15 @@ def packed(path: Path, kind: str, sizes: dict[str, Any], options: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What each job came to on each of two ranks."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The checkpoints."""
     root = tmp_path_factory.mktemp("checkpoints")
-    made = {name: packed(root / name, *row) for name, row in CHECKPOINTS.items()}
+    return {name: packed(root / name, *row) for name, row in CHECKPOINTS.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(made: dict[str, str]) -> dict[str, list[Any]]:
+    """What each job came to on each of two ranks."""
     jobs = {
         "tensors of mixtral": {"job": "numbers", "checkpoint": made["mixtral"]},
         "tensors of qwen3_moe": {"job": "numbers", "checkpoint": made["qwen3_moe"]},
@@ -94,6 +100,15 @@ def test_two_ranks_compute_what_one_does(answers: dict[str, list[Any]], name: st
         assert found["logits"] < ULPS, found
         assert found["gradient"] < 100 * ULPS  # differences of terms that the norms' gains make large
         assert found["tokens"]
+
+
+@pytest.mark.deep  # half a minute of two processes
+def test_packed_experts_that_are_dealt_to_ranks_compile(made: dict[str, str]) -> None:
+    cut = {"job": "compiled", "checkpoint": made["mixtral"]}
+    for found in itertools.chain(*run_ranks(2, cut, {**cut, "ep_size": 2})):
+        assert found["logits"] < ULPS
+        assert found["calls"]["micromix::mixed_mx_mm"] == 4
+        assert found["calls"]["micromix::grouped_mx_mm"] == 2
 
 
 @pytest.mark.parametrize(
