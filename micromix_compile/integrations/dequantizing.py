@@ -52,7 +52,7 @@ def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.
         matrix = packed.dequantized() + 0
         weights = {"weight": matrix if isinstance(original, nn.Linear) else matrix.T}  # GPT-2's is (C, N)
     else:
-        stacked = {name: _experts(packed, name, getattr(original, name).dtype) for name in packed.layouts}
+        stacked = {name: experts_weight(packed, name, getattr(original, name).dtype) for name in packed.layouts}
         weights = {name: w.mT if is_transposed(original) else w for name, w in stacked.items()}
         original._modules.update({name: packed._modules[name] for name in original._modules})
     kept = {name: p for name, p in packed._parameters.items() if p is not None and name in original._parameters}
@@ -61,8 +61,8 @@ def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.
         original._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
 
 
-def _experts(packed: MicroMixExperts, name: str, dtype: torch.dtype) -> Tensor:
-    """(E, N, C) of a weight of experts."""
+def experts_weight(packed: MicroMixExperts, name: str, dtype: torch.dtype) -> Tensor:
+    """(E, N, C) of a weight of packed experts, in the model's order of channels."""
     order, layout = packed.get_buffer(f"{name}_order.channel_perm"), packed.layouts[name]
     channels = int((order >= 0).sum())
     each = [

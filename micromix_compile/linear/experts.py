@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.numerics.layout import RowLayout, Split
+    from micromix_compile.numerics.shards import Cut
 
 INTERFACE: Final = frozenset({"has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel"})
 """Attributes by which transformers' experts say how they are used. 5.20 added `has_post_expert_norm`."""
@@ -129,6 +130,16 @@ class MicroMixExperts(nn.Module):
         for part, tensor in zip(PARTS, packed, strict=True):
             setattr(self, name + part, tensor)
         setattr(self.get_submodule(f"{name}_order"), "channel_perm", channel_perm)  # noqa: B010
+
+    def keep_part(self, name: str, cut: Cut) -> None:
+        """Keep what one of several ranks holds of a weight. Its order stays: `cut.order` of it is the part's.
+
+        num_experts, of which expert parallelism wants to know, becomes the number of those that are kept.
+        """
+        part, layout = cut.weight(self.packed(name)), self.layouts[name]
+        self.layouts[name] = layout.of_split(cut.split, cut.rotated(layout.rotated))
+        self.load_packed(name, part, self.get_buffer(f"{name}_order.channel_perm"))
+        self.experts = self.num_experts = len(part.w_scale)
 
     def compact(self) -> None:
         """Move the packed tensors of each weight into one allocation, see `packing.in_one_storage`."""

@@ -169,19 +169,16 @@ class MicroMixLinear(nn.Linear):
         parts = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
         self.load_packed(PackedWeight(*packing.in_one_storage(parts, parts[0].device)), self.order.channel_perm)
 
-    def keep_part(self, rows: slice, cut: Cut) -> None:
-        """Keep what one of several ranks holds: some rows of all channels, or the channels of `cut` of all rows.
+    def keep_part(self, cut: Cut) -> None:
+        """Keep what one of several ranks holds of the weight. The order stays: `cut.order` of it is the part's.
 
         in_features and out_features stay those of the whole, of which tensor parallelism wants to know.
         """
-        order = self.order.channel_perm
         whole = PackedWeight(self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
-        part = cut.weight(PackedWeight(*(t[..., rows, :] for t in whole)))
-        self.rows = len(range(*rows.indices(self.rows)))
+        self.rows = cut.height(self.rows)
         self.channels //= cut.ranks
         self.layout = self.layout.of_split(cut.split, cut.rotated(self.layout.rotated))
-        self.order = ChannelOrder(cut.order(order)) if cut.ranks > 1 else self.order
-        self.load_packed(PackedWeight(*packing.in_one_storage(part, order.device)), self.order.channel_perm)
+        self.load_packed(cut.weight(whole), self.order.channel_perm)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., N), under autocast in its dtype. Raises ValueError for another C."""
