@@ -128,8 +128,8 @@ def test_a_checkpoint_whose_order_no_ranks_can_cut_is_refused(
     model: nn.Module, recipes: dict[str, Recipe], tmp_path: Path
 ) -> None:
     packed = micromix.quantize_(copy.deepcopy(model), recipes["budget"])
-    order = packed.get_buffer(f"{DOWN}.order.channel_perm")
-    order.copy_(order.flip(0))
+    order = packed.get_submodule(f"{DOWN}.order")
+    order.channel_perm = order.channel_perm.flip(0)  # type: ignore[operator, union-attr]
     packed.save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"down_proj.order.channel_perm must have the channels of shard 0 of 2 in its"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
