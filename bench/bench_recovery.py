@@ -5,8 +5,8 @@
 Tasks, rules and average are those of that table (AutoRound's docs/auto_scheme_acc.md): LAMBADA, HellaSwag, PIQA and
 Winogrande zero-shot, MMLU by lm-eval's own number of examples. Bits are of elements, without scales, as there. Its
 models have 7 to 32 billion parameters and ours 135 million: where it guesses (one in four of MMLU, half of Winogrande)
-nothing can be lost. Recovery is the average beside the unquantized model's, and its standard
-error takes both for independent samples, which overstates it, for both answer the same questions.
+nothing can be lost. Recovery is the average beside the unquantized model's, and its standard error takes both for
+independent samples, which overstates it, for both answer the same questions.
 """
 
 from __future__ import annotations
