@@ -3,7 +3,7 @@
     python bench/pictures.py [--only accuracy speed passes] [--folder docs/pictures]
 
 accuracy: perplexity against stored bits, from results/accuracy.csv. speed: times as fast as BF16 by rows, from
-results/h100-llama-8b.csv. passes: the second half of a Llama layer before the passes, after those on Dynamo's graph,
+results/h200-llama-8b.csv. passes: the second half of a Llama layer before the passes, after those on Dynamo's graph,
 and after those on Inductor's, as they are on Hopper; plain PyTorch computes there, so any machine draws it.
 """
 
@@ -35,11 +35,12 @@ ACCURACY: Final = {
     "ours, activations in their weights' formats": (COLOURS["MXFP6"], "D"),
     "ours, 8-bit activations": (COLOURS["MXFP4"], "o"),
 }
-# Of which series the points have names, how far away, and turned by how much.
-LABELLED: Final = {"one format": ((6, 4), 0), "the paper's method": ((-1, 6), 30)}
+# Of which series, or single points, the points have names, how far away, and turned by how much.
+LABELLED: Final = {"one format": ((6, 4), 0), "the paper's method": ((-1, 6), 30), "MXFP6 E2M3": ((7, -4), 0)}
+# What each line is in the results: the measurement and its split.
 SPEED: Final = {
-    "MicroMix 75/20/5 fp8": (COLOURS["MXFP4"], "o"),
-    "FP8": ("#777777", "s"),
+    "micromix": ("linear", "75/20/5 fp8", COLOURS["MXFP4"], "o"),
+    "FP8": ("fp8 linear", "", "#777777", "s"),
 }
 STYLE: Final = {
     "font.size": 10,
@@ -75,7 +76,7 @@ def accuracy() -> Figure:
         bits, perplexity, texts = zip(*points, strict=True)
         axes.plot(bits, perplexity, linestyle=linestyle, color=colour, marker=marker, label=name)
         for point, text in zip(zip(bits, perplexity, strict=True), texts, strict=True) if name in LABELLED else ():
-            away, turned = LABELLED[name]
+            away, turned = LABELLED.get(text, LABELLED[name])
             axes.annotate(text, point, away, textcoords="offset points", rotation=turned, fontsize=8, color=colour)
     assert {row["series"] for row in rows} == {*ACCURACY, "unquantized"}, "every series has a colour"
     axes.set_yscale("log")
@@ -98,8 +99,7 @@ def speed() -> Figure:
     rows = [row for row in read_rows("h200-llama-8b.csv") if row["to_bf16"]]
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")
     axes.annotate("BF16", (1, 1), (0, 4), textcoords="offset points", fontsize=9)
-    for name, (colour, marker) in SPEED.items():
-        what, split = ("fp8 linear", "") if name == "FP8" else ("linear", name.partition(" ")[2])
+    for name, (what, split, colour, marker) in SPEED.items():
         ratios: dict[int, list[float]] = {}
         for row in rows:
             if (row["what"], row["split"]) == (what, split):
@@ -115,7 +115,7 @@ def speed() -> Figure:
     axes.set_ylabel("times as fast as BF16")
     axes.set_ylim(bottom=0)
     axes.set_title("Whole linears of Llama-3.1-8B on an H200", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=9, title="percent in MXFP4/MXFP6/MXFP8", title_fontsize=8)
+    axes.legend(frameon=False, fontsize=9, title="mean of four linears, least to most shaded", title_fontsize=8)
     return figure
 
 

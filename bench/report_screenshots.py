@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from micromix_compile.report.facts import read
-from micromix_compile.report.page import mebibytes, number
+from micromix_compile.report.page import number, size
 
 if TYPE_CHECKING:
     from micromix_compile.report.facts import Facts
@@ -86,8 +86,8 @@ def texts(facts: Facts) -> dict[str, str]:
         "linears": str(len(facts.linears)),
         **({} if facts.element_bits is None else {"element-bits": number(facts.element_bits)}),
         "stored-bits": number(facts.stored_bits),
-        "stored-bytes": mebibytes(facts.stored_bytes),
-        **{f"bytes-{part}": mebibytes(size) for part, size in facts.bytes_by_part.items()},
+        "stored-bytes": size(facts.stored_bytes),
+        **{f"bytes-{part}": size(count) for part, count in facts.bytes_by_part.items()},
     }
     linears = {
         linear.fqn: [*map(str, (*linear.split, linear.in_features, linear.out_features)), number(linear.element_bits)]

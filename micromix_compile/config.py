@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from micromix_compile.numerics.formats import BLOCK_SIZE, FP6_FORMATS, ScaleRounding
 from micromix_compile.numerics.layout import ACTIVATIONS, RowLayout
+from micromix_compile.recipe.parts import split_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -268,6 +270,12 @@ class MicroMixConfig:
     def rounds_weights(self) -> bool:
         """Whether weights are rounded while calibrating, and not when they are packed."""
         return self.scale_search or self.weight_rounding != "nearest"
+
+    def why_skipped(self, names: Iterable[str]) -> str | None:
+        """Why a linear of these names stays as it is, if `skip` matches one of them, or what it is a part of."""
+        own_and_whole = [one for name in names for one in (name, split_name(name)[0])]
+        found = (p for p in self.skip for name in own_and_whole if fnmatch.fnmatch(name, p))
+        return next((f"its name matches skip={pattern!r}" for pattern in found), None)
 
     def row_layout(self, split: Split, rotated: int) -> RowLayout:
         """How activations are quantized whose weights are split so. Not for "auto", which calibration decides."""

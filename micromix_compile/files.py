@@ -53,19 +53,20 @@ def plain_path(path: Path) -> Path:
 def replace_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place when the block succeeds.
 
-    If the block raises, `target` stays as it was. If another process was first, its directory is replaced.
+    If the block raises, `target` stays as it was. If another process was first, its directory is replaced. The old
+    directory is removed only when the new one has its place: whatever interrupts this, one of them stays, at worst
+    under a hidden name beside `target`.
     """
     target = plain_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+        fresh, old = Path(scratch) / "new", Path(f"{scratch}-old")
         fresh.mkdir()
         yield fresh
-        if os.path.lexists(target):  # a link to nowhere, too
-            target.rename(old)
         try:
+            if os.path.lexists(target):  # a link to nowhere, too
+                target.rename(old)
             fresh.rename(target)
-        except OSError:
+        finally:
             if os.path.lexists(old):
-                old.rename(target)
-            raise
+                old.rename(Path(scratch) / "old" if os.path.lexists(target) else target)

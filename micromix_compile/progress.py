@@ -18,7 +18,7 @@ T = TypeVar("T")
 def make_progress(*, show: bool = True) -> Progress:
     """A bar with counts and times."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -50,17 +50,15 @@ class Batch:
 class LinearSite:
     """One linear layer found in a graph: node = x @ weight.T + bias, or x @ weight + bias if `transposed`.
 
-    operand: what node reads of the weight: itself, or its transpose made in the graph. routing: of a product with a
-    layer's experts, whose weight holds a matrix each; x then holds the rows before they are sorted by expert. batch: of
-    a batched product with such a weight, in the place of `routing`. turned: how many dimensions of x are behind its
-    channels: of node = weight @ x with x (..., C, T), and of convolutions. part: the output channels that are
-    multiplied, where it is not all of the weight.
+    routing: of a product with a layer's experts, whose weight holds a matrix each; x then holds the rows before they
+    are sorted by expert. batch: of a batched product with such a weight, in the place of `routing`. turned: how many
+    dimensions of x are behind its channels: of node = weight @ x with x (..., C, T), and of convolutions. part: the
+    output channels that are multiplied, where it is not all of the weight.
     """
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node
-    operand: fx.Node
     bias: fx.Node | None
     transposed: bool
     parameter: nn.Parameter
@@ -119,17 +117,16 @@ class Owner(Protocol):
     def observe(
         self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None,
         routings: Sequence[Sequence[Tensor | None] | None], parts: Sequence[Part | None],
-    ) -> None:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
 
         routings: for each weight that is of experts the tensors of its `Routing`, None for others. parts: which part
         of each it is, None for all.
+        Returns what `observe_output` wants to know of this call.
         """
 
-    def observe_output(
-        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None, part: Part | None
-    ) -> None:
-        """Take statistics of `y`, the output of the linear with this weight."""
+    def observe_output(self, y: Tensor, parameter: nn.Parameter, watched: Any, part: Part | None) -> None:
+        """Take statistics of `y`, the output of the linear with this weight. watched: what `observe` returned."""
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""

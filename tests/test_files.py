@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,24 +13,44 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_replacing_a_directory_restores_the_old_one_if_the_rename_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("number", "is_done", "kept", "beside"),
+    [
+        *((1, False, "old", []), (1, True, "old", [])),  # the old one out of the way
+        *((2, False, "old", []), (2, True, "new", [])),  # the new one into its place
+        *((3, False, "new", ["old"]), (3, True, "new", [])),  # the old one to what is removed
+    ],
+)
+def test_whatever_stops_the_replacing_of_a_directory_leaves_one_of_the_two(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    number: int,
+    is_done: bool,
+    kept: str,
+    beside: list[str],
 ) -> None:
-    """The moment between the two renames."""
+    """In each of its renames, just before and just after it is done."""
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").touch()
-    rename = type(target).rename
+    rename, calls = type(target).rename, itertools.count(1)
 
-    def fail_for_new(self: Path, to: Path) -> Path:
-        if self.name == "new":
-            raise OSError("no")
-        return rename(self, to)
+    def stop(self: Path, to: Path) -> Path:
+        is_last = next(calls) == number
+        if is_last and not is_done:
+            raise error("no")
+        moved = rename(self, to)
+        if is_last:
+            raise error("no")
+        return moved
 
-    monkeypatch.setattr(type(target), "rename", fail_for_new)
-    with pytest.raises(OSError, match="no"), files.replace_directory(target) as directory:
+    monkeypatch.setattr(type(target), "rename", stop)
+    with pytest.raises(error, match="no"), files.replace_directory(target) as directory:
         (directory / "new").touch()
-    assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in target.iterdir()] == [kept]
+    assert [path.name for other in tmp_path.iterdir() if other != target for path in other.iterdir()] == beside
 
 
 @pytest.mark.parametrize(

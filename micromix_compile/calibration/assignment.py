@@ -60,12 +60,14 @@ def decided(config: MicroMixConfig, activations: str) -> MicroMixConfig:
 def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
     """The recipe solved again under `config` from its own statistics. Activations that are "auto" stay as they were.
 
+    Linears that the config's `skip` names are dropped first; those that calibration skipped stay out.
     Weights that calibration rounded are dropped if an option they depend on changes; the new recipe's are rounded to
     nearest, which its config and the log say. Raises ValueError if `config` needs statistics that calibration did not
-    take, or shards that don't fit the channels; TypeError for what is no recipe or no config.
+    take, or shards that don't fit the channels, or skips all; TypeError for what is no recipe or no config.
     """
     check_recipe(recipe)
     check_config(config)
+    recipe = without(recipe, {fqn: why for fqn in recipe.linears if (why := config.why_skipped([fqn])) is not None})
     config = decided(config, recipe.config.activations)
     if (config.weight_rounding, recipe.config.weight_rounding) == ("guided", "gptq"):  # there were no gradients
         config = dataclasses.replace(config, weight_rounding="gptq")
@@ -79,6 +81,26 @@ def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
         logger.warning("the weights of %s were rounded for other options: now to nearest", recipe.model_id)
         config = dataclasses.replace(config, weight_rounding="nearest", scale_search=False)
     return _solved(dataclasses.replace(recipe, config=config, packed={}))
+
+
+def without(recipe: Recipe, skipped: Mapping[str, str]) -> Recipe:
+    """The recipe without these linears, name -> why. How much its model has besides is not known of it then.
+
+    Raises ValueError if none is left.
+    """
+    if not skipped:
+        return recipe
+    linears = {fqn: linear for fqn, linear in recipe.linears.items() if fqn not in skipped}
+    if not linears:
+        fqn, why = next(iter(skipped.items()))
+        raise ValueError(f"no linear of the recipe of {recipe.model_id} is left: {fqn} is left out, for {why}")
+    return dataclasses.replace(
+        recipe,
+        linears=linears,
+        refused={**recipe.refused, **skipped},
+        packed={fqn: weight for fqn, weight in recipe.packed.items() if fqn in linears},
+        left_alone=None,
+    )
 
 
 def _solved(recipe: Recipe) -> Recipe:

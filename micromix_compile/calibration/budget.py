@@ -143,57 +143,61 @@ def _steps(hulls: Sequence[Sequence[_Point]]) -> Iterator[_Step]:
             yield _Step(gain, group, index, price)
 
 
-def allowed_splits(channels: int, granularity: int, *, pairs_mxfp6: bool = False) -> list[Split]:
-    """All splits of K = `channels`: k8 and k6 whole granules, or all that is left; MXFP4 takes the rest.
+def allowed_splits(channels: int, granularity: int, *, pairs_mxfp6: bool = False) -> Tensor:
+    """(S, 3) int64: all splits of K = `channels`: k8 and k6 whole granules, or all that is left; MXFP4 takes the rest.
 
-    pairs_mxfp6: see `Candidates`.
+    In ascending order. pairs_mxfp6: see `Candidates`.
     """
     step = 2 * BLOCK_SIZE if pairs_mxfp6 else BLOCK_SIZE
-    return [
-        (channels - k6 - k8, k6, k8)
-        for k8 in _counts(channels, granularity)
-        for k6 in _counts(channels - k8, granularity)
-        if k6 % step == 0
-    ]
+    splits = []
+    for k8 in _counts(channels, granularity).tolist():
+        k6 = _counts(channels - k8, granularity)
+        k6 = k6[k6 % step == 0]
+        splits.append(torch.stack((channels - k6 - k8, k6, torch.full_like(k6, k8)), dim=1))
+    every = torch.cat(splits)
+    return every[torch.argsort(every[:, 0] * (channels + 1) + every[:, 1])]
 
 
-def _counts(most: int, granularity: int) -> list[int]:
-    whole = list(range(0, most + 1, granularity))
-    return whole if whole[-1] == most else [*whole, most]
+def _counts(most: int, granularity: int) -> Tensor:
+    whole = torch.arange(0, most + 1, granularity, device="cpu")
+    return whole if most % granularity == 0 else torch.cat((whole, torch.tensor([most], device="cpu")))
 
 
 def _points(group: Candidates, granularity: int) -> list[_Point]:
+    """What a group offers, by ascending price: where cost falls; of equal points the first."""
     channels = group.costs.shape[1]
     assert channels % BLOCK_SIZE == 0, "the order is padded to whole blocks"
     tables = [_upto(costs) for costs in (group.costs, group.rotated) if costs is not None]
-    points = []
-    for split in allowed_splits(channels, granularity, pairs_mxfp6=group.pairs_mxfp6):
-        cost = min(_cost(upto, split) for upto in tables)
-        points.append(_Point(sum(k * p for k, p in zip(split, group.prices, strict=True)), cost, split))
-    return points
+    splits = allowed_splits(channels, granularity, pairs_mxfp6=group.pairs_mxfp6)
+    cost = torch.stack([_cost(upto, splits) for upto in tables]).amin(0)
+    four, six, eight = (k.to(torch.float64) * price for k, price in zip(splits.T, group.prices, strict=True))
+    price = four + six + eight
+    order = torch.argsort(cost, stable=True)
+    order = order[torch.argsort(price[order], stable=True)]
+    lowest = torch.cat((cost.new_full((1,), torch.inf), cost[order].cummin(0).values[:-1]))
+    order = order[cost[order] < lowest]
+    found = zip(price[order].tolist(), cost[order].tolist(), splits[order].tolist(), strict=True)
+    return [_Point(price, cost, (k4, k6, k8)) for price, cost, (k4, k6, k8) in found]
 
 
-def _upto(costs: Tensor) -> list[list[float]]:
-    """For each format, what all channels before one cost together."""
+def _upto(costs: Tensor) -> Tensor:
+    """(3, K + 1) float64: for each format, what all channels before one cost together."""
     costs = costs.to("cpu", torch.float64)
-    upto: list[list[float]] = torch.cat((costs.new_zeros(3, 1), costs.cumsum(1)), dim=1).tolist()
-    return upto
+    return torch.cat((costs.new_zeros(3, 1), costs.cumsum(1)), dim=1)
 
 
-def _cost(upto: Sequence[Sequence[float]], split: Split) -> float:
+def _cost(upto: Tensor, splits: Tensor) -> Tensor:
+    """(S,) float64."""
     four, six, eight = upto
-    k4, k6, k8 = split
-    return four[k4] + (six[k4 + k6] - six[k4]) + (eight[k4 + k6 + k8] - eight[k4 + k6])
+    k4, k6, k8 = splits.T
+    cost: Tensor = four[k4] + (six[k4 + k6] - six[k4]) + (eight[k4 + k6 + k8] - eight[k4 + k6])
+    return cost
 
 
 def _lower_hull(points: Sequence[_Point]) -> list[_Point]:
-    """The vertices of the lower convex hull where cost still falls, by ascending price; of equal points the first."""
+    """The vertices of the lower convex hull of points by ascending price and falling cost."""
     hull: list[_Point] = []
-    for point in sorted(points, key=lambda p: (p.price, p.cost, p.split)):
-        if hull and point.cost >= hull[-1].cost:
-            continue
-        if hull and point.price == hull[-1].price:
-            continue
+    for point in points:
         while len(hull) >= 2 and _is_above(hull[-1], hull[-2], point):
             hull.pop()
         hull.append(point)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micromix_compile.calibration.guided import check_finite
+from micromix_compile.calibration.guided import add_guided, check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,6 @@ class ExpertObserver:
         self.tokens = [0] * experts
         self.moments: Tensor | None = None
         self.guided: Tensor | None = None
-        self._rows: Tensor | None = None
         self._layer_tokens = 0
 
     def update(self, routed: Routed, layer_tokens: int) -> None:
@@ -73,24 +72,12 @@ class ExpertObserver:
             own = values[rows.to(x.device)]
             self.moments[expert].addmm_(own.T, own)
 
-    def watch_input(self, x: Tensor) -> None:
-        """Take note of inputs (R, C) whose outputs are watched next."""
-        self._rows = x.detach().to(torch.float32, copy=True)
-
-    def watch_output(self, y: Tensor, routed: Routed) -> None:
-        """Take note of the outputs (R, N), of an autograd graph that is run backward later."""
-        values = self._rows
-        assert values is not None, "a product has an input"
-
-        def backward(slope: Tensor) -> None:
-            if self.guided is None:
-                self.guided = self._zeros(values)
-            for expert, (own, read) in enumerate(zip(routed.outputs, routed.inputs, strict=True)):
-                importance = slope[own].to(torch.float32).square().sum(1, keepdim=True)
-                self.guided[expert].addmm_((values[read] * importance).T, values[read])
-
-        if y.requires_grad:
-            y.register_hook(backward)
+    def update_guided(self, rows: Tensor, slopes: Tensor, routed: Routed) -> None:
+        """Add inputs (R, C) float32 by the gradients (R', N) at what experts made of them."""
+        if self.guided is None:
+            self.guided = self._zeros(rows)
+        for expert, (own, read) in enumerate(zip(routed.outputs, routed.inputs, strict=True)):
+            add_guided(self.guided[expert], rows[read], slopes[own].to(torch.float32).square().sum(1))
 
     def _zeros(self, values: Tensor) -> Tensor:
         return values.new_zeros(len(self.tokens), values.shape[1], values.shape[1])
@@ -108,7 +95,7 @@ class ExpertObserver:
 
     def forget_moments(self) -> None:
         """Free them."""
-        self.moments = self.guided = self._rows = None
+        self.moments = self.guided = None
 
     @property
     def runs(self) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from micromix_compile.calibration.guided import GuidedMoment, check_finite
+from micromix_compile.calibration.guided import add_guided, check_finite
 from micromix_compile.calibration.token_layout import TokenLayout
 from micromix_compile.recipe.types import ChannelStatistics, Threshold
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from micromix_compile.calibration.sensitivity import CostProbe
     from micromix_compile.calibration.token_layout import Tokens
     from micromix_compile.recipe.types import ChannelCosts
 
@@ -39,7 +40,10 @@ class ChannelObserver:
         self._layout = layout or TokenLayout()
         self.moment: Tensor | None = None
         """(C, C) float32: the sum of x x^T over the tokens of `update_moment`, on the device of x; None before any."""
-        self.guided = GuidedMoment()
+        self.guided: Tensor | None = None
+        """(C, C) float32: the same, each times its importance, of `update_guided`."""
+        self.probe: CostProbe | None = None
+        """What measures the costs of these channels, if anything does."""
         self._with_squares = with_squares
         self.batches = 0
         self.tokens = 0
@@ -67,6 +71,14 @@ class ChannelObserver:
                 self.moment = values.new_zeros(values.shape[1], values.shape[1])
             self.moment = self.moment.to(values.device).addmm_(values.T, values)
 
+    def update_guided(self, rows: Tensor, importance: Tensor) -> None:
+        """Add inputs (M, C) float32, each times its importance, (M,), to the guided moment (see `guided`)."""
+        if not bool(importance.any()):  # as of experts, which have moments of their own
+            return
+        if self.guided is None:
+            self.guided = rows.new_zeros(rows.shape[1], rows.shape[1])
+        add_guided(self.guided, rows, importance)
+
     def moment_for(self, weight_rounding: str) -> Tensor:
         """The moment by which weights are rounded so; zeros if no gradient ever came to these linears' outputs.
 
@@ -75,16 +87,15 @@ class ChannelObserver:
         if weight_rounding != "guided":
             assert self.moment is not None, "moments are kept where weights are rounded"
             return self.moment
-        moment = self.guided.moment
-        if moment is None:
+        if self.guided is None:
             channels = self._abs_mean.numel()
             return torch.zeros(channels, channels, dtype=torch.float32, device="cpu")
-        check_finite(moment, self.name)
-        return moment
+        check_finite(self.guided, self.name)
+        return self.guided
 
     def forget_moments(self) -> None:
         """Free them."""
-        self.moment = self.guided.moment = None
+        self.moment = self.guided = None
 
     def _samples(self, x: Tensor, token_mask: Tensor | None, source: Tensor | None) -> Iterator[Tensor]:
         """The tokens that count, a sequence at a time: (T, C)."""
@@ -101,7 +112,7 @@ class ChannelObserver:
             yield rows if kept is None else rows[kept]
 
     def kept(self, x: Tensor, token_mask: Tensor | None, source: Tensor | None = None) -> Tensor | None:
-        """What of x (..., C), an input or an output of its linears, is no padding: bool (rows,), None if all counts."""
+        """What of x (..., C), an input of its linears, is no padding: bool (rows,), None if all counts."""
         keep = self._read(x, token_mask, source).keep
         return None if keep is None else keep.reshape(-1)
 
@@ -149,6 +160,20 @@ class ChannelObserver:
                 f"policies but 'budget' with weight_rounding='nearest' and scale_search=False need no squares"
             )
 
+    def absorb(self, other: ChannelObserver) -> None:
+        """Add all that `other` saw, of as many channels: its linears turned out to share an input with these."""
+        torch.maximum(self._abs_mean, other._abs_mean, out=self._abs_mean)
+        torch.maximum(self._abs_max, other._abs_max, out=self._abs_max)
+        self._below = {threshold: count + other._below[threshold] for threshold, count in self._below.items()}
+        self.batches += other.batches
+        self.tokens += other.tokens
+        self.moment = _sum(self.moment, other.moment)
+        self.guided = _sum(self.guided, other.guided)
+        if self.probe is not None and other.probe is not None:
+            self.probe.absorb(other.probe)
+        else:
+            self.probe = self.probe or other.probe
+
     def order(self) -> Tensor:
         """(C,) int64: the channels seen so far, ascending by mean |x|."""
         return torch.argsort(self._abs_mean, stable=True)
@@ -166,3 +191,9 @@ class ChannelObserver:
             below=dict(self._below),
             costs=costs,
         )
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other.to(one.device)

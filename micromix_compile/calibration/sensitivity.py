@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from micromix_compile.calibration.experts import expert_name
 from micromix_compile.calibration.memory import is_out_of_memory
 from micromix_compile.numerics import rotation
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding, elem_format
@@ -30,16 +29,14 @@ from micromix_compile.recipe.types import COST_FORMATS, ChannelCosts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from micromix_compile.calibration.experts import Routed
-
 _ROUNDED = tuple((name, rotate) for rotate in (False, True) for name in COST_FORMATS)
 """What costs are measured of: element formats, and whether blocks are rotated."""
 
 
 class CostProbe:
-    """Accumulates the costs of one group's channels over calls of `watch_input` and `watch_output`.
+    """Accumulates the costs of one group's channels: from gradients, or else from the outputs of the group's linears.
 
-    in_features: C. With `gradients`, what is watched must be part of an autograd graph that is run backward later.
+    in_features: C. All rows that are added count.
     """
 
     def __init__(self, in_features: int, scale_rounding: ScaleRounding, *, gradients: bool) -> None:
@@ -49,81 +46,53 @@ class CostProbe:
         self._error = torch.zeros(len(_ROUNDED), in_features, dtype=torch.float64, device="cpu")
         self._energy = torch.zeros(in_features, dtype=torch.float64, device="cpu")
         self._output_energy: dict[str, Tensor] = {}  # per linear (N,), without gradients
-        self._reached: dict[str, int] = {}  # how many rows each expert read
+        self._reached: dict[str, int] = {}  # how many rows each expert read, without gradients
         self._information: dict[str, Tensor] = {}  # per linear (N, C), with them: sums of g_n**2 x_c**2
-        self._squares: Tensor | None = None  # of the last input
-        self._leaves: list[Tensor] = []
 
-    def watch_input(self, x: Tensor, order: Tensor, token_mask: Tensor | None, tokens: int | None = None) -> None:
-        """Take note of a group's input.
+    def add_input(self, rows: Tensor, order: Tensor, tokens: int | None = None) -> None:
+        """Add inputs (M, C) float32.
 
-        x: (..., C) float; with gradients it is made to require them. order: (C,) int64, channels as they will be
-        blocked. token_mask: what of x counts, of shape x.shape[:-1], or None. tokens: how many tokens these rows are
-        of, where several may be one token's, as those that experts read.
+        order: (C,) int64, channels as they will be blocked. tokens: how many tokens these rows are of, where several
+        may be one token's, as those that experts read.
         """
-        # A copy: the model may change x in place before the backward pass.
-        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32, copy=self.gradients)
-        keep = None if token_mask is None else token_mask.to(x.device, torch.bool).reshape(-1)
-        counted = rows if keep is None else rows[keep]
-        self._tokens += counted.shape[0] if tokens is None else tokens
-        self._rows += counted.shape[0]
-        self._energy += _energy(counted)
-        self._squares = rows.square() if self.gradients else None
+        self._tokens += rows.shape[0] if tokens is None else tokens
+        self._rows += rows.shape[0]
+        self._energy += _energy(rows)
         if not self.gradients:
-            self._error += torch.stack([_energy(error) for error in self._errors(counted, order)])
-            return
-        if not x.requires_grad:
-            self._leaves.append(x.requires_grad_(True))
+            self._error += torch.stack([_energy(error) for error in self._errors(rows, order)])
 
-        def backward(gradient: Tensor) -> None:
-            # Errors are made again here: kept from the forward pass, they would take four times the activations.
-            slopes = gradient.reshape(rows.shape).to(torch.float32)
-            self._error += torch.stack([_energy(slopes * error) for error in self._errors(rows, order)])
+    def add_slopes(self, rows: Tensor, slopes: Tensor, order: Tensor) -> None:
+        """Add gradients (M, C) at inputs (M, C), float32 both. order: as of `add_input`."""
+        # Errors are made here: kept from the forward pass, they would take four times the activations.
+        self._error += torch.stack([_energy(slopes * error) for error in self._errors(rows, order)])
 
-        x.register_hook(backward)
-
-    def release(self) -> None:
-        """Let go of the last batch: inputs that were made to require gradients no longer do."""
-        self._squares = None
-        for leaf in self._leaves:
-            leaf.grad = None
-            leaf.requires_grad_(False)
-        self._leaves.clear()
-
-    def watch_output(self, name: str, y: Tensor, token_mask: Tensor | None) -> None:
-        """Take note of the output (..., N) of the linear called `name`, a member of the group."""
-        if not self.gradients:
-            kept = y if token_mask is None else y[token_mask.to(y.device, torch.bool).view(y.shape[:-1])]
-            energy = _energy(kept.detach().reshape(-1, kept.shape[-1]).to(torch.float32))
-            self._output_energy[name] = self._output_energy.get(name, torch.zeros_like(energy)) + energy
-        elif y.requires_grad:
-            squares = self._squares
-            assert squares is not None, "a linear has an input"
-            y.register_hook(lambda gradient: self._add_information(name, gradient, squares))
-
-    def watch_expert_outputs(self, name: str, y: Tensor, routed: Routed) -> None:
-        """Take note of the output (R, N) of the product with the experts' weight called `name`."""
-        squares = self._squares
-        for expert, own in enumerate(routed.outputs):
-            one = expert_name(name, expert)
-            self._reached[one] = self._reached.get(one, 0) + len(own)
-            if not self.gradients:
-                energy = _energy(y.detach()[own].to(torch.float32))
-                self._output_energy[one] = self._output_energy.get(one, torch.zeros_like(energy)) + energy
-        if self.gradients and y.requires_grad:
-            assert squares is not None, "a product has an input"
-
-            def backward(gradient: Tensor) -> None:
-                for expert, (own, read) in enumerate(zip(routed.outputs, routed.inputs, strict=True)):
-                    self._add_information(expert_name(name, expert), gradient[own], squares[read])
-
-            y.register_hook(backward)
-
-    def _add_information(self, name: str, gradient: Tensor, squares: Tensor) -> None:
-        slopes = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
+    def add_information(self, name: str, slopes: Tensor, rows: Tensor) -> None:
+        """Add gradients (M, N) at what the linear called `name` made of inputs (M, C), float32 both."""
         if name not in self._information:
-            self._information[name] = slopes.new_zeros(slopes.shape[1], squares.shape[1])
-        self._information[name].addmm_(slopes.T, squares)
+            self._information[name] = slopes.new_zeros(slopes.shape[1], rows.shape[1])
+        self._information[name].addmm_(slopes.square().T, rows.square())
+
+    def add_output(self, name: str, y: Tensor) -> None:
+        """Add outputs (M, N) float32 of the linear called `name`, where there are no gradients."""
+        energy = _energy(y)
+        self._output_energy[name] = self._output_energy.get(name, torch.zeros_like(energy)) + energy
+
+    def add_expert_output(self, name: str, y: Tensor) -> None:
+        """The same of an expert, of whose rows these are all."""
+        self._reached[name] = self._reached.get(name, 0) + len(y)
+        self.add_output(name, y)
+
+    def absorb(self, other: CostProbe) -> None:
+        """Add all that `other` measured, of as many channels."""
+        self._tokens += other._tokens
+        self._rows += other._rows
+        self._error += other._error
+        self._energy += other._energy
+        for name, rows in other._reached.items():
+            self._reached[name] = self._reached.get(name, 0) + rows
+        for mine, its in ((self._output_energy, other._output_energy), (self._information, other._information)):
+            for name, values in its.items():
+                mine[name] = mine[name] + values if name in mine else values
 
     def _errors(self, rows: Tensor, order: Tensor) -> list[Tensor]:
         """Rounding errors (M, C) of `rows` in each of _ROUNDED, blocked by `order`, in the model's order."""

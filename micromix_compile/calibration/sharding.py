@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from micromix_compile.linear.experts import expert_shapes, is_experts, why_not_packed
 from micromix_compile.numerics.shards import check_cut, joined_order, total
 
 if TYPE_CHECKING:
@@ -30,11 +31,14 @@ def is_cut(fqn: str, config: MicroMixConfig) -> bool:
 
 
 def check_model(modules: Mapping[str, nn.Module], config: MicroMixConfig) -> None:
-    """Raise ValueError for an nn.Linear that can't be cut as `config` asks: at once, not after the calibration."""
-    for name, module in modules.items():
-        is_skipped = any(fnmatch(name, pattern) for pattern in config.skip)
-        if isinstance(module, nn.Linear) and is_cut(name, config) and not is_skipped:
-            check_cut(module.in_features, config.shards, name)
+    """Raise ValueError for a linear or experts that can't be cut as `config` asks: at once, not after calibration."""
+    channels = {name: module.in_features for name, module in modules.items() if isinstance(module, nn.Linear)}
+    for holder, module in modules.items():
+        if is_experts(module) and why_not_packed(module) is None:
+            channels |= {f"{holder}.{name}": shape[2] for name, shape in expert_shapes(module).items()}
+    for name, count in channels.items():
+        if is_cut(name, config) and not any(fnmatch(name, pattern) for pattern in config.skip):
+            check_cut(count, config.shards, name)
 
 
 def in_shards(recipe: Recipe) -> Recipe:

@@ -20,10 +20,11 @@ from micromix_compile.cli.options import (
     changed,
     takes_config,
 )
-from micromix_compile.cli.outputs import check_output
+from micromix_compile.cli.outputs import check_file
 from micromix_compile.cli.show import summary
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import texts, zoo
+from micromix_compile.recipe.file import is_recipe
 
 
 @takes_config
@@ -39,7 +40,7 @@ def calibrate(
     device: DeviceOption = "cpu",
 ) -> None:
     """Measure activations on text; write a recipe."""
-    check_output("--out", out, is_file=True)
+    check_file("--out", out, "recipes", is_recipe)
     config = changed(MicroMixConfig(), changes)
     loaded = load(model, dtype, device)
     text = CalibrationText(data=data, column=column, windows=windows, length=window_length)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import functools
 
 import typer
 
-from micromix_compile import files
 from micromix_compile.cli.errors import UsageError
 from micromix_compile.cli.options import (
     CONVERTED_ACTIVATIONS,
@@ -15,7 +14,7 @@ from micromix_compile.cli.options import (
     Overwrite,
     Source,
 )
-from micromix_compile.cli.outputs import check_output, check_replaceable
+from micromix_compile.cli.outputs import check_directory
 from micromix_compile.cli.show import status
 
 
@@ -28,20 +27,12 @@ def convert(
     """
     if activations not in (None, *CONVERTED_ACTIVATIONS):
         raise UsageError(f"--activations must be one of {', '.join(CONVERTED_ACTIVATIONS)}, got {activations!r}")
-    target = files.plain_path(destination)
-    if target == files.plain_path(source):
-        raise UsageError(f"DESTINATION must be another directory than SOURCE, got {destination}")
-    if os.path.lexists(target):
-        if not overwrite:
-            raise UsageError(f"{destination} exists; --overwrite replaces it")
-        check_replaceable(target)
-    check_output("DESTINATION", destination, is_file=False)
+    check = functools.partial(
+        check_directory, "DESTINATION", destination, overwrite=overwrite, made_from=source, copied=True
+    )
+    check()
     import micromix_compile as micromix
 
-    def check_again() -> None:
-        if os.path.lexists(target):
-            check_replaceable(target)
-
     with status("converting"):
-        text = micromix.convert(source, target, activations=activations, before_replacing=check_again)
+        text = micromix.convert(source, destination, activations=activations, before_replacing=check)
     typer.echo(f"{destination}: {text}")

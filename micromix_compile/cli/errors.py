@@ -8,9 +8,11 @@ from typing import Any, Final
 import typer
 from typer.core import TyperCommand
 
+from micromix_compile.evaluation.types import NothingQuantizedError
+
 logger = logging.getLogger("micromix_compile")
 
-USER_ERRORS: Final = (ValueError, OSError, ModuleNotFoundError)
+USER_ERRORS: Final = (ValueError, OSError, ModuleNotFoundError, NothingQuantizedError)
 
 
 class UsageError(Exception):
@@ -35,11 +37,12 @@ class Command(TyperCommand):
 
 def exit_of(error: Exception) -> tuple[int, str | None]:
     """(exit code, line to print); no line for errors that aren't the user's."""
+    from micromix_compile.calibration.memory import is_out_of_memory
     from micromix_compile.lowering.torch_private.dynamo import cause_of
 
     error = cause_of(error)
     if isinstance(error, UsageError):
         return 2, str(error)
-    if isinstance(error, USER_ERRORS):
+    if isinstance(error, USER_ERRORS) or is_out_of_memory(error):
         return 1, " ".join(str(error).split()) or type(error).__name__
     return 1, None

@@ -44,9 +44,9 @@ from micromix_compile.cli.options import (
     changed,
     takes_config,
 )
-from micromix_compile.cli.outputs import check_output
+from micromix_compile.cli.outputs import check_file
 from micromix_compile.cli.resume import Kept, fingerprint
-from micromix_compile.cli.show import console, note, table, write_json
+from micromix_compile.cli.show import console, is_json_of_results, note, table, write_json
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import texts, zoo
 from micromix_compile.evaluation.harness import TaskSettings, load_harness_task
@@ -93,7 +93,9 @@ def eval_(
     which has one format and no unquantized model beside it, only perplexity and tasks are measured.
     """
     if json_file is not None:
-        check_output("--json", json_file, is_file=True)
+        check_file("--json", json_file, "results of evaluations", is_json_of_results)
+        if resume is not None and json_file.resolve() == resume.resolve():
+            raise UsageError(f"--json must be a file, and {resume} is the directory of --resume")
     names = _row_names(rows, dtype)
     how = _how(suite, task_items, task_data, batch_size, allow_code_execution)
     check_packed(context, model)
@@ -106,10 +108,12 @@ def eval_(
     text = texts.load_texts(data, column=column)
     measured = texts.token_windows(text.evaluation, loaded.tokenizer, windows, window_length).to(device)
     wanted = _tasks(loaded, suite, tasks, how)
+    if not is_packed(model) and _any_quantized(names):
+        recipe = kept.recipe(functools.partial(decide, recipe, config, loaded, source))
+    kept.claim()
     if is_packed(model):
         results = _measure_packed(loaded, measured, wanted.tasks, resume)
     else:
-        recipe = kept.recipe(functools.partial(decide, recipe, config, loaded, source))
         results = measure(loaded, recipe, names, measured, wanted.tasks, resume)
     console().print(table(results, f"{model}, {text.name}, {windows} windows of {window_length} tokens, {dtype}"))
     if json_file is not None:
@@ -154,6 +158,12 @@ def _row_names(given: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
     return names
 
 
+def _any_quantized(names: Sequence[str]) -> bool:
+    from micromix_compile.evaluation.rows import FULL_PRECISION
+
+    return not set(names) <= set(FULL_PRECISION.values())
+
+
 def _tasks(loaded: zoo.LoadedModel, suite: str | None, tasks: Sequence[str] | None, how: TaskSettings) -> LoadedSuite:
     """Those of the suite, then those that are named; says what of the suite is left out."""
     if suite is not None or tasks:
@@ -167,7 +177,7 @@ def _tasks(loaded: zoo.LoadedModel, suite: str | None, tasks: Sequence[str] | No
 
 def measure(
     loaded: zoo.LoadedModel,
-    recipe: Recipe,
+    recipe: Recipe | None,
     rows: Sequence[str],
     windows: torch.Tensor,
     tasks: Sequence[HarnessTask] = (),

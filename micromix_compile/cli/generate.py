@@ -29,6 +29,8 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.evaluation import texts, zoo
 
 if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
     from micromix_compile.recipe.types import Recipe
 
 
@@ -58,6 +60,7 @@ def generate(
     recipe = load_recipe(recipe_file)
     config = changed(MicroMixConfig() if recipe is None else recipe.config, changes)
     loaded = load(model, dtype, device)
+    _encode(loaded, prompt)  # refuses it before anything slow runs
     if is_packed(model):
         print_text("packed", write_text(loaded, prompt, max_new_tokens))
         return
@@ -74,13 +77,7 @@ def write_text(loaded: zoo.LoadedModel, prompt: str, max_new_tokens: int) -> str
     """Greedy continuation of the prompt, or answer to it where the tokenizer has a chat template."""
     import torch
 
-    tokenizer = loaded.tokenizer
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(loaded.model.device)
+    inputs, tokenizer = _encode(loaded, prompt), loaded.tokenizer
     with status("generating"), torch.inference_mode():
         output = loaded.model.generate(
             **inputs,
@@ -91,6 +88,19 @@ def write_text(loaded: zoo.LoadedModel, prompt: str, max_new_tokens: int) -> str
         )
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip()
+
+
+def _encode(loaded: zoo.LoadedModel, prompt: str) -> BatchEncoding:
+    """The prompt's tokens, on the model's device. Raises UsageError if there are none."""
+    tokenizer = loaded.tokenizer
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise UsageError(f"--prompt must have a token at least for a model without a chat template, got {prompt!r}")
+    return inputs.to(loaded.model.device)
 
 
 def write_text_quantized(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -64,7 +65,7 @@ def report(
 
     check_page("--out", out, overwrite=overwrite)
     if pictures is not None:
-        _check_directory(pictures, overwrite=overwrite)
+        _check_directory(pictures, out, overwrite=overwrite)
     facts = read(source)
     found = devices(facts, target or ())
     measured = None
@@ -126,9 +127,12 @@ def _write_pictures(made: Report, directory: Path) -> None:
             (fresh / f"{picture.name}.png").write_bytes(picture.png())
 
 
-def _check_directory(path: Path, *, overwrite: bool) -> None:
-    """Raises UsageError unless pictures can be written to `path`."""
+def _check_directory(path: Path, page: Path, *, overwrite: bool) -> None:
+    """Raises UsageError unless pictures can be written to `path`, and `page` outlives that."""
     check_output("--pictures", path, is_file=False)
+    for inner, outer in itertools.permutations((path.resolve(), page.resolve())):
+        if inner.is_relative_to(outer):
+            raise UsageError(f"--out and --pictures must stand side by side, got {page} and {path}")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"--pictures must be a directory, got {path}")
     for file in sorted(path.iterdir()) if path.is_dir() else ():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from micromix_compile import files
 from micromix_compile.evaluation.machine import hardware, versions
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Standard output, wide enough for a table where it is a file."""
-    return Console(width=None if sys.stdout.isatty() else 150)
+    """Standard output, wide enough for a table where it is a file. Brackets and colons of paths are no markup."""
+    return Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False)
 
 
 def status(text: str) -> Status:
     """A spinner on standard error, as long as something runs."""
-    return Console(stderr=True).status(text)
+    return Console(stderr=True).status(Text(text))
 
 
 def note(text: str) -> None:
@@ -100,3 +101,15 @@ def write_json(path: Path, settings: dict[str, Any], results: Sequence[RowResult
         "hardware": hardware(),
     }
     files.write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def is_json_of_results(path: Path) -> bool:
+    """Whether `write_json` wrote the file. Weights, say, are known by the first byte and stay unread."""
+    with path.open("rb") as file:
+        if not file.peek(1).startswith(b"{"):
+            return False
+        try:
+            content: dict[str, Any] = json.load(file)
+        except (ValueError, RecursionError):
+            return False
+    return {"rows", "versions", "hardware"} <= content.keys()

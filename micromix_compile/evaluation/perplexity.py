@@ -73,7 +73,8 @@ def _compare(logits: Tensor, expected: Tensor | None, targets: Tensor) -> Tensor
         if expected is None:
             continue
         log_p = expected[rows].float().log_softmax(-1)
-        kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        each = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
+        kl = each.masked_fill(log_p == -torch.inf, 0).sum(-1)  # 0 log 0 = 0
         totals[1] += kl.double().sum().item()
         totals[2] += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
     return totals

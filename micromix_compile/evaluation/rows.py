@@ -10,7 +10,7 @@ import torch
 from micromix_compile.calibration.assignment import assign
 from micromix_compile.evaluation.harness import compiled_twin, run_harness_tasks
 from micromix_compile.evaluation.perplexity import evaluate
-from micromix_compile.evaluation.types import RowResult, TaskResult
+from micromix_compile.evaluation.types import NothingQuantizedError, RowResult, TaskResult
 from micromix_compile.numerics.formats import FP6_FORMATS
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def row_config(row: str, config: MicroMixConfig) -> MicroMixConfig:
 
 def evaluate_rows(
     model: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | None,
     rows: Sequence[str],
     windows: Tensor,
     *,
@@ -61,20 +61,24 @@ def evaluate_rows(
     """One result per row, each on the real model through `torch.compile(backend="micromix")`.
 
     model: an unquantized causal model; it is also the reference. recipe: of that model; its statistics are split again
-    for every row, and its config is the row "micromix". rows: from `row_names(dtype of the model)`. responses: a folder
-    in which answers to the tasks' questions are kept, a file a row, and looked up first.
+    for every row, and its config is the row "micromix". None will do where no row is quantized. rows: from
+    `row_names(dtype of the model)`. responses: a folder in which answers to the tasks' questions are kept, a file a
+    row, and looked up first.
 
-    Raises ValueError for an unknown row, before anything runs, and RuntimeError if a quantized row turns out to be
-    the unquantized model.
+    Raises ValueError for an unknown row or a quantized one without a recipe, before anything runs, and
+    `NothingQuantizedError` if a quantized row turns out to be the unquantized model.
     """
     dtype = next(model.parameters()).dtype
-    configs = [None if row == FULL_PRECISION[dtype] else row_config(row, recipe.config) for row in rows]
+    quantized = [row for row in rows if row != FULL_PRECISION[dtype]]
+    if recipe is None and quantized:
+        raise ValueError(f"a recipe must be given for the rows {', '.join(quantized)}, got None")
+    configs = {} if recipe is None else {row: row_config(row, recipe.config) for row in quantized}
     measured = _Measured(windows, tasks, responses, progress)
-    for row, config in zip(rows, configs, strict=True):
-        if config is None:
+    for row in rows:
+        if recipe is None or row not in configs:
             yield _full_precision(row, model, recipe, measured)
         else:
-            yield _quantized(row, model, assign(recipe, config), measured)
+            yield _quantized(row, model, assign(recipe, configs[row]), measured)
     torch.compiler.reset()
 
 
@@ -102,7 +106,7 @@ def _quantized(row: str, model: nn.Module, recipe: Recipe, measured: _Measured) 
     label = f"compiling and evaluating {row}"
     result = evaluate(compiled, measured.windows, model, label=label, progress=measured.progress)
     if result.kl == 0.0:
-        raise RuntimeError(f"row {row} equals the reference to the bit: nothing was quantized")
+        raise NothingQuantizedError(f"row {row} equals the reference to the bit: nothing was quantized")
     return RowResult(
         row=row,
         element_bits=recipe.element_bits,
@@ -113,14 +117,14 @@ def _quantized(row: str, model: nn.Module, recipe: Recipe, measured: _Measured) 
     )
 
 
-def _full_precision(row: str, model: nn.Module, recipe: Recipe, measured: _Measured) -> RowResult:
+def _full_precision(row: str, model: nn.Module, recipe: Recipe | None, measured: _Measured) -> RowResult:
     result = evaluate(model, measured.windows, label=f"evaluating {row}", progress=measured.progress)
     item_bytes = next(model.parameters()).dtype.itemsize
     return RowResult(
         row=row,
         element_bits=8.0 * item_bytes,
         stored_bits=8.0 * item_bytes,
-        stored_bytes=recipe.parameters * item_bytes,
+        stored_bytes=None if recipe is None else recipe.parameters * item_bytes,
         evaluation=replace(result, kl=0.0, top1=1.0),
         tasks=measured.run_tasks(model, row),
     )

@@ -12,7 +12,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -60,8 +60,8 @@ def load_texts(data: str = DEFAULT_DATA, *, column: str = "text") -> Texts:
         by blank lines), or of a .json, .jsonl or .parquet file with one article a row.
     column: the column that holds the text, for files of rows.
 
-    Raises ValueError for an unknown name, an unknown file type or too few articles, FileNotFoundError for a missing
-    file, and ModuleNotFoundError (with the command that helps) where a package is missing.
+    Raises ValueError for an unknown name, an unknown file type, a damaged file or too few articles, FileNotFoundError
+    for a missing file, and ModuleNotFoundError (with the command that helps) where a package is missing.
     """
     if data in _BUNDLED:
         articles = (article for article in _BUNDLED[data]() if len(article) > MIN_ARTICLE_CHARS)
@@ -153,7 +153,11 @@ def _lines(name: str) -> Callable[[], list[str]]:
 
 
 def _paragraphs(path: Path, column: str) -> list[str]:
-    return re.split(r"\n\s*\n", path.read_text("utf-8"))
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+    return re.split(r"\n\s*\n", text)
 
 
 def _rows(file_format: str) -> Callable[[Path, str], list[str]]:
@@ -162,17 +166,23 @@ def _rows(file_format: str) -> Callable[[Path, str], list[str]]:
     def read(path: Path, column: str) -> list[str]:
         if importlib.util.find_spec("datasets") is None:
             raise ModuleNotFoundError(f"reading {path.name} needs a package: pip install datasets")
-        import datasets
-
-        rows = datasets.load_dataset(file_format, data_files=str(path), split="train", streaming=True)
         articles = []
-        for row in rows:
+        for row in _read_rows(file_format, path):
             if not isinstance(row.get(column), str):
                 raise ValueError(f"{path.name} has no text column {column!r}; its columns are {', '.join(row)}")
             articles.append(row[column])
         return articles
 
     return read
+
+
+def _read_rows(file_format: str, path: Path) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(file_format, data_files=str(path), split="train", streaming=True)
+    except (ValueError, StopIteration) as error:  # the latter of a file without a byte
+        raise ValueError(f"{path} must hold rows as {file_format} has them: {str(error) or 'it is empty'}") from error
 
 
 _BUNDLED: Final[dict[str, Callable[[], list[str]]]] = {

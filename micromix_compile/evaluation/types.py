@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class NothingQuantizedError(RuntimeError):
+    """A row was to be measured, and the compiled model is the unquantized one."""
+
+
 class LanguageModel(Protocol):
     """What is evaluated: a Hugging Face causal model, or the same compiled."""
 

@@ -15,6 +15,7 @@ import platformdirs
 import torch
 from filelock import FileLock
 from rich.console import Console
+from rich.text import Text
 
 from micromix_compile.files import replace_directory
 from micromix_compile.integrations import checkpoint
@@ -83,15 +84,6 @@ def load_model(
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 
-def load_tokenizer(name: str = DEFAULT_MODEL, *, progress: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without the model. Names and errors as in `load_model`."""
-    directory = default_model_dir(progress=progress) if name == DEFAULT_MODEL else _local_directory(name)
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return tokenizer
-
-
 def is_packed(directory: Path) -> bool:
     """Whether the checkpoint in `directory` was written after `quantize_`. Raises ValueError for a damaged config."""
     return checkpoint.is_ours(checkpoint.read_config(directory / "config.json"))
@@ -145,7 +137,7 @@ def _status(text: str, progress: bool) -> Iterator[None]:
         if importlib.util.find_spec("transformers") is not None:
             stack.enter_context(_without_bars())
         if progress:
-            stack.enter_context(Console(stderr=True).status(text))
+            stack.enter_context(Console(stderr=True).status(Text(text)))
         yield
 
 

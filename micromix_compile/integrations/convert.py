@@ -40,9 +40,9 @@ def convert(
 
     source: has config.json and safetensors files. If compressed-tensors (MXFP4, MXFP6, MXFP8) or ModelOpt
     (MXFP8) quantized it, its twin is a packed checkpoint. If it is a packed one whose linears have one format each and
-    the model's order of channels, its twin is compressed-tensors'. destination: is replaced if it exists, once all
-    is written and `before_replacing` returned. activations: "same" as their weight, "fp8", "mxfp6" (see
-    `MicroMixConfig`), or "mxfp8", instead of what a checkpoint of others says of them.
+    the model's order of channels, its twin is compressed-tensors'. destination: a checkpoint or an empty directory
+    there is replaced, once all is written and `before_replacing` returned. activations: "same" as their weight, "fp8",
+    "mxfp6" (see `MicroMixConfig`), or "mxfp8", instead of what a checkpoint of others says of them.
 
     Raises FileNotFoundError, or ValueError that names the file or the tensor, what it is and what is read; then
     `destination` is as it was.
@@ -50,14 +50,32 @@ def convert(
     start, end = Path(source), Path(destination)
     if activations not in (None, *ACTIVATIONS):
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+    if start.resolve().is_relative_to(end.resolve()):
+        raise ValueError(f"destination must not be source or hold it, got {end} for {start}")
     packed = checkpoint.is_ours(checkpoint.read_config(start / "config.json"))
     if packed and activations is not None:
         raise ValueError(f"activations must not be given for a packed checkpoint, which {start} is")
+    _check_replaceable(files.plain_path(end))
     with files.replace_directory(end) as target:
         text = write_compressed_tensors(start, target) if packed else write_packed(start, target, activations).text
         _copy_others(start, target)
         before_replacing()
     return text
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise ValueError unless nothing is lost by replacing `target`, a `files.plain_path`, but a checkpoint."""
+    if target.is_symlink() or not target.exists():
+        return
+    if not target.is_dir():
+        fact = "is not a directory"
+    elif Path.cwd().is_relative_to(target) or Path.home().resolve().is_relative_to(target):
+        fact = "holds the current directory or a home"
+    elif any(target.iterdir()) and not (target / "config.json").is_file():
+        fact = "holds no checkpoint"
+    else:
+        return
+    raise ValueError(f"destination must be new, a checkpoint or an empty directory, and {target} {fact}")
 
 
 def load_converted(source: str | os.PathLike[str], *, activations: str | None = None, **options: Any) -> Any:

@@ -10,30 +10,30 @@ from torch import nn
 
 from micromix_compile.integrations.tensor_parallel import check_whole
 from micromix_compile.linear.convolution import POINTWISE
-from micromix_compile.linear.experts import MicroMixExperts
+from micromix_compile.linear.experts import MicroMixExperts, is_transposed
 from micromix_compile.linear.packed import MicroMixLinear
-from micromix_compile.linear.replacing import take_over_hooks
+from micromix_compile.linear.replacing import replace, take_over_hooks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def dequantize_(model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
-    """Put modules of the original classes in the places of packed ones, one after the other. Returns `model`.
+    """Put modules of the original classes in the places of packed ones, once all are made. Returns `model`.
 
     dtype: of the weights, or its name; None for what they had before they were packed. Raises ValueError if this
     process holds a part of the model only.
     """
     check_whole(model)
     wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, MicroMixLinear | MicroMixExperts)}
-    originals = _originals(model)
-    for name, module in packed.items():
-        original = originals.get_submodule(name)
-        _fill(original, module, wanted)
-        take_over_hooks(original, module)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, original)
+    modules, originals = dict(model.named_modules()), _originals(model)
+    plain: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if isinstance(module, MicroMixLinear | MicroMixExperts):
+            plain[name] = originals.get_submodule(name)
+            _fill(plain[name], module, wanted)
+            take_over_hooks(plain[name], module)
+    replace(modules, plain)
     return model  # type: ignore[no-any-return]
 
 
@@ -53,8 +53,8 @@ def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.
         matrix = packed.dequantized() + 0
         weights = {"weight": matrix if isinstance(original, (nn.Linear, *POINTWISE)) else matrix.T}  # GPT-2's: (C, N)
     else:
-        stacked = {name: _experts(packed, name, getattr(original, name).dtype) for name in packed.layouts}
-        weights = {name: w.mT if original.is_transposed else w for name, w in stacked.items()}
+        stacked = {name: experts_weight(packed, name, getattr(original, name).dtype) for name in packed.layouts}
+        weights = {name: w.mT if is_transposed(original) else w for name, w in stacked.items()}
         original._modules.update({name: packed._modules[name] for name in original._modules})
     kept = {name: p for name, p in packed._parameters.items() if p is not None and name in original._parameters}
     original._parameters.update(kept)
@@ -62,8 +62,8 @@ def _fill(original: Any, packed: MicroMixLinear | MicroMixExperts, dtype: torch.
         original._parameters[name] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
 
 
-def _experts(packed: MicroMixExperts, name: str, dtype: torch.dtype) -> Tensor:
-    """(E, N, C) of a weight of experts."""
+def experts_weight(packed: MicroMixExperts, name: str, dtype: torch.dtype) -> Tensor:
+    """(E, N, C) of a weight of packed experts, in the model's order of channels."""
     order, layout = packed.get_buffer(f"{name}_order.channel_perm"), packed.layouts[name]
     channels = int((order >= 0).sum())
     each = [

@@ -28,10 +28,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from micromix_compile.config import MicroMixConfig
-from micromix_compile.integrations import checkpoint, tensor_parallel
+from micromix_compile.integrations import checkpoint, own_parts, tensor_parallel
 from micromix_compile.integrations.checkpoint import QUANT_METHOD, READ_VERSIONS, SCHEMA_VERSION
 from micromix_compile.integrations.dequantizing import dequantize_
-from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names
+from micromix_compile.integrations.hf_experts import empty_experts, holders_of, own_names, packed_only
 from micromix_compile.linear.convolution import packed_class
 from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.formats import BLOCK_SIZE, ScaleRounding
@@ -41,9 +41,11 @@ from micromix_compile.recipe.schema import MAPPING, NAME, Each, FieldError, Rule
 from micromix_compile.verbs.quantize import order_of, share_orders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
+
+    from micromix_compile.numerics.shards import Cut
 
 logger = logging.getLogger("micromix_compile")
 
@@ -115,6 +117,8 @@ class MicroMixQuantizer(PackedQuantizer):
 
     requires_calibration = True
     quantization_config: MicroMixQuantizationConfig
+    _parts: Mapping[str, Cut] = {}
+    _conversions: tuple[Any, ...] = ()
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
@@ -125,25 +129,33 @@ class MicroMixQuantizer(PackedQuantizer):
             logger.warning("the tensors of a packed model come from no file: damage to them can't be seen")
         config = MicroMixConfig.from_file(self.quantization_config.config)
         linears = self.quantization_config.linears = names_here(model, self.quantization_config.linears)
-        self._ranks = tensor_parallel.ranks_of(model, linears)
-        if self._ranks is not None:
-            tensor_parallel.check_plan(linears, self._ranks)
         scale = "weight_scale" if self.quantization_config.schema_version == 1 else "weight"
-        self._layouts = put_empty(model, linears, config, scale=scale)
+        dealing = tensor_parallel.dealing_of(model, linears)
+        if dealing is not None:
+            modules, w_fp4 = dict(model.named_modules()), config.weights == "mxfp4"
+            self._parts = tensor_parallel.parts_of(modules, linears, dealing, w_fp4=w_fp4)
+        if self._parts:
+            stored = own_parts.stored_parts(linears, self._parts, config, scale)
+            self._conversions = (own_parts.converter(stored, model.base_model_prefix),)  # type: ignore[arg-type]
+        self._layouts = put_empty(model, linears, config, scale=scale, parts=self._parts)
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """What transformers deals out itself."""
+        tensor_parallel.forget_rules(model, plan, self.quantization_config.linears)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """What transformers does to the tensors that it reads."""
+        return list(self._conversions)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         packed = take_loaded(model, self._layouts)
         linears = self.quantization_config.linears
         _check_orders(model, linears)
         self.quantization_config.schema_version = SCHEMA_VERSION  # in which it is saved
+        tensor_parallel.check_version(getattr(model, "_tp_size", None) or 1, linears)
         groups = {fqn: described["group"] for fqn, described in linears.items()}
-        if self._ranks is not None:
-            w_fp4 = self.quantization_config.config["weights"] == "mxfp4"
-            tensor_parallel.keep_own_parts(model, linears, self._ranks, w_fp4=w_fp4)
-            groups = {fqn: f"{group} cut: {self._ranks.cuts(fqn)}" for fqn, group in groups.items()}
-        elif (count := getattr(model, "_tp_size", None) or 1) > 1:
-            tensor_parallel.check_version(count)
-        share_orders(model, groups)
+        cut = tensor_parallel.keep_own_orders(model, self._parts)
+        share_orders(model, {fqn: f"{group} cut: {fqn in cut}" for fqn, group in groups.items()})
         for module in packed:
             module.compact()  # type: ignore[operator]
         return model
@@ -158,17 +170,22 @@ class MicroMixQuantizer(PackedQuantizer):
 
 
 def put_empty(
-    model: nn.Module, linears: dict[str, Any], config: MicroMixConfig, *, scale: str = "weight"
-) -> dict[str, Layout]:
+    model: nn.Module, linears: dict[str, Any], config: MicroMixConfig, *, scale: str = "weight",
+    parts: Mapping[str, Cut] | None = None,
+) -> dict[str, Layout]:  # fmt: skip
     """Put empty packed modules, as `linears` describes them, in the places of those of a model on the meta device.
 
-    scale: under which name scales come. Returns the layout of each by its name, for `take_loaded`.
+    scale: under which name scales come. parts: what this process keeps of the weights of which it does not keep all.
+    Returns the layout of each by its name, for `take_loaded`.
     """
     layouts: dict[str, Layout] = {}
     for holder, weights in holders_of(linears).items():
-        layouts[holder] = _layout(_put_empty(model, holder, empty_experts, weights, config))
+        experts = _put_empty(model, holder, empty_experts, weights, config)
+        tensor_parallel.keep_own_experts(experts, holder, parts or {})
+        layouts[holder] = _layout(experts)
     for fqn in (fqn for fqn, described in linears.items() if "experts" not in described):
         packed = _put_empty(model, fqn, _empty_linear, linears[fqn], config)
+        tensor_parallel.keep_own_part(packed, fqn, parts or {})
         layouts[fqn] = _layout(packed)
         _await_tensors(packed, scale=scale)
         getattr(model, "all_tied_weights_keys", {}).pop(f"{fqn}.weight", None)
@@ -248,7 +265,8 @@ def _check_orders(model: nn.Module, linears: dict[str, Any]) -> None:
         perm, group = getattr(holder, attribute).channel_perm, described["group"]
         name = f"{fqn}{attribute.removeprefix(fqn.rpartition('.')[2])}" if "experts" in described else f"{fqn}.order"
         try:
-            check_order(perm.cpu(), described["in_features"], f"{name}.channel_perm")
+            shards = shards_of(described, tuple(described["split"]), name)
+            check_order(perm.cpu(), described["in_features"], f"{name}.channel_perm", shards)
         except FieldError as error:
             raise ValueError(f"the checkpoint is not whole: {error}") from error
         if not torch.equal(perm, first.setdefault(group, perm)):
@@ -259,20 +277,20 @@ def _await_tensors(packed: MicroMixLinear, *, scale: str) -> None:
     """Until all is loaded: the scales are a buffer of the name under which they are stored.
 
     transformers asks for `weight` of a module before it sets one, and models that give their linears initial values ask
-    for it too: it is an attribute of the instance, which no other `weight` hides.
+    for it too. Where a model is spread over devices, accelerate asks for it afterwards, and wants what was loaded.
     """
     buffers = packed._buffers
     stored = buffers.pop("weight_scale")
     assert stored is not None, "a packed linear has scales"
     buffers[scale] = stored
-    weight: Any = torch.empty_like(stored)
-    weight._is_hf_initialized = packed._is_hf_initialized = True
-    vars(packed)["weight"] = weight
+    stand_in: Any = torch.empty_like(stored)
+    stand_in._is_hf_initialized = packed._is_hf_initialized = True
+    packed.stand_in = stand_in
 
 
 def _take_tensors(packed: MicroMixLinear) -> None:
     """The end of `_await_tensors`."""
-    vars(packed).pop("weight")
+    del packed.stand_in
     buffers = packed._buffers
     if "weight" in buffers:
         buffers["weight_scale"] = buffers.pop("weight")
@@ -313,13 +331,25 @@ def _sealing(save: Any) -> Any:
         tensor_parallel.check_whole(self)
         if given.arguments.get("push_to_hub"):
             raise ValueError("push_to_hub of save_pretrained must be False for a packed model: call model.push_to_hub")
-        with own_names(self):
+        with own_names(self), packed_only(self):
             result = save(self, *args, **kwargs)
         if given.arguments.get("is_main_process", True):
             checkpoint.seal(given.arguments["save_directory"])
         return result
 
     return save_pretrained
+
+
+def _without_packed(get_keys: Any) -> Any:
+    """`PreTrainedModel.get_expanded_tied_weights_keys`, but a packed head is tied to nothing."""
+
+    @functools.wraps(get_keys)
+    def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+        keys: dict[str, str] = get_keys(self, *args, **kwargs)
+        packed = {name for name, module in self.named_modules() if keys and isinstance(module, MicroMixLinear)}
+        return {target: source for target, source in keys.items() if target.rpartition(".")[0] not in packed}
+
+    return get_expanded_tied_weights_keys
 
 
 def _checking(get_config_dict: Any) -> Any:
@@ -362,4 +392,5 @@ def _as_dict(config: Any) -> Any:
 
 
 PreTrainedModel.save_pretrained = _sealing(PreTrainedModel.save_pretrained)
+PreTrainedModel.get_expanded_tied_weights_keys = _without_packed(PreTrainedModel.get_expanded_tied_weights_keys)
 PreTrainedConfig.get_config_dict = _checking(PreTrainedConfig.get_config_dict.__func__)

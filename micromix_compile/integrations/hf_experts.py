@@ -1,8 +1,9 @@
-"""The part of `hf` that is about experts: empty packed ones for a checkpoint to fill, and the names for saving them."""
+"""Parts of `hf`: empty packed experts for a checkpoint to fill, and under which names a packed model is saved."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import TYPE_CHECKING, Any
 
 from micromix_compile.linear.experts import (
@@ -13,6 +14,7 @@ from micromix_compile.linear.experts import (
     is_experts,
     weight_names,
 )
+from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.numerics.layout import padded_channels
 
 if TYPE_CHECKING:
@@ -71,3 +73,31 @@ def own_names(model: Any) -> Iterator[None]:
             model._weight_conversions = before
         else:
             del model._weight_conversions
+
+
+@contextlib.contextmanager
+def packed_only(model: Any) -> Iterator[None]:
+    """The model's config describes what is packed still: plain modules may have been put in places of packed ones."""
+    before = model.config.quantization_config
+    now = copy.copy(before)
+    if isinstance(now, dict):
+        now["linears"] = _still_packed(model, now["linears"])
+    else:
+        now.linears = _still_packed(model, now.linears)
+    model.config.quantization_config = now
+    try:
+        yield
+    finally:
+        model.config.quantization_config = before
+
+
+def _still_packed(model: Any, linears: dict[str, Any]) -> dict[str, Any]:
+    """Without those whose place, in the model or in its base, has a module that is not packed."""
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+
+    def is_plain(fqn: str) -> bool:
+        place = fqn.rpartition(".")[0] if "experts" in linears[fqn] else fqn
+        found = modules.get(place) or modules.get(place.removeprefix(prefix)) or modules.get(prefix + place)
+        return found is not None and not isinstance(found, MicroMixLinear | MicroMixExperts)
+
+    return {fqn: described for fqn, described in linears.items() if not is_plain(fqn)}

@@ -118,7 +118,8 @@ class QuantizedStaticLayer(StaticLayer):  # type: ignore[misc]
         keep_recent(self.recent_keys, key_states, position)
         keep_recent(self.recent_values, value_states, position)
         keep_position(self.recent_position, position)
-        self.cumulative_length.copy_(position[-1] + 1)
+        if tokens:
+            self.cumulative_length.copy_(position[-1] + 1)
         return keys, values
 
     def get_seq_length(self) -> int | Tensor:
@@ -164,9 +165,9 @@ class QuantizedStaticCache(StaticCache):  # type: ignore[misc]
         self, config: PreTrainedConfig, max_cache_len: int, *, cache_format: str = "fp8", recent: int = RECENT
     ) -> None:
         check_cache_format(cache_format)
-        if not isinstance(recent, int) or recent < 0:
+        if type(recent) is not int or recent < 0:
             raise ValueError(f"recent must be a number of tokens, 0 or more, got {recent!r}")
-        if not isinstance(max_cache_len, int) or max_cache_len < 1:
+        if type(max_cache_len) is not int or max_cache_len < 1:
             raise ValueError(f"max_cache_len must be a number of tokens, 1 or more, got {max_cache_len!r}")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"config must be of a decoder, got the encoder-decoder {type(config).__name__}")
@@ -180,6 +181,12 @@ class QuantizedStaticCache(StaticCache):  # type: ignore[misc]
         """Bytes of what is held for keys and values, scales and recent ones included; 0 before the first token."""
         parts = [getattr(layer, name, None) for layer in self.layers for name in _PARTS]
         return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises NotImplementedError: what was the newest before the removed tokens is in bytes only."""
+        raise NotImplementedError(
+            "a QuantizedStaticCache can't be cropped, as assisted generation does: use transformers' DynamicCache there"
+        )
 
     def _say_what_stays(self, max_cache_len: int) -> None:
         if not any(isinstance(layer, QuantizedStaticLayer) for layer in self.layers):

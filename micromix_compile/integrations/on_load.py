@@ -27,7 +27,7 @@ from micromix_compile.integrations.hf import (
     take_loaded,
 )
 from micromix_compile.linear.convolution import POINTWISE
-from micromix_compile.linear.experts import PARTS
+from micromix_compile.linear.experts import PARTS, is_transposed
 from micromix_compile.ops.pack import packed_weight
 from micromix_compile.recipe.parts import as_matrix, split_name
 from micromix_compile.recipe.types import Recipe
@@ -152,8 +152,7 @@ def _is_transposed(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a weight is (C, N), as GPT-2's is, or (E, C, N)."""
     module: Any = modules.get(name)
     if module is None:
-        holder: Any = modules[name.rpartition(".")[0]]
-        return bool(holder.is_transposed)
+        return is_transposed(modules[name.rpartition(".")[0]])
     return not isinstance(module, (nn.Linear, *POINTWISE))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from micromix_compile.linear.gradient import grouped_product
 from micromix_compile.linear.packed import ChannelOrder
 from micromix_compile.linear.replacing import take_over, why_special
+from micromix_compile.linear.stated import differing_layouts, note_layouts
 from micromix_compile.numerics import packing
 from micromix_compile.numerics.layout import PackedWeight, packed_shapes, weight_split
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.numerics.layout import RowLayout, Split
+    from micromix_compile.numerics.shards import Cut
 
 INTERFACE: Final = frozenset({"has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel"})
 """Attributes by which transformers' experts say how they are used. 5.20 added `has_post_expert_norm`."""
@@ -126,8 +128,8 @@ class MicroMixExperts(nn.Module):
         take_over(self, original)
 
     def packed(self, name: str) -> PackedWeight:
-        """One of the weights."""
-        q4, q6, q8, scale = (self.get_buffer(name + part) for part in PARTS)
+        """One of the weights, whose tensors are buffers, or Parameters after `packed_as_parameters_`."""
+        q4, q6, q8, scale = (getattr(self, name + part) for part in PARTS)
         return PackedWeight(q4, q6, q8, scale)
 
     def load_packed(self, name: str, packed: PackedWeight, channel_perm: Tensor) -> None:
@@ -135,6 +137,16 @@ class MicroMixExperts(nn.Module):
         for part, tensor in zip(PARTS, packed, strict=True):
             setattr(self, name + part, tensor)
         setattr(self.get_submodule(f"{name}_order"), "channel_perm", channel_perm)  # noqa: B010
+
+    def keep_part(self, name: str, cut: Cut) -> None:
+        """Keep what one of several ranks holds of a weight. Its order stays: `cut.order` of it is the part's.
+
+        num_experts, of which expert parallelism wants to know, becomes the number of those that are kept.
+        """
+        part, layout = cut.weight(self.packed(name)), self.layouts[name]
+        self.layouts[name] = layout.of_split(cut.split, cut.rotated(layout.rotated))
+        self.load_packed(name, part, self.get_buffer(f"{name}_order.channel_perm"))
+        self.experts = self.num_experts = len(part.w_scale)
 
     def compact(self) -> None:
         """Move the packed tensors of each weight into one allocation, see `packing.in_one_storage`."""
@@ -146,8 +158,16 @@ class MicroMixExperts(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """As usual, but tensors that share an allocation get storages of their own, unless keep_vars."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_layouts(destination, prefix, self.layouts)
         for name in (f"{prefix}{name}{part}" for name in self.layouts for part in PARTS if not keep_vars):
             destination[name] = packing.with_own_storage(destination[name])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        """As usual. Bytes of other layouts are not loaded, and load_state_dict raises RuntimeError."""
+        if differing := differing_layouts(metadata, prefix, self.layouts):
+            args[-1].extend(differing)  # torch's error messages
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, C) -> (T, C), under autocast in its dtype."""
@@ -163,7 +183,7 @@ class MicroMixExperts(nn.Module):
             out = original.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         unsorted = weighted[torch.argsort(order)]
-        return unsorted.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+        return unsorted.view(tokens, top_k, out.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _cast(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -182,7 +202,7 @@ class MicroMixExperts(nn.Module):
         shown = []
         for name, (k4, k6, k8, fp6, _, activations, rotated) in self.layouts.items():
             formats = f"mxfp4={k4}, mxfp6={k6} ({fp6}), mxfp8={k8}, activations={activations}, rotated={rotated}"
-            shown.append(f"{name}: {self.experts} x ({self.get_buffer(name).shape[1]}, {formats})")
+            shown.append(f"{name}: {self.experts} x ({self.packed(name).w_scale.shape[1]}, {formats})")
         return "\n".join(shown)
 
 

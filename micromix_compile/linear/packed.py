@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from micromix_compile.linear.dequantized import DequantizedWeight
 from micromix_compile.linear.gradient import packed_product
+from micromix_compile.linear.stated import differing_layouts, note_layouts
 from micromix_compile.numerics import packing
 from micromix_compile.numerics.layout import PackedWeight, Split, packed_shapes, weight_split
 
@@ -38,15 +39,14 @@ class ChannelOrder(nn.Module):
 
 
 class _WeightReader:
-    """`module.weight` of a packed linear. What stands in its place while a checkpoint is loaded goes first.
-
-    No property, which nothing in the module's own namespace could stand in for.
-    """
+    """`module.weight` of a packed linear. While a checkpoint is loaded: the buffer called so, once it is filled."""
 
     def __get__(self, module: MicroMixLinear | None, owner: type | None = None) -> Any:
         if module is None:
             return self
         loading = module._buffers.get("weight")
+        if module.stand_in is not None and (loading is None or loading.is_meta):
+            return module.stand_in
         return module.dequantized() if loading is None else loading
 
 
@@ -66,6 +66,8 @@ class MicroMixLinear(nn.Linear):
     weight_q6: Tensor
     weight_q8: Tensor
     weight_scale: Tensor
+    stand_in: Tensor | None = None
+    """While a checkpoint is loaded: what `weight` is before it has come."""
 
     def __init__(
         self,
@@ -147,36 +149,40 @@ class MicroMixLinear(nn.Linear):
         that share memory would refuse all of one allocation. With keep_vars the buffers themselves are asked for.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if keep_vars or "weight" in vars(self):  # the latter while transformers sets one tensor after the other
+        note_layouts(destination, prefix, {"weight": self.layout})
+        if keep_vars or self.stand_in is not None:  # the latter while transformers sets one tensor after the other
             return
         destination[f"{prefix}weight"] = destination.pop(f"{prefix}weight_scale")
         for name in ("weight_q4", "weight_q6", "weight_q8", "weight"):
             destination[f"{prefix}{name}"] = packing.with_own_storage(destination[f"{prefix}{name}"])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As usual; the scales are `weight`, or `weight_scale` as older versions wrote them."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
+        """As usual; the scales are `weight`, or `weight_scale` as older versions wrote them.
+
+        Bytes of another layout than the module's are not loaded, and load_state_dict raises RuntimeError.
+        """
+        if differing := differing_layouts(metadata, prefix, {"weight": self.layout}):
+            args[-1].extend(differing)  # torch's error messages
+            return
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}weight_scale"] = state_dict.pop(f"{prefix}weight")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def compact(self) -> None:
         """Move the packed tensors into one allocation, see `packing.in_one_storage`."""
         parts = (self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
         self.load_packed(PackedWeight(*packing.in_one_storage(parts, parts[0].device)), self.order.channel_perm)
 
-    def keep_part(self, rows: slice, cut: Cut) -> None:
-        """Keep what one of several ranks holds: some rows of all channels, or the channels of `cut` of all rows.
+    def keep_part(self, cut: Cut) -> None:
+        """Keep what one of several ranks holds of the weight. The order stays: `cut.order` of it is the part's.
 
         in_features and out_features stay those of the whole, of which tensor parallelism wants to know.
         """
-        order = self.order.channel_perm
         whole = PackedWeight(self.weight_q4, self.weight_q6, self.weight_q8, self.weight_scale)
-        part = cut.weight(PackedWeight(*(t[..., rows, :] for t in whole)))
-        self.rows = len(range(*rows.indices(self.rows)))
+        self.rows = cut.height(self.rows)
         self.channels //= cut.ranks
         self.layout = self.layout.of_split(cut.split, cut.rotated(self.layout.rotated))
-        self.order = ChannelOrder(cut.order(order)) if cut.ranks > 1 else self.order
-        self.load_packed(PackedWeight(*packing.in_one_storage(part, order.device)), self.order.channel_perm)
+        self.load_packed(cut.weight(whole), self.order.channel_perm)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., N), under autocast in its dtype. Raises ValueError for another C."""

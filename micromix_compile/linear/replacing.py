@@ -39,6 +39,10 @@ _STATE_HOOKS: Final = (
 )
 
 
+class OnlySpeaks:
+    """A hook on a state dict that does no more than say something: what takes the module's place does without it."""
+
+
 def is_linear_module(module: nn.Module) -> bool:
     """nn.Linear itself, or one of the others of `LINEARS`."""
     return _class_of(module) in LINEARS
@@ -59,6 +63,8 @@ def why_not_replaced(
     module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
     if name.rpartition(".")[2] in READ_DIRECTLY.get(_class_of(parent), ()):
         return f"{type(parent).__name__} reads its weight directly, not through a linear's forward"
+    if module is None and name == "weight" and parent is not None and takes(parent):
+        return "the linear is the model itself, which nothing can stand in for: put it into a module"
     if module is None:
         return f"it is a Parameter that {type(parent).__name__} reads directly, not the weight of a linear"
     if parametrize.is_parametrized(module):
@@ -80,7 +86,8 @@ def why_special(module: nn.Module) -> str | None:
         return "its forward is overridden on the instance"
     if vars(module).get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
-    if any(vars(module).get(name) for name in _STATE_HOOKS):
+    hooks = [hook for name in _STATE_HOOKS for hook in vars(module).get(name, {}).values()]
+    if not all(isinstance(hook, OnlySpeaks) for hook in hooks):
         return "it has hooks on its state dict, which expect a plain weight"
     return None
 

@@ -55,17 +55,26 @@ def joined_order(orders: Sequence[Tensor], splits: Sequence[Split]) -> Tensor:
     return torch.cat([segments[i] for i in range(3) for segments in parts])
 
 
+def own_rows(rows: int, rank: int, ranks: int, parts: int = 1) -> tuple[slice, ...]:
+    """The rows of a rank of a matrix that is so many equal parts, one below the other: its share of each part."""
+    each = rows // parts // ranks
+    return tuple(slice(start, start + each) for start in ((part * ranks + rank) * each for part in range(parts)))
+
+
 class Cut(NamedTuple):
-    """What one of several ranks takes of a packed linear.
+    """What one of several ranks takes of a packed weight: some channels, some rows, or some experts.
 
     shards: the splits of its shards, a multiple of `ranks`; one of an order that is not cut. w_fp4: all weights are
-    MXFP4, whatever the splits of their channels say.
+    MXFP4, whatever the splits of their channels say. rows: the rank's come one slice below the other. experts: of a
+    weight with a dimension of them in front.
     """
 
     shards: tuple[Split, ...]
     rank: int = 0
     ranks: int = 1
     w_fp4: bool = False
+    rows: tuple[slice, ...] = (slice(None),)
+    experts: slice = slice(None)
 
     @property
     def _own(self) -> slice:
@@ -83,26 +92,35 @@ class Cut(NamedTuple):
 
     def order(self, channel_perm: Tensor) -> Tensor:
         """The rank's order (K / R,) int32, of its own channels counted from 0."""
-        own = self._columns(channel_perm, 0, 1)
+        own = self._columns(channel_perm, 1)
         return own - self.rank * (channel_perm.numel() // self.ranks)
 
+    def height(self, rows: int) -> int:
+        """How many of so many rows are the rank's."""
+        return sum(len(range(rows)[part]) for part in self.rows)
+
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """The rank's columns of one of the tensors of a `PackedWeight`, called by its field."""
-        segment, dim, divisor = _PLACES[name]
+        """The rank's part of one of the tensors of a `PackedWeight`, called by its field."""
+        columns = self._own_columns(name, tensor[self.experts])
+        parts = [columns[..., rows, :] for rows in self.rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+    def weight(self, packed: PackedWeight) -> PackedWeight:
+        """The rank's part of a packed weight."""
+        return PackedWeight(*(self.part(name, tensor) for name, tensor in packed._asdict().items()))
+
+    def _own_columns(self, name: str, tensor: Tensor) -> Tensor:
+        segment, divisor = _PLACES[name]
         if self.ranks == 1 or not tensor.numel():
             return tensor
         if segment is None or self.w_fp4:
-            return self._columns(tensor, dim, divisor)
+            return self._columns(tensor, divisor)
         start = sum(shard[segment] for shard in self.shards[: self._own.start])
-        return tensor.narrow(dim, start // divisor, self.split[segment] // divisor)
+        return tensor.narrow(-1, start // divisor, self.split[segment] // divisor)
 
-    def weight(self, packed: PackedWeight) -> PackedWeight:
-        """The rank's part of a packed weight (N, C): one of (N, C / R)."""
-        return PackedWeight(*(self.part(name, tensor) for name, tensor in packed._asdict().items()))
-
-    def _columns(self, tensor: Tensor, dim: int, divisor: int) -> Tensor:
+    def _columns(self, tensor: Tensor, divisor: int) -> Tensor:
         """Its slices of all segments, side by side."""
-        return torch.cat([tensor.narrow(dim, start, length) for start, length in self._slices(divisor)], dim)
+        return torch.cat([tensor.narrow(-1, start, length) for start, length in self._slices(divisor)], -1)
 
     def _slices(self, divisor: int) -> list[tuple[int, int]]:
         """(start, length) in the whole order of the rank's slice of each segment, in units of `divisor` channels."""
@@ -111,5 +129,5 @@ class Cut(NamedTuple):
         return [(start // divisor, size // divisor) for start, size in zip(starts, self.split, strict=True)]
 
 
-_PLACES = {"w4": (0, 1, 2), "w6": (1, 2, 4), "w8": (2, 1, 1), "w_scale": (None, 1, BLOCK_SIZE)}
-"""Of each part of a packed weight: its segment, or None for all of them; the dimension of channels; channels a byte."""
+_PLACES = {"w4": (0, 2), "w6": (1, 4), "w8": (2, 1), "w_scale": (None, BLOCK_SIZE)}
+"""Of each part of a packed weight: its segment, or None for all of them; channels a byte of its last dimension."""

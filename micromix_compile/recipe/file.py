@@ -124,6 +124,15 @@ def read(path: Path) -> Recipe:
         raise ValueError(f"{path}: metadata is nested too deeply") from None
 
 
+def is_recipe(path: Path) -> bool:
+    """Whether a file says that it is a recipe, of whatever version, whole or damaged behind its head."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool((file.metadata() or {}).get("format") == json.dumps(FORMAT))
+    except SafetensorError:
+        return False
+
+
 def _read_parts(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors; dtypes that no recipe has are refused before anything is made of them."""
     with safe_open(path, framework="pt") as file:
@@ -366,7 +375,7 @@ def _linear(linear: dict[str, Any], groups: Mapping[str, GroupRecipe], parts: _P
         out_features=linear["out_features"],
         group=group,
         weight_sample=parts.take(f"{fqn}.weight_sample", torch.float32, (SAMPLE_SIZE,)),
-        weight_checksums=None if sums is None else Checksums.from_json(sums),
+        weight_checksums=None if sums is None else Checksums(**sums),
         expert_tokens=None if expert_tokens is None else tuple(expert_tokens),
         runs=linear["runs"],
     )

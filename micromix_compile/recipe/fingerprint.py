@@ -66,16 +66,8 @@ class Checksums:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` is its inverse."""
+        """Plain values: the fields."""
         return {"made_in": self.made_in, "values": dict(self.values)}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Checksums:
-        """Raises ValueError if a field is missing or wrong."""
-        made_in, values = fields.get("made_in"), fields.get("values")
-        if made_in not in _INTEGERS or not isinstance(values, dict) or set(values) != set(_INTEGERS):
-            raise ValueError(f"made_in must be one of {', '.join(_INTEGERS)}, and values have each, got {fields}")
-        return cls(made_in, values)
 
 
 def _checksum(weight: Tensor, dtype: torch.dtype) -> int:

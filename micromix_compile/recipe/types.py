@@ -204,13 +204,8 @@ class Recipe:
         return 8 * self.stored_bytes / max(self.parameters, 1)
 
     @property
-    def model_parameters(self) -> int | None:
-        """All parameters of the model, linears and others; None where that was not recorded."""
-        return None if self.left_alone is None else self.parameters + self.left_alone[0]
-
-    @property
     def model_bits(self) -> float | None:
-        """Stored bits a parameter of the whole model, whose other parameters keep their dtype; None as above."""
+        """Stored bits a parameter of the whole model, whose others keep their dtype; None if they were not counted."""
         if self.left_alone is None:
             return None
         return 8 * (self.stored_bytes + self.left_alone[1]) / max(self.parameters + self.left_alone[0], 1)

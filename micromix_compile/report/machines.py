@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,11 @@ class Machine:
     here: bool
     target: Target
 
+    @property
+    def description(self) -> str:
+        """The target's name without the label."""
+        return re.sub(rf"^{self.label} \((?:{self.label}: )?(.*)\)$", r"\1", self.target.name)
+
     def products(self, linear: Linear, facts: Facts) -> list[Product]:
         """How a linear is multiplied there."""
         config, experts = facts.config, linear.experts is not None
@@ -42,7 +48,12 @@ class Machine:
             for product in self.products(linear, facts)
             for name, kind in product.kinds.items()
         )
-        return sorted(found.items(), key=lambda item: SEGMENTS.index(item[0][0]))
+        return sorted(found.items(), key=lambda item: (SEGMENTS.index(item[0][0]), _first_number(item[0][1])))
+
+
+def _first_number(rows: str) -> int:
+    """Of "up to 256", and 0 of "any"."""
+    return int((re.findall(r"\d+", rows) or [0])[0])
 
 
 def machines(facts: Facts, names: Sequence[str]) -> list[Machine]:

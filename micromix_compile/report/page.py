@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from micromix_compile.evaluation.machine import hardware, versions
 from micromix_compile.passes import CONVERT_PASSES, POST_GRAD_PASSES, name_of
 from micromix_compile.report.facts import BF16_BYTES
 from micromix_compile.report.machines import instructions
 from micromix_compile.report.pictures import COLOURS, INK, LINES
+from micromix_compile.report.series import without_numbers
 from micromix_compile.targets.described import SEGMENTS
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ class Report:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters |= {"number": number, "mebibytes": mebibytes}
+        environment.filters |= {"number": number, "bytes": size, "percent": percent, "breakable": breakable}
         environment.globals |= {"products": self._products, "of_section": self._of_section}
         return environment.get_template("page.html.jinja").render(**self._values())
 
@@ -80,6 +83,8 @@ class Report:
             "bf16_linears": BF16_BYTES * facts.parameters,
             "bf16_whole": BF16_BYTES * (facts.parameters + others),
             "bytes_by_part": facts.bytes_by_part,
+            "has_experts": any(linear.experts is not None for linear in facts.linears),
+            "stays": self._stays(),
             "by_name": {group.name: group for group in facts.groups},
             "options": facts.config.to_file(),
             "passes": [(name_of(one), _summary(one)) for one in (*CONVERT_PASSES, *POST_GRAD_PASSES)],
@@ -87,9 +92,17 @@ class Report:
             "hardware": hardware(),
         }
 
-    def _products(self, machine: Machine, linear: Any) -> list[str]:
-        found = machine.products(linear, self.facts)
-        return [instructions(one) if one.rows == "any" else f"{instructions(one)}: {one.rows} rows" for one in found]
+    def _stays(self) -> Counter[tuple[str, str]]:
+        """What is left alone: (name, why) -> how many; names that differ by the number of their layer are one."""
+        found = {**self.facts.refused, **(self.measured.refused if self.measured is not None else {})}
+        patterns = Counter((without_numbers(name), why) for name, why in found.items())
+        names = {(without_numbers(name), why): name for name, why in found.items()}
+        return Counter({(names[key] if count == 1 else key[0], key[1]): count for key, count in patterns.items()})
+
+    def _products(self, machine: Machine, linear: Any) -> str:
+        """With how few rows what multiplies it, and what does with more."""
+        *few, most = machine.products(linear, self.facts)
+        return ", then ".join([*(f"{instructions(one)} {one.rows} rows" for one in few), instructions(most)])
 
     def _of_section(self, section: str) -> list[Picture]:
         return [picture for picture in self.pictures if picture.section == section]
@@ -102,9 +115,21 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if value == 0 or abs(value) >= 10**-digits else f"{value:.1e}"
 
 
-def mebibytes(size: int) -> str:
+def size(count: int) -> str:
     """Bytes for people."""
-    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:,.1f} KiB"
+    if count >= 2**30:
+        return f"{count / 2**30:,.2f} GiB"
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:,.1f} KiB"
+
+
+def percent(share: float) -> str:
+    """A share for people, which is not zero unless there is none."""
+    return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken behind its dots."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _summary(graph_pass: Any) -> str:

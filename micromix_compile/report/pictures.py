@@ -111,13 +111,14 @@ def _bytes(facts: Facts) -> Iterator[Picture]:
     others, other_bytes = facts.left_alone or (0, 0)
     parts = {**facts.bytes_by_part, "left alone": other_bytes}
     full = {"linears": BF16_BYTES * facts.parameters, "left alone": BF16_BYTES * others}
+    unit, factor = ("GiB", 2**30) if sum(full.values()) >= 2**30 else ("MiB", 2**20)
     for y, bar in enumerate((full, parts)):
         start = 0.0
         for name, size in bar.items():
-            axes.barh(y, size / 2**20, left=start, color=COLOURS.get(name, INK), label=name)
-            start += size / 2**20
+            axes.barh(y, size / factor, left=start, color=COLOURS.get(name, INK), label=name)
+            start += size / factor
     axes.set_yticks((0, 1), ("BF16", "stored"))
-    axes.set_xlabel("MiB")
+    axes.set_xlabel(unit)
     bars = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(bars.values(), bars, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     caption = "Bytes by what they hold, beside the same parameters in BF16."

@@ -33,10 +33,15 @@ def series_of_linears(facts: Facts) -> list[Series[Linear]]:
     return _series(facts.linears, lambda linear: (linear.fqn,))
 
 
+def without_numbers(name: str) -> str:
+    """What names of a series have in common: a star for each part that is a number."""
+    return _NUMBER.sub("*", name)
+
+
 def _series(members: Iterable[_T], names_of: Callable[[_T], tuple[str, ...]]) -> list[Series[_T]]:
     found: dict[tuple[str, ...], list[_T]] = {}
     for member in members:
-        found.setdefault(tuple(_NUMBER.sub("*", name) for name in names_of(member)), []).append(member)
+        found.setdefault(tuple(without_numbers(name) for name in names_of(member)), []).append(member)
     short = {patterns: ", ".join(pattern.rpartition(".")[2] for pattern in patterns) for patterns in found}
     ambiguous = len(set(short.values())) < len(short)
     return [Series(", ".join(key) if ambiguous else short[key], tuple(ones)) for key, ones in found.items()]

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
     from micromix_compile.recipe.parts import Part
 
+EMBEDDINGS: Final = (nn.Embedding, nn.EmbeddingBag)
 ON_REQUEST: Final = "it is a convolution of kernel size 1, which is taken with convolutions=True"
 
 logger = logging.getLogger("micromix_compile")
+
+SHOWN: Final = 8
+"""Weights that a message names of those that stay; `Recipe.refused` has all."""
 
 
 def why_never_linear(
@@ -30,7 +34,7 @@ def why_never_linear(
     convolutions: whether those of kernel size 1 are taken.
     """
     owners = [modules.get("" if name == "weight" else name) for name in names]  # the model may be the layer
-    if all(isinstance(owner, nn.Embedding) for owner in owners):
+    if all(isinstance(owner, EMBEDDINGS) for owner in owners):
         return "it is an embedding", True
     if are_experts(names, modules) and all("bias" in name.rpartition(".")[2] for name in names):
         return "it holds the biases of experts", False
@@ -76,6 +80,31 @@ def say_left_out(refusals: Mapping[str, str], linears: Collection[str], *, stric
             logger.warning(message)
 
 
+def say_unknown(unknown: Mapping[str, str], refused: Collection[str], *, model_id: str, strict: bool) -> None:
+    """Log linears of a graph, and why each is left as it is, but those that a recipe `refused`; a name may be a tail.
+
+    Raises RuntimeError instead if `strict`.
+    """
+    expected = [name.partition(" (")[0] for name in refused]
+    names = {name: name.partition(" (")[0] for name in unknown}
+    listed = [f"{n}: {why}" for n, why in unknown.items() if not any(_is_tail(names[n], one) for one in expected)]
+    if listed:
+        message = f"{len(listed)} linears of {model_id} run unquantized ({first_of(listed)})"
+        if strict:
+            raise RuntimeError(f"strict=True: {message}")
+        logger.warning(message)
+
+
+def _is_tail(name: str, other: str) -> bool:
+    """Whether one of two dotted names ends with the other."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def first_of(listed: Sequence[str]) -> str:
+    """What a message says of a list."""
+    return "; ".join([*listed[:SHOWN], *(["..."] if len(listed) > SHOWN else [])])
+
+
 def how_to_leave_training(model: nn.Module) -> str:
     """What to do about a model in training mode; that of torch.export cannot be switched."""
     if isinstance(model, fx.GraphModule):
@@ -103,6 +132,6 @@ def left_alone(
             across = parameter.shape[cut[0].dim]
             left = left // across * sum(gap.size for gap in gaps(cut, across))
         count += left
-        stays = any(isinstance(modules.get(name), nn.Embedding) for name in names)
+        stays = any(isinstance(modules.get(name), EMBEDDINGS) for name in names)
         size += (parameter.numel() if stays else left) * parameter.element_size()
     return count, size

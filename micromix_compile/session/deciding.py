@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from typing import TYPE_CHECKING, Final
 
-from micromix_compile.calibration.assignment import assign, channel_order, decided
+from micromix_compile.calibration.assignment import assign, channel_order, decided, without
 from micromix_compile.calibration.experts import expert_name
 from micromix_compile.calibration.memory import ROUNDING, naming_out_of_memory
 from micromix_compile.config import MicroMixConfig
@@ -14,7 +15,7 @@ from micromix_compile.ops.pack import round_experts, round_weights
 from micromix_compile.progress import track
 from micromix_compile.recipe.fingerprint import Checksums, weight_sample
 from micromix_compile.recipe.types import FEW_TOKENS, GroupRecipe, LinearRecipe, Recipe
-from micromix_compile.session.candidates import left_alone
+from micromix_compile.session.candidates import first_of, left_alone
 from micromix_compile.session.matching import all_parameter_names, named_modules
 from micromix_compile.targets.target import target_of
 
@@ -35,9 +36,6 @@ logger = logging.getLogger("micromix_compile")
 UNDECIDED: Final = MicroMixConfig(policy="mxfp8", uniform_order="model", activations="same", rotate="none")
 """The config of a recipe that is observed and not yet split: a policy that needs no statistics."""
 
-SHOWN: Final = 8
-"""Weights that a message names of those that stay; `Recipe.refused` has all."""
-
 Groups = dict["ChannelObserver", list["LinearState"]]
 """The linears that read one activation, by who observed it."""
 
@@ -52,15 +50,28 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
     _say_escaped(names, observed, strict=any(config.strict for config in observation.configs))
     target = _target(groups)
     for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
-        recipe = assign(observed, decided(observation.feasible(config), target.activations))
+        wanted = _wanted(names, observed, config)
+        recipe = assign(wanted, decided(observation.feasible(config), target.activations))
         if config.activations == "auto":
             _say_activations(recipe, target)
         _say_starved(recipe)
         if config.rounds_weights:
-            with naming_out_of_memory(*ROUNDING):
-                packed = _round(recipe, groups, keep_moments=left > 0, progress=progress)
+            with naming_out_of_memory(*ROUNDING), _whole_or_forgotten(observation):
+                packed = _round(recipe, _of_recipe(recipe, groups), keep_moments=left > 0, progress=progress)
             recipe = dataclasses.replace(recipe, packed=packed)
         yield recipe
+        if left:
+            observed = _known_anew(observed, groups)
+
+
+@contextlib.contextmanager
+def _whole_or_forgotten(observation: Observation) -> Iterator[None]:
+    """Where rounding fails half-way, moments are gone that another attempt would need: calibration starts again."""
+    try:
+        yield
+    except BaseException:
+        observation.release()
+        raise
 
 
 def _target(groups: Groups) -> Target:
@@ -87,6 +98,12 @@ def _groups(names: Names) -> Groups:
     return groups
 
 
+def _of_recipe(recipe: Recipe, groups: Groups) -> Groups:
+    """Those of its linears."""
+    kept = {one: [state for state in members if state.name in recipe.linears] for one, members in groups.items()}
+    return {observer: members for observer, members in kept.items() if members}
+
+
 def _observed(names: Names, groups: Groups, *, with_checksums: bool) -> Recipe:
     """All that was observed as a recipe that decides nothing yet."""
     linears = _linears(names, groups, with_checksums=with_checksums)
@@ -103,6 +120,13 @@ def _observed(names: Names, groups: Groups, *, with_checksums: bool) -> Recipe:
     )
 
 
+def _wanted(names: Names, observed: Recipe, config: MicroMixConfig) -> Recipe:
+    """What was observed without the linears that this config skips, and others don't."""
+    skips = {state.name: config.why_skipped(state.names) for state in names if state.name in observed.linears}
+    wanted = without(observed, {name: why for name, why in skips.items() if why is not None})
+    return dataclasses.replace(wanted, left_alone=_left_alone(names, wanted.linears))
+
+
 def _linears(names: Names, groups: Groups, *, with_checksums: bool) -> dict[str, LinearRecipe]:
     """By name, in the model's order."""
     made: dict[str, LinearRecipe] = {}
@@ -114,7 +138,7 @@ def _linears(names: Names, groups: Groups, *, with_checksums: bool) -> dict[str,
 
 def _group_recipe(observer: ChannelObserver, members: Sequence[LinearState]) -> GroupRecipe:
     """One group, its order and split still open."""
-    probe = next((state.probe for state in members if state.probe is not None), None)
+    probe = observer.probe
     costs = None if probe is None else probe.costs(_each_matrix(members), observer.order())
     statistics = observer.statistics(costs)
     perm = channel_order(statistics, UNDECIDED)
@@ -135,6 +159,17 @@ def _linear_recipe(state: LinearState, group: GroupRecipe, *, with_checksums: bo
         expert_tokens=None if state.experts is None else tuple(state.experts.tokens),
         runs=1.0 if state.experts is None else state.experts.runs,
     )
+
+
+def _known_anew(observed: Recipe, groups: Groups) -> Recipe:
+    """The same of the weights as they are now: whoever got a recipe may have changed them before asking for another."""
+    linears = dict(observed.linears)
+    for state in (state for members in groups.values() for state in members):
+        if state.parameter() is not None:
+            known = linears[state.name]
+            with_checksums = known.weight_checksums is not None
+            linears[state.name] = _linear_recipe(state, known.group, with_checksums=with_checksums)
+    return dataclasses.replace(observed, linears=linears)
 
 
 def _refused(names: Names, linears: Mapping[str, LinearRecipe]) -> dict[str, str]:
@@ -176,8 +211,7 @@ def _say_escaped(names: Names, recipe: Recipe, *, strict: bool) -> None:
     if not escaped:
         return
     listed = [f"{name}: {why}" for name, why in escaped.items()]
-    shown = "; ".join([*listed[:SHOWN], *(["..."] if len(listed) > SHOWN else [])])
-    message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({shown})"
+    message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({first_of(listed)})"
     if strict:
         raise ValueError(f"strict=True: {message}; name them in skip if that is meant")
     logger.warning(message)

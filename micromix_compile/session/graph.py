@@ -43,10 +43,12 @@ def close_graph(session: Session, context: PassContext) -> None:
     """Guard what the graph was built on.
 
     Raises ValueError if it turns out that nothing can be quantized, or, if strict, if a fused operation hides linears;
-    RuntimeError, if strict, if experts that have a recipe run in a loop.
+    RuntimeError, if strict, for a linear that stays though nobody asked for it, or for experts with a recipe that run
+    in a loop.
     """
     say_unopened(context.unopened, strict=session.config.strict)
-    session.note_refusals({**context.refusals, **context.unopened})
+    sites = [(site.parameter, site.part) for site in context.sites]
+    session.note_refusals({**context.refusals, **context.unopened}, sites)
     session.check_experts()
     for site in context.sites:
         guard_attribute(site.weight, session.state_attribute, "key")

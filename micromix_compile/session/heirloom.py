@@ -7,6 +7,9 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
+from micromix_compile.linear.replacing import OnlySpeaks
+from micromix_compile.session.distributed import is_packed
+
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
@@ -63,14 +66,14 @@ def inherited_recipe(model: nn.Module, key: Hashable) -> Recipe | None:
     return heirloom.take(key) if isinstance(heirloom, Heirloom) else None
 
 
-class _SavesPlainWeights:
+class _SavesPlainWeights(OnlySpeaks):
     """Says once, when a converted model's state is asked for, that it holds the model's own weights."""
 
     def __init__(self) -> None:
         self._said = False
 
     def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not self._said:
+        if not self._said and not is_packed(model):
             self._said = True
             logger.warning(
                 "the state of %s holds its own weights, not the packed ones by which torch.compile runs it; "

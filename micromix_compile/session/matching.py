@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
@@ -45,8 +46,8 @@ def _clean(name: str) -> str:
 
 
 def model_id(model: nn.Module) -> str:
-    """What a recipe calls a model: its class, and where its weights came from if that is known."""
-    origin = getattr(getattr(model, "config", None), "name_or_path", "")
+    """What a recipe calls a model: its class, and the name that its weights came under, no path, if that is known."""
+    origin = Path(getattr(getattr(model, "config", None), "name_or_path", None) or "").name
     return f"{type(model).__name__}({origin})" if origin else type(model).__name__
 
 
@@ -126,10 +127,10 @@ def _common_tail(fqn: str, name: str) -> int:
 
 
 def _same_weight(linear: LinearRecipe, parameter: Tensor, sample: Tensor) -> bool:
-    return _fits(linear, parameter) and same_sample(linear.weight_sample, sample)
+    return fits(linear, parameter) and same_sample(linear.weight_sample, sample)
 
 
-def _fits(linear: LinearRecipe, parameter: Tensor) -> bool:
+def fits(linear: LinearRecipe, parameter: Tensor) -> bool:
     """Whether the weight has the shape of the recipe's, or of its transpose, or of those of all experts."""
     leading = linear.shape[:-2]
     return parameter.shape[:-2] == leading and sorted(parameter.shape[-2:]) == sorted(linear.shape[-2:])
@@ -140,7 +141,7 @@ def check_same_weight(recipe: Recipe, linear: LinearRecipe, parameter: Tensor, m
     both = f"the recipe was made for {recipe.model_id}, and this model is {model_id}"
     if special := why_no_plain_weight(parameter):
         raise ValueError(f"{linear.fqn} can't be quantized: {special}")
-    if not _fits(linear, parameter):
+    if not fits(linear, parameter):
         raise ValueError(f"{both}: {linear.fqn} is {linear.shape} there and {tuple(parameter.shape)} here")
     if not same_sample(linear.weight_sample, weight_sample(parameter)):
         raise ValueError(f"{both}: {linear.fqn} has other weights here; if they were replaced, calibrate again")

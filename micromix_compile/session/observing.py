@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from micromix_compile.calibration.experts import ExpertObserver, Routed
-from micromix_compile.calibration.guided import GuidedMoment
 from micromix_compile.calibration.observer import ChannelObserver
 from micromix_compile.calibration.policies import policy_of
 from micromix_compile.calibration.sensitivity import CostProbe
 from micromix_compile.calibration.token_layout import TokenLayout
+from micromix_compile.session.watched import Watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,6 +49,7 @@ class Observation:
         self._pass = threading.local()
         self._layout = TokenLayout()
         self._enough_at: int | None = None
+        self._leaves: list[tuple[Tensor, Tensor | None]] = []  # made to require gradients, and their own
 
     @property
     def rounds_weights(self) -> bool:
@@ -88,10 +89,11 @@ class Observation:
     def input(
         self, x: Tensor, states: Sequence[LinearState], transposed: Sequence[bool], source: Tensor | None,
         routings: Sequence[RoutingTensors | None],
-    ) -> None:  # fmt: skip
+    ) -> Watched:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`.
 
         routings: for each weight that is of experts the tensors of its `passes.context.Routing`, None for others.
+        Returns what `output` wants to know of this call.
         """
         with self.lock:
             for state, flipped in zip(states, transposed, strict=True):
@@ -106,109 +108,95 @@ class Observation:
                 observer.update(*((x, self.token_mask, source) if sorted_by is None else (x[kept],)))
             if self.takes_moments and not self.takes_gradients:
                 observer.update_moment(*((x, self.token_mask, source) if sorted_by is None else (x[kept],)))
-            self._route(x, states, routings, kept, tokens)
+            routed = self._route(x, states, routings, kept, tokens)
+            guides = self.takes_moments and self.takes_gradients
+            watched = Watched(states[0], kept, routed, takes_costs=self.takes_costs, takes_moments=guides)
             if self.takes_costs:
-                self._probe(states, x).watch_input(x, observer.order(), kept, tokens)
-            if self.takes_moments and self.takes_gradients:
-                observer.guided.watch_input(x, kept)
+                self._probe(observer, x).add_input(watched.counted(x), observer.order(), tokens)
+            if self.takes_gradients and (self.takes_costs or self.takes_moments):
+                self._require_gradient(x)
+                watched.watch_gradients(x, observer.order())
+            return watched
+
+    def _require_gradient(self, x: Tensor) -> None:
+        """Make x require gradients until the batch is released; it may hold one already, as a Parameter does."""
+        if not x.requires_grad:
+            self._leaves.append((x, x.grad))
+            x.grad = None
+            x.requires_grad_(True)
 
     def _route(
         self, x: Tensor, states: Sequence[LinearState], routings: Sequence[RoutingTensors | None], kept: Tensor | None,
         tokens: int | None,
-    ) -> None:  # fmt: skip
-        """Note which rows of `x` reach which expert. kept: which of them count. tokens: how many tokens they are of."""
+    ) -> dict[LinearState, Routed]:  # fmt: skip
+        """Which rows of `x` reach which expert, by weight. kept: which count. tokens: how many tokens they are of."""
+        all_routed = {}
         for state, routing in zip(states, routings, strict=True):
             if routing is None:
                 continue
             offs, rows, _ = routing
             assert offs is not None, "a grouped product knows where rows end"
-            routed = self._routed[state] = Routed.of(offs, rows, kept)
+            routed = all_routed[state] = Routed.of(offs, rows, kept)
             if state.experts is None:
                 state.experts = ExpertObserver(len(offs))
             if self.takes_statistics:
                 counted = x.shape[0] if kept is None else int(kept.sum())
                 state.experts.update(routed, counted if tokens is None else tokens)
-            if self.takes_moments and self.takes_gradients:
-                state.experts.watch_input(x)
-            elif self.takes_moments:
+            if self.takes_moments and not self.takes_gradients:
                 state.experts.update_moments(x, routed)
+        return all_routed
 
-    def output(self, y: Tensor, state: LinearState, routing: RoutingTensors | None) -> None:
-        """Take statistics of `y`, the output of the linear with this weight."""
+    def output(self, y: Tensor, state: LinearState, watched: Watched) -> None:
+        """Take statistics of `y`, the output of the linear with this weight. watched: what its input returned."""
         with self.lock:
-            if state.observer is None:
-                return
-            routed = None if routing is None else self._routed[state]
-            kept = state.observer.kept(y, self.token_mask) if routed is None else None
-            if self.takes_costs and state.probe is not None:
-                if routed is None:
-                    state.probe.watch_output(state.name, y, kept)
-                else:
-                    state.probe.watch_expert_outputs(state.name, y, routed)
-            if self.takes_moments and self.takes_gradients:
-                if routed is None:
-                    state.observer.guided.watch_output(y)
-                elif state.experts is not None:
-                    state.experts.watch_output(y, routed)
-
-    @property
-    def _routed(self) -> dict[LinearState, Routed]:
-        """By weight: how its last input in this thread was routed."""
-        routed: dict[LinearState, Routed] = vars(self._pass).setdefault("routed", {})
-        return routed
+            if state.observer is not None:
+                watched.output(state, y)
 
     def _observer(self, states: Sequence[LinearState], x: Tensor) -> ChannelObserver:
-        """The one that these linears share."""
-        observer = next((state.observer for state in states if state.observer is not None), None)
-        if observer is None:
-            counted = tuple(dict.fromkeys(t for config in self.configs for t in policy_of(config).counted(config)))
-            observer = ChannelObserver(
-                states[0].name,
-                x.shape[-1],
-                counted,
-                with_squares=self.rounds_weights or self.needs_costs,
-                layout=self._layout,
-            )
+        """The one that these linears share: if they have several, the first, with all that the others saw."""
+        known = dict.fromkeys(state.observer for state in states if state.observer is not None)
+        observer, *others = known or [self._new_observer(states[0].name, x.shape[-1])]
+        for other in others:
+            observer.absorb(other)
+            for state in self._names:
+                if state.observer is other:
+                    state.observer = observer
         for state in states:
             state.observer = observer
         return observer
 
-    def _probe(self, states: Sequence[LinearState], x: Tensor) -> CostProbe:
-        probe = next((state.probe for state in states if state.probe is not None), None)
-        if probe is None:
-            probe = CostProbe(x.shape[-1], self.configs[0].scale_rounding, gradients=self.takes_gradients)
-        for state in states:
-            state.probe = probe
-        return probe
+    def _new_observer(self, name: str, channels: int) -> ChannelObserver:
+        counted = tuple(dict.fromkeys(t for config in self.configs for t in policy_of(config).counted(config)))
+        squares = self.rounds_weights or self.needs_costs
+        return ChannelObserver(name, channels, counted, with_squares=squares, layout=self._layout)
+
+    def _probe(self, observer: ChannelObserver, x: Tensor) -> CostProbe:
+        if observer.probe is None:
+            rounding = self.configs[0].scale_rounding
+            observer.probe = CostProbe(x.shape[-1], rounding, gradients=self.takes_gradients)
+        return observer.probe
 
     def observers(self) -> Iterator[ChannelObserver]:
         """The distinct observers made so far, in the model's order."""
         yield from dict.fromkeys(state.observer for state in self._names if state.observer is not None)
 
-    def probes(self) -> list[CostProbe]:
-        """The distinct probes made so far."""
-        return list(dict.fromkeys(state.probe for state in self._names if state.probe is not None))
-
     def release_batch(self) -> None:
         """Let go of the last batch that was run backward."""
-        for probe in self.probes():
-            probe.release()
-        for observer in self.observers():
-            observer.guided.release()
+        for leaf, gradient in self._leaves:
+            leaf.requires_grad_(False)
+            leaf.grad = gradient
+        self._leaves.clear()
 
     def forget_gradients(self) -> None:
         """Drop what was measured of costs, and moments that are guided."""
-        for state in self._names:
-            state.probe = None
         for observer in self.observers():
-            observer.guided = GuidedMoment()
+            observer.probe = observer.guided = None
 
     def release(self) -> None:
         """Let go of all that was observed: second moments are K * K numbers a group."""
         self.release_batch()
         for state in self._names:
-            state.observer = state.experts = state.probe = None
-        self._routed.clear()
+            state.observer = state.experts = None
 
     @property
     def batches(self) -> int:

@@ -1,8 +1,8 @@
 """Which session a graph belongs to: what was compiled, under which options, by which recipe.
 
-A session is found by the weights that a graph reads, or by the module that torch.compile was given; the call stack
-beyond that module only names layers that were compiled one by one. Sessions live as long as a graph that was compiled
-under them, and take their packed weights with them.
+A session is found by the module that torch.compile was given, or by the weights that a function without one reads; the
+call stack beyond that module only names layers that were compiled one by one. Sessions live as long as a graph that was
+compiled under them, and take their packed weights with them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,23 @@ def sessions(key: SessionKey | None = None) -> Iterator[Session]:
 
 
 def find_session(key: SessionKey, weights: Sequence[nn.Parameter], region: Region) -> Session | None:
-    """The session under `key` that knows a weight of the graph or, for graphs without one, what is being compiled."""
-    known = list(sessions(key))
-    for session in known:
-        if any(session.knows(weight) for weight in weights):
-            return session
-    here = [module for module in (region.compiled, *region.around) if module is not None]
-    return next((session for session in known if any(map(session.is_model, here))), None)
+    """The session under `key` of the module that a region compiles, of the model it is a layer of, or of another module
+    that holds it; for a function without a module the one that knows a weight of the graph.
+
+    Weights alone say nothing of a module: several models may share them.
+    """
+    known, compiled = list(sessions(key)), region.compiled
+    if compiled is None:
+        return next((session for session in known if any(map(session.knows, weights))), None)
+    own = next((session for session in known if session.is_model(compiled)), None)
+    if own is not None or not known:
+        return own
+    holding = [session for session in known if session.holds(compiled)]
+    for module in (model_of(region), *region.around):
+        for session in holding:
+            if module is not None and session.is_model(module):
+                return session
+    return next(iter(holding), None)
 
 
 def remember(key: SessionKey, session: Session) -> None:

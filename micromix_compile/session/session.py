@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+from itertools import starmap
 from typing import TYPE_CHECKING
 
 from micromix_compile.calibration.sharding import check_model
@@ -10,27 +10,30 @@ from micromix_compile.linear.experts import runs_in_a_loop
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
 from micromix_compile.passes.pre_grad.find_linears import TAKEN_OUT, why_no_plain_weight
-from micromix_compile.recipe.parts import as_matrix
 from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
-from micromix_compile.session.candidates import how_to_leave_training, say_left_out
+from micromix_compile.session.candidates import how_to_leave_training, say_left_out, say_unknown
 from micromix_compile.session.coverage import Coverage
 from micromix_compile.session.distributed import check_not_distributed, is_packed
-from micromix_compile.session.matching import find_linear, match_parts, named_modules
+from micromix_compile.session.matching import find_linear, fits, match_parts, named_modules
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
+from micromix_compile.session.state import members_of
 from micromix_compile.session.weights import PackedWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, fx, nn
 
     from micromix_compile.config import MicroMixConfig
     from micromix_compile.lowering.torch_private.recompile_limit import CompileId
     from micromix_compile.recipe.parts import Part
-    from micromix_compile.recipe.types import Recipe
+    from micromix_compile.recipe.types import LinearRecipe, Recipe
     from micromix_compile.session.state import LinearState, PackedTensors
+    from micromix_compile.session.watched import Watched
+
+    Weight = tuple[nn.Parameter, Part | None]
 
 
 class Session:
@@ -53,10 +56,12 @@ class Session:
         self.names = Names(convolutions=config.convolutions)
         self.observation = Observation(self.names, (config, *also))
         self.coverage = Coverage(self.names)
-        self.is_packed = False  # the model holds packed linears already: nothing is to be calibrated
         self.versions: set[CompileId] = set()
         """What Dynamo has compiled in the present phase."""
+        self._members = None if recipe is None else members_of(recipe)
         self._weights = PackedWeights()
+        self._matched: dict[str, LinearRecipe] = {}
+        """By the model's names: what the recipe has of weights that are the model's, or were before they changed."""
         self._source = source
 
     # The model and its weights
@@ -67,12 +72,11 @@ class Session:
         Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, if its weights are
         spread over processes, or if it is to be calibrated for shards that don't fit.
         """
-        check_not_training(model)
         check_not_distributed(model)
         self.names.belong_to(model)
         self.names.take_in(model, self._decide)
         self._take_in_parts()
-        self.is_packed = is_packed(model)
+        self.check_not_training()
         if self.is_packed:
             return
         if not self.has_candidates:
@@ -94,16 +98,19 @@ class Session:
     def _decide(self, state: LinearState, parameter: nn.Parameter) -> None:
         """Complete the state of a weight that is new."""
         state.file = self._source if isinstance(self._source, RecipeFile) else None
-        pattern = next((p for p in self.config.skip for name in state.names if fnmatch.fnmatch(name, p)), None)
-        if pattern is not None:
-            state.refusal = f"its name matches skip={pattern!r}"
-        state.refusal = state.refusal or why_no_plain_weight(parameter)
-        linear, weight = None, as_matrix(parameter) if state.part is None else state.part.of(parameter.detach())
+        skips = [config.why_skipped(state.names) for config in self.observation.configs]
+        state.refusal = (skips[0] if all(skips) else state.refusal) or why_no_plain_weight(parameter)
+        linear = None
         if self.recipe is not None and state.refusal is None:
-            linear = find_linear(self.recipe, weight, state.names, model_id=self.model_id)
+            linear, weight = self._matched.get(state.name), state.weight()
+            assert weight is not None, "it is alive"
+            if linear is None or not fits(linear, weight):
+                linear = find_linear(self.recipe, weight, state.names, model_id=self.model_id)
             if linear is None and state.part is not None:
                 state.refusal = "calibration did not reach this part of the weight"
-        state.decide(linear, self.recipe)
+        if linear is not None and self.names.has_model:
+            self._matched[state.name] = linear
+        state.decide(linear, self._members)
 
     def _take_in_parts(self) -> None:
         """Name the parts of weights that the recipe has. Raises ValueError if one is another model's."""
@@ -127,10 +134,18 @@ class Session:
         """Whether `module` is the model that was prepared."""
         return self.model is module
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is a part of the model that was prepared, or that model."""
+        return self.model is not None and any(module is part for part in self.model.modules())
+
     def check_not_training(self) -> None:
-        """Raise ValueError if the model has been put into training mode."""
-        if self.model is not None:
-            check_not_training(self.model)
+        """Raise ValueError if the model is, as a whole, in training mode; one whose linears are packed may be."""
+        model = self.model
+        if model is not None and model.training and not self.takes_no_options:
+            raise ValueError(
+                f"{type(model).__name__} is in training mode, where dropout falsifies calibration and quantized "
+                f"linears have no gradient: {how_to_leave_training(model)}"
+            )
 
     @property
     def has_candidates(self) -> bool:
@@ -138,16 +153,24 @@ class Session:
         return self.names.has_candidates
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the model holds packed linears, perhaps by now: what is left of it is not to be calibrated."""
+        return self.model is not None and is_packed(self.model)
+
+    @property
     def takes_no_options(self) -> bool:
         """Whether it holds packed linears, and no recipe is for any of its other weights: nothing else will change."""
-        return self.is_packed and not any(state.linear for state in self.names)
+        return self.is_packed and not any(state.linear and state.parameter() is not None for state in self.names)
 
-    def note_refusals(self, refusals: Mapping[str, str]) -> None:
-        """Remember why candidates in a graph were left alone. Raises ValueError if no other is left."""
+    def note_refusals(self, refusals: Mapping[str, str], sites: Iterable[Weight] = ()) -> None:
+        """Remember why candidates in a graph were left alone, and say what runs unquantized though nobody asked for it.
+
+        sites: the weights of the others. Raises ValueError if no other is left; RuntimeError if strict, instead of
+        saying something.
+        """
         known = self.names.refusals
         known.update(refusals)
-        if self.recipe is not None:
-            say_left_out(refusals, self.recipe.linears, strict=self.config.strict)
+        self._say_left(refusals, sites)
         if not self.names.has_model or self.is_packed or self.recipe is not None:
             return
         if refusals and all(state.refusal or state.name in known for state in self.names):
@@ -161,6 +184,20 @@ class Session:
         looped = {fqn: TAKEN_OUT for name, fqn in held.items() if runs_in_a_loop(modules.get(name.rpartition(".")[0]))}
         if self.config.strict or looped.items() - self.names.refusals.items():
             self.note_refusals(looped)
+
+    def _say_left(self, refusals: Mapping[str, str], sites: Iterable[Weight]) -> None:
+        """A recipe has what its model refused, so that only a function's refusals are news, or a linear without one."""
+        recipe, strict = self.recipe, self.config.strict
+        states = self.names if refusals else ()
+        skipped = {state.name for state in states if self.config.why_skipped(state.names)}
+        unasked = {name: reason for name, reason in refusals.items() if name.partition(" (")[0] not in skipped}
+        unknown = {} if self.names.has_model else unasked
+        if recipe is not None:
+            say_left_out(unasked, recipe.linears, strict=strict)
+            reason = f"the recipe of {recipe.model_id} has no such linear"
+            unknown |= {state.name: reason for state in starmap(self.state, sites) if state.linear is None}
+            unknown = {name: why for name, why in unknown.items() if name not in recipe.linears}
+        say_unknown(unknown, () if recipe is None else recipe.refused, model_id=self.model_id, strict=strict)
 
     def _refuse_model(self, reasons: str) -> None:
         raise ValueError(f"{self.model_id} has no linear layer to quantize ({reasons})")
@@ -209,17 +246,14 @@ class Session:
     def observe(
         self, x: Tensor, parameters: Sequence[nn.Parameter], transposed: Sequence[bool], source: Tensor | None = None,
         routings: Sequence[Sequence[Tensor | None] | None] | None = None, parts: Sequence[Part | None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> Watched:  # fmt: skip
         """Take statistics of `x`, the common input of the linears with these weights, flattened from `source`."""
         states = [self.state(*weight) for weight in zip(parameters, parts or [None] * len(parameters), strict=True)]
-        self.observation.input(x, states, transposed, source, routings or [None] * len(states))
+        return self.observation.input(x, states, transposed, source, routings or [None] * len(states))
 
-    def observe_output(
-        self, y: Tensor, parameter: nn.Parameter, routing: Sequence[Tensor | None] | None = None,
-        part: Part | None = None,
-    ) -> None:  # fmt: skip
-        """Take statistics of `y`, the output of the linear with this weight."""
-        self.observation.output(y, self.state(parameter, part), routing)
+    def observe_output(self, y: Tensor, parameter: nn.Parameter, watched: Watched, part: Part | None = None) -> None:
+        """Take statistics of `y`, the output of the linear with this weight. watched: what `observe` returned."""
+        self.observation.output(y, self.state(parameter, part), watched)
 
     def add_input(self, graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
         """Append a graph input that is looked up anew for every call."""
@@ -242,16 +276,11 @@ class Session:
         Raises ValueError if no linear was reached.
         """
         self.recipe = next(self.recipes(progress=True))
+        self._members = members_of(self.recipe)
         for state in self.names:
-            state.decide(self.recipe.linears.get(state.name), self.recipe)
+            linear = self.recipe.linears.get(state.name)
+            if linear is not None and self.names.has_model:
+                self._matched[state.name] = linear
+            state.decide(linear, self._members)
         self.versions.clear()
         return self.recipe
-
-
-def check_not_training(model: nn.Module) -> None:
-    """Raise ValueError if `model`, as a whole, is in training mode."""
-    if model.training:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, where dropout falsifies calibration and quantized linears "
-            f"have no gradient: {how_to_leave_training(model)}"
-        )

@@ -15,17 +15,19 @@ from torch import Tensor
 from micromix_compile.recipe.parts import as_matrix, gaps
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from weakref import ref
 
     from torch import nn
 
     from micromix_compile.calibration.experts import ExpertObserver
     from micromix_compile.calibration.observer import ChannelObserver
-    from micromix_compile.calibration.sensitivity import CostProbe
     from micromix_compile.ops.prepared import Kept
     from micromix_compile.recipe.parts import Part
-    from micromix_compile.recipe.types import LinearRecipe, Recipe
+    from micromix_compile.recipe.types import GroupRecipe, LinearRecipe, Recipe
     from micromix_compile.recipe.watched import RecipeFile
+
+    Members = Mapping[GroupRecipe, tuple[str, ...]]
 
 Key = tuple[object, ...]
 PackedTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -53,7 +55,6 @@ class LinearState:
     transposed: bool | None = None
     observer: ChannelObserver | None = None
     experts: ExpertObserver | None = None
-    probe: CostProbe | None = None
     linear: LinearRecipe | None = None
     packed: Kept[PackedTensors] | None = None
     calls: int = 0
@@ -112,15 +113,25 @@ class LinearState:
         weight = self.weight()
         return weight.mT if weight is not None and self.transposed else weight
 
-    def decide(self, linear: LinearRecipe | None, recipe: Recipe | None) -> None:
-        """Note what `recipe` says of it, None for nothing, and the phase that follows from that."""
+    def decide(self, linear: LinearRecipe | None, members: Members | None) -> None:
+        """Note what the recipe says of it, None for nothing, and the phase that follows from that.
+
+        members: of the recipe's groups; None where there is no recipe yet.
+        """
         self.linear = linear
         if self.refusal is not None:
             self.own_key = UNQUANTIZED
-        elif recipe is None:
+        elif members is None:
             self.own_key = CALIBRATE
         elif linear is None:
             self.own_key = UNQUANTIZED
         else:
-            members = (one.fqn.rpartition(".")[2] for one in recipe.linears.values() if one.group is linear.group)
-            self.own_key = ("quantized", *linear.split, linear.group.rotated, tuple(members))
+            self.own_key = ("quantized", *linear.split, linear.group.rotated, members[linear.group])
+
+
+def members_of(recipe: Recipe) -> Members:
+    """What the linears of each group are called in their modules, in the recipe's order."""
+    members: dict[GroupRecipe, tuple[str, ...]] = {}
+    for linear in recipe.linears.values():
+        members[linear.group] = (*members.get(linear.group, ()), linear.fqn.rpartition(".")[2])
+    return members

@@ -178,9 +178,17 @@ def build(flags: tuple[str, ...] = ()) -> Path:
     compiler made will do. Several processes may build at once: each renames a file of its own. Raises
     NativeBuildError.
     """
+    folder = _cache_dir()
+    try:
+        return _found_or_compiled(folder, [*_COMPILE_FLAGS, *_machine_flags(), *flags])
+    except OSError as error:
+        raise NativeBuildError(f"cannot use {folder}: {error}") from error
+
+
+def _found_or_compiled(folder: Path, arguments: list[str]) -> Path:
+    """The library in `folder`. Raises OSError where that can't be used, and NativeBuildError."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [_default_compiler()]
-    arguments = [*_COMPILE_FLAGS, *_machine_flags(), *flags]
-    folder, stem = _cache_dir(), f"micromix-{_digest(arguments)}"
+    stem = f"micromix-{_digest(arguments)}"
     try:
         made_by = hashlib.sha256(_run([*compiler, "--version"]).encode()).hexdigest()[:8]
     except NativeBuildError as error:
@@ -190,11 +198,8 @@ def build(flags: tuple[str, ...] = ()) -> Path:
     if library := cpu_cache.find(folder, stem, made_by):
         return library
     logger.info("compiling CPU kernels, once per machine (in %s; about 20 seconds)", folder)
-    try:
-        with cpu_cache.scratch(folder) as scratch:
-            return cpu_cache.keep(_compile(compiler, arguments, scratch), folder, f"{stem}-{made_by}")
-    except OSError as error:
-        raise NativeBuildError(f"cannot write to {folder}: {error}") from error
+    with cpu_cache.scratch(folder) as scratch:
+        return cpu_cache.keep(_compile(compiler, arguments, scratch), folder, f"{stem}-{made_by}")
 
 
 def _default_compiler() -> str:

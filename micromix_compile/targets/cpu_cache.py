@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PRIVATE: Final = 0o700
+_READABLE: Final = 0o755  # what root built serves other users, too
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 _BUILD: Final = "build-"
 _ABANDONED: Final = 3600.0  # seconds; a build has `cpu._BUILD_TIMEOUT` for its slowest part
@@ -45,14 +45,17 @@ def reasons(folder: Path, stem: str) -> str:
 
 
 def why_not(path: Path) -> str | None:
-    """Why a library must not be loaded; None if it may be."""
-    reason = _why_not_ours(path.parent) or _why_not_ours(path)
-    if reason is not None:
-        return reason
-    if not stat.S_ISREG(path.lstat().st_mode):
-        return f"{path} is no file"
-    if not path.stem.endswith(f"-{_digest(path)}"):
-        return f"its content ({path.stat().st_size} bytes) is not what was compiled"
+    """Why a library must not be loaded, or can't be; None if it may be."""
+    try:
+        reason = _why_not_ours(path.parent) or _why_not_ours(path)
+        if reason is not None:
+            return reason
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return f"{path} is no file"
+        if not path.stem.endswith(f"-{_digest(path)}"):
+            return f"its content ({path.stat().st_size} bytes) is not what was compiled"
+    except OSError as error:
+        return f"it can't be read: {error}"
     return None
 
 
@@ -77,7 +80,7 @@ def _make_private(folder: Path) -> None:
 
 def keep(library: Path, folder: Path, stem: str) -> Path:
     """Move a library to its name, from a folder on the same file system. Damaged ones of that name are removed."""
-    library.chmod(_PRIVATE)
+    library.chmod(_READABLE)
     target = folder / f"{stem}-{_digest(library)}.so"
     for path in folder.glob(f"{stem}-*.so"):
         if why_not(path) is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from micromix_compile.numerics.layout import weight_split
 from micromix_compile.targets import cpu
+from micromix_compile.targets.grouped import TritonGrouped
 from micromix_compile.targets.target import Device, target_for
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ def products_of(
     if target.emulated is not None:
         return [Product("any", "plain PyTorch", dict.fromkeys(_weights_of(present, weights), "no matrix instruction"))]
     if target.takes == "folded" and experts:
-        return [Product("any", "grouped_folded_mm", dict.fromkeys(_weights_of(present, weights), FOLDED_KIND))]
+        assert isinstance(target.grouped, TritonGrouped), "who folds has products of experts"
+        assert target.grouped.folded is not None, "and they fold, too"
+        kernels = target.grouped.folded.kernels(weight_split(split, weights))
+        return [Product("any", kernels, dict.fromkeys(_weights_of(present, weights), FOLDED_KIND))]
     if target.takes == "folded":
         return _folded(target, weight_split(split, weights), _weights_of(present, weights))
     if isinstance(target.exact, cpu.CompiledExact):

@@ -50,12 +50,9 @@ class TritonExact:
         tile: one of the tiles, by default the first for M. Raises ValueError as `mixed_mx_mm_call` does.
         """
         rows, columns = x.q4.shape[0], w.w4.shape[0]
-        plain = x.scale.new_empty(rows, sum(block_counts(split_of_activation(*x[:3]))))
-        w_plain = w.w_scale.new_empty(columns, plain.shape[1])
-        checks.check_mixed_mx_mm(
-            *x[:3], plain if _is_swizzled(x.scale) else x.scale,
-            *w[:3], w_plain if _is_swizzled(w.w_scale) else w.w_scale, bias, fp6,
-        )  # fmt: skip
+        blocks = sum(block_counts(split_of_activation(*x[:3])))
+        scales = _plain(x.scale, rows, blocks), _plain(w.w_scale, columns, blocks)
+        checks.check_mixed_mx_mm(*x[:3], scales[0], *w[:3], scales[1], bias, fp6)
         out = x.q4.new_empty((rows, columns), dtype=out_dtype)
         call = mixed_mx_mm_call(
             QuantizedActivation(*(part.contiguous() for part in x)),
@@ -118,3 +115,8 @@ def mixed_mx_mm_call(
 
 def _is_swizzled(scale: Tensor) -> bool:
     return scale.dim() == 3
+
+
+def _plain(scale: Tensor, rows: int, blocks: int) -> Tensor:
+    """Scales for a check that reads shapes; of swizzled ones a stand-in without memory."""
+    return scale.new_empty(rows, blocks, device="meta") if _is_swizzled(scale) else scale

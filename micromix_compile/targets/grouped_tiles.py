@@ -16,6 +16,7 @@ from micromix_compile.targets.folded_tiles import MAX_LONG_SPLIT, PROCESSORS, PR
 from micromix_compile.targets.gluon_tiles import LINE, GluonTile
 
 if TYPE_CHECKING:
+    from micromix_compile.numerics.layout import Split
     from micromix_compile.targets.kernels import FoldedWeight
 
 
@@ -50,6 +51,11 @@ class GroupedTiles:
     def tiles(self) -> tuple[FoldedTile, ...]:
         """All of them."""
         return tuple(dict.fromkeys(tile for _, tile in (*self.whole, *self.shared)))
+
+    def kernels(self, split: Split) -> str:
+        """The names of those that weights of this split take: the persistent one is for many rows of an expert."""
+        is_taken = self.many and sum(split) and block_counts(split)[1] % 2 == 0
+        return "grouped_folded_mm and grouped_mm_rows" if is_taken else "grouped_folded_mm"
 
     def gluon_tile_for(self, rows: int, weight: FoldedWeight, out_dtype: torch.dtype) -> GluonTile | None:
         """The persistent kernel's for R = rows in all, or None where it is not taken."""

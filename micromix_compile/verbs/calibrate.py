@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
@@ -25,7 +26,7 @@ from micromix_compile.session.session import Session
 from micromix_compile.verbs.observed import compile_observed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator
 
     from torch import fx
 
@@ -73,13 +74,27 @@ def calibrate_each(
     """
     _check_batches(batches)
     _check_configs(configs)
+    with contextlib.closing(_recipes(model, batches, configs, progress)) as recipes:
+        while True:
+            with torch.inference_mode(False):  # whose tensors have no gradients, and can't be changed outside
+                recipe = next(recipes, None)
+            if recipe is None:
+                return
+            yield recipe
+
+
+def _recipes(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], configs: Sequence[MicroMixConfig], progress: bool
+) -> Generator[Recipe]:
+    """What `calibrate_each` does, outside of inference mode."""
     model = original_module(model)
     session = Session(configs[0], also=configs[1:])
     session.prepare(model)
     if session.is_packed and not session.has_candidates:
         raise ValueError(f"{session.model_id} holds packed linears: calibrate the model that they were made from")
     observation = session.observation
-    kept = _KeptBatches(SENSITIVITY_TOKENS, all_of_them=observation.needs_guidance)
+    tokens = SENSITIVITY_TOKENS if observation.needs_costs else 0
+    kept = _KeptBatches(tokens, all_of_them=observation.needs_guidance)
     observation.takes_costs, observation.takes_moments = False, observation.needs_plain_moments
     try:
         with observing(model, partial(compile_observed, session)) as observed:
@@ -163,9 +178,9 @@ def observe_batch(session: Session, observed: Callable[..., Any], batch: Mapping
 
 
 class _KeptBatches:
-    """Keeps batches that are to be run again: `all_of_them`, or the first, as many as hold `tokens` tokens.
+    """Keeps copies of batches that are to be run again: `all_of_them`, or the first, as many as hold `tokens` tokens.
 
-    first: how many those are.
+    Who made a batch may fill it anew, and the model may change it. first: how many the first are.
     """
 
     def __init__(self, tokens: int, *, all_of_them: bool) -> None:
@@ -176,13 +191,30 @@ class _KeptBatches:
 
     def add(self, batch: Mapping[str, Any] | Tensor) -> None:
         is_first = self._left > 0
+        positional, named = _arguments(batch)
         if is_first or self._all:
-            self.batches.append(batch)
+            self.batches.append(_copied(positional[0] if positional else named))
         if is_first:
             self.first += 1
-            positional, named = _arguments(batch)
             sizes = [value.shape[:2].numel() for value in (*positional, *named.values()) if isinstance(value, Tensor)]
             self._left -= max(sizes, default=1)
+
+
+def _copied(batch: Any) -> Any:
+    """The same values, which nobody else changes, and whose gradients reach nobody."""
+    try:
+        return copy.deepcopy(batch, {id(tensor): tensor.detach().clone() for tensor in _tensors(batch)})
+    except Exception as error:
+        raise TypeError(f"a batch that is run twice must be one that copy.deepcopy copies: {error}") from error
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those that stand in mappings, lists and tuples; deepcopy alone refuses some, and copies their gradients."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(one)
 
 
 def _measure_sensitivity(

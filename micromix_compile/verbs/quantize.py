@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -24,8 +24,8 @@ from micromix_compile.lowering.torch_private.regions import original_module
 from micromix_compile.ops.pack import packed_weight
 from micromix_compile.recipe.parts import as_matrix, split_name
 from micromix_compile.recipe.types import check_recipe
-from micromix_compile.session.candidates import how_to_leave_training
-from micromix_compile.session.distributed import check_not_distributed
+from micromix_compile.session.candidates import EMBEDDINGS, how_to_leave_training
+from micromix_compile.session.distributed import check_not_distributed, is_packed
 from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names
 from micromix_compile.verbs.quantize_attention import (
     is_of_attention,
@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("micromix_compile")
 
+ONE_FOR_ALL: Final = ("fp6", "weights", "activations", "scale_rounding")
+"""Options of a packed checkpoint that tell how all of its linears are read and run."""
 
+
+@torch.inference_mode(False)  # whose tensors backward could not read, nor load_state_dict change
 def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the recipe's linears by packed ones in place; the original weights are freed. Returns `model`.
 
@@ -57,9 +61,10 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     parametrization, a class of its own or more than a weight and a bias. The log says so, and `model.micromix_refused`,
     a dict of names and reasons, lists them. A Hugging Face model can be saved with save_pretrained afterwards.
 
-    Raises ValueError if the recipe was made for another model, naming both, if one of its linears is packed already,
-    or if one has to stay and the recipe's config is strict; TypeError for what is no model or no recipe. The model is
-    as it was then: nothing is replaced before everything is packed, for which there must be memory.
+    Raises ValueError if the recipe was made for another model, naming both, if one of its linears is packed already, if
+    others are with which it can't be in one checkpoint, or if one has to stay and the recipe's config is strict;
+    TypeError for what is no model or no recipe. The model is as it was then: nothing is replaced before everything is
+    packed, for which there must be memory.
     """
     check_recipe(recipe)
     wrapped: nn.Module = model
@@ -69,6 +74,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     check_not_distributed(model)
     modules = named_modules(model)
     check_not_packed(recipe, modules, model_id(model))
+    before = described_before(model, recipe.config)
     matched = match_linears(recipe, parameter_names(model), model_id=model_id(model))
     places, refused = places_of(matched, modules)
     say_refused(refused, strict=recipe.config.strict)
@@ -79,7 +85,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     replace(modules, {**_packed_modules(linears, modules, recipe), **packed})
     described = {name: description(linear) for name, linear in places.items()}
     share_orders(model, {name: linear.group.name for name, linear in places.items()})
-    describe(model, recipe.config, described)
+    describe(model, recipe.config, before | described)
     model.micromix_refused = refused  # type: ignore[assignment]
     logger.info("quantized %d linears: %s", len(described), recipe.bits_text)
     return wrapped
@@ -105,7 +111,7 @@ def places_of(
             reason = _why_not(name, linear, modules)
             if reason is None:
                 places[name] = linear
-            elif not isinstance(modules.get(name), nn.Embedding):
+            elif not isinstance(modules.get(name), EMBEDDINGS):
                 refused[name] = reason
     for name, linear in places.items():
         holder = name.rpartition(".")[0]
@@ -194,6 +200,25 @@ def order_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     module = model.get_submodule(name)
     assert isinstance(module, MicroMixLinear), f"{name} is packed"
     return module, "order"
+
+
+def described_before(model: nn.Module, config: MicroMixConfig) -> dict[str, dict[str, Any]]:
+    """What an earlier call left in a Hugging Face model's config of linears that are packed.
+
+    Raises ValueError if a loader could not read these and more under `config` from one checkpoint.
+    """
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantization is None or not is_packed(model):
+        return {}
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    ours = config.to_file()
+    for name in ONE_FOR_ALL:
+        if ours[name] != fields["config"][name]:
+            raise ValueError(
+                f"{model_id(model)} holds linears packed with {name}={fields['config'][name]!r}, and one checkpoint "
+                f"has one for all: got a recipe with {ours[name]!r}"
+            )
+    return dict(fields["linears"])
 
 
 def describe(model: nn.Module, config: MicroMixConfig, linears: dict[str, dict[str, Any]]) -> None:

@@ -102,15 +102,10 @@ def _cache_settings(config: MicroMixConfig, targets: Sequence[Target] = ()) -> d
 
 
 def _targets(session: Session, gm: fx.GraphModule, context: PassContext) -> list[Target]:
-    """Who computes the products of a graph.
-
-    The log says where they are slow, or that there is none. Raises RuntimeError for slow ones if strict.
-    """
+    """Who computes the products of a graph. The log says where they are slow; strict, that raises RuntimeError."""
     products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
     targets = [context.target_of(device) for device in input_devices(products)]
     _check_targets(session.config, targets)
-    if not products and context.sites and not session.is_packed:
-        logger.warning("no linear of this graph has a recipe (%s, ...)", session.name_of(context.sites[0].parameter))
     return targets
 
 

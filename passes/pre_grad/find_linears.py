@@ -59,7 +59,7 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
         operands = operands or seen_through(found, inputs)
         name, reason = search.refusal(operands)
         if reason is None:
-            context.sites.append(search.site(node, found.weight, operands))
+            context.sites.append(search.site(node, operands))
         elif _may_be_linear(operands, inputs):
             context.refusals[name] = reason
     return len(context.sites)
@@ -97,7 +97,7 @@ class _Search:
             return f"{name} (transposed)", BOTH_WAYS
         return name, None
 
-    def site(self, node: fx.Node, operand: fx.Node, operands: Operands) -> LinearSite:
+    def site(self, node: fx.Node, operands: Operands) -> LinearSite:
         """The linear that a product is."""
         x, routing = operands.x, None
         if operands.offs is not None:
@@ -106,7 +106,7 @@ class _Search:
                 self.tokens.setdefault(operands.offs, rows)
             routing = Routing(operands.offs, rows, self.tokens.get(operands.offs))
         return LinearSite(
-            node=node, x=x, weight=operands.weight, operand=operand, bias=operands.bias, transposed=operands.transposed,
+            node=node, x=x, weight=operands.weight, bias=operands.bias, transposed=operands.transposed,
             parameter=self.inputs[operands.weight], routing=routing, batch=self._known(operands.batch),
             turned=operands.turned, part=operands.part,
         )  # fmt: skip

@@ -24,6 +24,7 @@ FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     """Insert owner.observe(x, weights, ...) once per distinct value of x, and owner.observe_output after each linear.
 
+    What `observe` returned goes to `observe_output`: another call may have come between a linear and its input.
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
     """
@@ -43,20 +44,19 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
             if first.batch is not None:
                 x = graph.call_function(torch.ops.aten.reshape.default, (x, [-1, first.in_features]))
             seen = (x, weights, transposed, source, routings, parts)
-            copy_meta(first.node, graph.call_function(context.owner.observe, seen))
+            watched = copy_meta(first.node, graph.call_function(context.owner.observe, seen))
         for site, entered in members:
-            _watch_output(shapes, site, entered, context)
+            _watch_output(shapes, site, entered, watched, context)
     return len(groups)
 
 
-def _watch_output(shapes: Shapes, site: LinearSite, entered: Entered, context: PassContext) -> None:
+def _watch_output(shapes: Shapes, site: LinearSite, entered: Entered, watched: fx.Node, context: PassContext) -> None:
     """Have the observer see what comes out of `site`. Whoever reads it gets what was seen, and so its gradient."""
     graph, readers = site.node.graph, list(site.node.users)
     with graph.inserting_before(site.node.next):
         out = shapes.flatten(site, entered)
-        seen = (out, site.weight, _tensors(entered), site.part)
-        watched = graph.call_function(context.owner.observe_output, seen)
-        copy_meta(site.node, watched)
+        seen = (out, site.weight, watched, site.part)
+        copy_meta(site.node, graph.call_function(context.owner.observe_output, seen))
         left = shapes.leave(site, entered, out)
     for reader in readers:
         if left is not site.node:

@@ -16,6 +16,8 @@ from micromix_compile.passes.graph import call, copy_meta
 from micromix_compile.passes.pre_grad.shapes import Shapes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import fx
 
     from micromix_compile.passes.context import LinearPlan, LinearSite, PassContext
@@ -33,7 +35,7 @@ def rewrite_linears(graph: fx.Graph, context: PassContext) -> int:
     perms: dict[int, fx.Node] = {}
     weights: dict[tuple[fx.Node, Part | None], list[fx.Node]] = {}
     shapes = Shapes(graph, sort=False)
-    replaced: dict[fx.Node, fx.Node] = {}  # a linear may read another one's output
+    replaced: dict[fx.Node, fx.Node] = {}  # a linear may read another one's output, as its input or bias
     for site in context.sites:
         plan = context.owner.plan(site.parameter, transposed=site.transposed, part=site.part)
         if plan is None:
@@ -43,8 +45,7 @@ def rewrite_linears(graph: fx.Graph, context: PassContext) -> int:
         weight = site.weight, site.part
         if weight not in weights:
             weights[weight] = [_lift(graph, context, site, plan, i) for i in range(1, len(plan.tensors))]
-        x = replaced.get(site.x, site.x)
-        replaced[site.node] = _replace(shapes, site, x, plan, perms[plan.group], weights[weight])
+        replaced[site.node] = _replace(shapes, site, replaced, plan, perms[plan.group], weights[weight])
     return len(replaced)
 
 
@@ -55,9 +56,15 @@ def _lift(graph: fx.Graph, context: PassContext, site: LinearSite, plan: LinearP
 
 
 def _replace(
-    shapes: Shapes, site: LinearSite, x: fx.Node, plan: LinearPlan, perm: fx.Node, weights: list[fx.Node]
+    shapes: Shapes,
+    site: LinearSite,
+    replaced: Mapping[fx.Node, fx.Node],
+    plan: LinearPlan,
+    perm: fx.Node,
+    weights: list[fx.Node],
 ) -> fx.Node:
     node, graph = site.node, site.node.graph
+    x, bias = replaced.get(site.x, site.x), site.bias
     example, given = node.meta["example_value"], site.x.meta.get("example_value")
     with graph.inserting_before(node):
 
@@ -72,7 +79,11 @@ def _replace(
         quantized = copy_meta(node, _quantize(graph, rows, perm, plan))
         parts = [add(operator.getitem, quantized, i) for i in range(4)]
         operands: dict[str, Any] = dict(zip((*ACTIVATION, *WEIGHT), (*parts, *weights), strict=True))
-        operands |= {"bias": site.bias, "fp6": plan.layout.fp6, "out_dtype": example.dtype}
+        operands |= {
+            "bias": None if bias is None else replaced.get(bias, bias),
+            "fp6": plan.layout.fp6,
+            "out_dtype": example.dtype,
+        }
         if routing is None:
             product = copy_meta(node, call(graph, ops.mixed_mx_mm, **operands))
             leading = [add(aten.sym_size.int, x, d) for d in range(example.dim() - 1)]

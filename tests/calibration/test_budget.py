@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from micromix_compile.calibration import budget as budgets
 from micromix_compile.calibration.assignment import assign
 from micromix_compile.calibration.budget import Candidates, allowed_splits, solve_budget
 from micromix_compile.config import GRANULARITIES, MicroMixConfig
@@ -55,6 +56,55 @@ def channels(groups: list[Candidates]) -> float:
     return sum(group.costs.shape[1] * group.prices[0] / 4 for group in groups)
 
 
+def splits_of(channels: int, granularity: int, pairs: bool = False) -> list[Split]:
+    return [(k4, k6, k8) for k4, k6, k8 in allowed_splits(channels, granularity, pairs_mxfp6=pairs).tolist()]
+
+
+def plain_hull(group: Candidates, granularity: int) -> list[tuple[float, float, Split]]:
+    """(price, cost, split), one split after the other in Python's numbers."""
+    tables = []
+    for costs in (group.costs, group.rotated):
+        if costs is not None:
+            upto = torch.cat((costs.new_zeros(3, 1, dtype=torch.float64), costs.double().cumsum(1)), dim=1)
+            tables.append(upto.tolist())
+    channels, points = group.costs.shape[1], []
+    counts = list(range(0, channels + 1, 32))
+    for k8, k6 in itertools.product(counts, counts):
+        k4 = channels - k6 - k8
+        is_whole = all(k % granularity == 0 or k == most for k, most in ((k8, channels), (k6, channels - k8)))
+        if k4 < 0 or not is_whole or (group.pairs_mxfp6 and k6 % 64):
+            continue
+        cost = min(
+            four[k4] + (six[k4 + k6] - six[k4]) + (eight[channels] - eight[k4 + k6]) for four, six, eight in tables
+        )
+        points.append((sum(k * p for k, p in zip((k4, k6, k8), group.prices, strict=True)), cost, (k4, k6, k8)))
+    hull: list[tuple[float, float, Split]] = []
+    for price, cost, split in sorted(points):
+        if hull and cost >= hull[-1][1]:
+            continue
+        while len(hull) >= 2 and (hull[-2][1] - hull[-1][1]) * (price - hull[-2][0]) <= (hull[-2][1] - cost) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((price, cost, split))
+    return hull
+
+
+@given(problems(most_groups=1), st.booleans(), st.booleans(), st.booleans())
+def test_the_hull_is_the_one_of_splits_taken_one_after_the_other_to_the_last_bit(
+    problem: tuple[list[Candidates], int], rotates: bool, pairs: bool, ties: bool
+) -> None:
+    (group,), granularity = problem
+    costs = (group.costs * 4).round() if ties else group.costs
+    rotated = costs.flip(0) if rotates else None
+    prices = (4.0, 4.0, 8.0) if ties else (4 / 3, 6 / 7, 8 * 0.1)
+    group = dataclasses.replace(group, costs=costs, rotated=rotated, prices=prices, pairs_mxfp6=pairs)
+    hull = [
+        (point.price, point.cost, point.split) for point in budgets._lower_hull(budgets._points(group, granularity))
+    ]
+    assert hull == plain_hull(group, granularity)
+
+
 @given(problems(), st.floats(4, 9))
 def test_splits_sum_to_k_in_granules_within_the_budget(problem: tuple[list[Candidates], int], bits: float) -> None:
     groups, granularity = problem
@@ -63,7 +113,7 @@ def test_splits_sum_to_k_in_granules_within_the_budget(problem: tuple[list[Candi
     assert sum(price(g, s) for g, s in zip(groups, splits, strict=True)) <= budget * (1 + 1e-9)
     for group, split in zip(groups, splits, strict=True):
         assert sum(split) == group.costs.shape[1]
-        assert split in allowed_splits(sum(split), granularity)
+        assert split in splits_of(sum(split), granularity)
         assert min(split) >= 0
         assert all(k % 32 == 0 for k in split)
         assert sum(k % granularity != 0 for k in split) <= 2  # as for the thresholds: one count takes what is left
@@ -104,7 +154,7 @@ def test_no_other_choice_of_the_same_price_costs_less(problem: tuple[list[Candid
     splits = solve_budget(groups, bits * channels(groups), granularity)
     spent = sum(price(g, s) for g, s in zip(groups, splits, strict=True))
     found = sum(cost(g, s) for g, s in zip(groups, splits, strict=True))
-    for other in itertools.product(*(allowed_splits(g.costs.shape[1], granularity) for g in groups)):
+    for other in itertools.product(*(splits_of(g.costs.shape[1], granularity) for g in groups)):
         if sum(price(g, s) for g, s in zip(groups, other, strict=True)) <= spent:
             assert sum(cost(g, s) for g, s in zip(groups, other, strict=True)) >= found - 1e-9 * (1 + found)
 

@@ -36,6 +36,22 @@ def test_statistics_equal_those_of_all_samples_at_once(lengths: list[int], dtype
     assert (seen.elements, seen.tokens, seen.batches) == (rows.numel(), len(rows), len(batches))
 
 
+def test_what_one_observer_saw_can_be_added_to_another_one() -> None:
+    batches = [torch.randn(2, length, 8) for length in (3, 5, 4)]
+    one, two, both = observe(*batches[:1]), observe(*batches[1:]), observe(*batches)
+    for observer, seen in ((one, batches[:1]), (two, batches[1:]), (both, batches)):
+        for batch in seen:
+            observer.update_moment(batch)
+    two.update_guided(torch.ones(2, 8), torch.ones(2))
+    one.absorb(two)
+    got, want = one.statistics(), both.statistics()
+    assert torch.equal(got.abs_mean, want.abs_mean)
+    assert torch.equal(got.abs_max, want.abs_max)
+    assert (got.below, got.elements, got.tokens, got.batches) == (want.below, want.elements, want.tokens, want.batches)
+    torch.testing.assert_close(one.moment_for("gptq"), both.moment_for("gptq"))
+    assert torch.equal(one.moment_for("guided"), torch.full((8, 8), 2.0))
+
+
 def test_padding_tokens_are_not_counted() -> None:
     x = torch.randn(2, 5, 8)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.experts import model_of_experts
 from support.llama import llama, token_batches
 from support.recipe_files import Fields, Tensors, forge
 from transformers import AutoModelForCausalLM
@@ -123,6 +124,17 @@ def test_one_device_loads_a_checkpoint_that_ranks_can_cut(
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_checkpoint_whose_order_no_ranks_can_cut_is_refused(
+    model: nn.Module, recipes: dict[str, Recipe], tmp_path: Path
+) -> None:
+    packed = micromix.quantize_(copy.deepcopy(model), recipes["budget"])
+    order = packed.get_submodule(f"{DOWN}.order")
+    order.channel_perm = order.channel_perm.flip(0)  # type: ignore[operator, union-attr]
+    packed.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"down_proj.order.channel_perm must have the channels of shard 0 of 2 in its"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def shards_of(recipes: dict[str, Recipe], fqn: str) -> tuple[Split, ...]:
     return recipes["budget"].linears[fqn].group.shards
 
@@ -139,6 +151,14 @@ def test_a_model_that_cannot_be_cut_is_refused_before_it_is_calibrated(model: nn
     skipping = dataclasses.replace(config(), shards=3, skip=("*o_proj",))
     with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has 256 input channels, which shards=3 do not"):
         micromix.calibrate(model, never(), skipping)
+
+
+def test_experts_that_cannot_be_cut_are_refused_before_they_are_calibrated() -> None:
+    model = model_of_experts("mixtral")
+    with pytest.raises(
+        ValueError, match=r"mlp.experts.down_proj has 96 input channels, which shards=2 do not cut into"
+    ):
+        micromix.calibrate(model, never(), config())
 
 
 def never() -> Iterator[Tensor]:

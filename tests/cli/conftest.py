@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from support.command_line import SHORT, run_well
+from support.models import default_tokenizer
 
 from micromix_compile.evaluation import zoo
 
@@ -20,7 +21,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     directory = tmp_path_factory.mktemp("small")
-    tokenizer = zoo.load_tokenizer()
+    tokenizer = default_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import micromix_compile as micromix
-from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation import texts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from micromix_compile.recipe.types import Recipe
 from support.command_line import SHORT, run, run_well
+from support.models import default_tokenizer
 
 
 def test_calibrate_writes_a_recipe_with_the_options_it_was_given(recipe_file: Path) -> None:
@@ -48,7 +49,7 @@ def test_calibration_never_reads_evaluation_text(
     options = ("--policy", "budget", "--weight-rounding", "gptq", "--windows", 10)
     run_well("calibrate", "--model", small_model, "--data", data, "--out", tmp_path / "r", *options)
     text = texts.load_texts(data)
-    tokenizer = zoo.load_tokenizer()
+    tokenizer = default_tokenizer()
     shown = [tokenizer.decode(ids) for batch in seen for ids in batch]
     assert len(shown) == 10 + 8  # 4,096 tokens are run backward too
     calibration, evaluated = "\n\n".join(text.calibration), "\n\n".join(text.evaluation)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-from support.command_line import run, run_well
+from support.command_line import run, run_well, write_packed_config
 from support.others import write_quantized
 
+import micromix_compile as micromix
 from micromix_compile.cli.options import CONVERTED_ACTIVATIONS
 from micromix_compile.evaluation import zoo
 from micromix_compile.integrations.from_others import ACTIVATIONS
@@ -60,9 +62,29 @@ def test_a_missing_source_and_one_that_is_the_destination_are_refused(theirs: Pa
     missing = run("convert", tmp_path / "nowhere", tmp_path / "packed")
     assert (missing.exit_code, "no config.json in" in missing.stderr) == (1, True)
     same = run("convert", theirs, theirs, "--overwrite")
-    assert (same.exit_code, "must be another directory than SOURCE" in same.stderr) == (2, True)
+    assert (same.exit_code, "must not hold what it is made from" in same.stderr) == (2, True)
+    for place in (theirs, theirs.parent):
+        with pytest.raises(ValueError, match="destination must not be source or hold it"):
+            micromix.convert(theirs, place)
     other = run("convert", tmp_path, theirs, "--overwrite")
     assert (other.exit_code, "holds no packed checkpoint" in other.stderr) == (2, True)
+
+
+def test_a_directory_that_holds_the_source_or_notes_is_not_replaced(theirs: Path, tmp_path: Path) -> None:
+    """Notes that are copied from the source are no loss, those that were changed since are."""
+    outer, packed = tmp_path / "outer", tmp_path / "packed"
+    shutil.copytree(theirs, outer / "inner")
+    write_packed_config(outer)
+    (tmp_path / "link").symlink_to("outer/inner")
+    for source in (outer / "inner", tmp_path / "link"):
+        refused = run("convert", source, outer, "--activations", "fp8", "--overwrite")
+        assert (refused.exit_code, "must not hold what it is made from" in refused.stderr) == (2, True)
+    (outer / "inner" / "README.md").write_text("a model", "utf-8")
+    for _ in range(2):
+        run_well("convert", outer / "inner", packed, "--activations", "fp8", "--overwrite")
+    (packed / "README.md").write_text("a better model", "utf-8")
+    refused = run("convert", outer / "inner", packed, "--activations", "fp8", "--overwrite")
+    assert (refused.exit_code, "holds README.md, which is no part of one" in refused.stderr) == (2, True)
 
 
 def test_a_conversion_that_fails_leaves_the_old_checkpoint_whole(
@@ -93,5 +115,5 @@ def test_what_somebody_else_put_in_the_place_meanwhile_stays(
 
     monkeypatch.setattr("micromix_compile.integrations.convert._copy_others", be_slow)
     result = run("convert", theirs, packed, "--activations", "fp8")
-    assert (result.exit_code, "holds no packed checkpoint" in result.stderr) == (2, True)
+    assert (result.exit_code, "exists; --overwrite replaces it" in result.stderr) == (2, True)
     assert [path.name for path in packed.iterdir()] == ["picture"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from micromix_compile.cli import show
 from micromix_compile.cli.errors import exit_of
 from micromix_compile.evaluation import zoo
+from micromix_compile.evaluation.types import Evaluation, Metric, NothingQuantizedError, RowResult, TaskResult
+from micromix_compile.progress import track
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,6 +100,25 @@ def test_a_directory_in_the_place_of_an_output_file_is_refused_before_loading(
     assert result.stderr == f"micromix {command}: {output} must be a file, and {tmp_path} is a directory\n"
 
 
+@pytest.mark.parametrize(("command", "output"), [("calibrate", "--out"), ("eval", "--json")])
+def test_an_output_file_replaces_its_own_kind_only(
+    small_model: Path, recipe_file: Path, tmp_path: Path, no_loading: None, command: str, output: str
+) -> None:
+    """Neither weights, nor a text, nor other JSON; empty files are nothing that is lost."""
+    weights = (small_model / "model.safetensors").read_bytes()
+    recipe, results = recipe_file.read_bytes(), b'{"rows": [], "versions": {}, "hardware": {}}'
+    for content in (weights, recipe, results, recipe[:200], b"[1]", b"{}", b"dear all", b""):
+        (tmp_path / "out").write_bytes(content)
+        result = run(command, output, tmp_path / "out")
+        if content in (b"", recipe if command == "calibrate" else results):
+            assert str(result.exception) == "a model was loaded"
+        else:
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert f"{output} replaces re" in result.stderr
+            assert f"only, and {tmp_path / 'out'} is something else" in " ".join(result.stderr.split())
+        assert (tmp_path / "out").read_bytes() == content
+
+
 def test_unknown_text_is_an_error_of_the_user(small_model: Path) -> None:
     """Raised by the library, shown as one line."""
     result = run("calibrate", "--out", "r", "--model", small_model, "--data", "books")
@@ -111,6 +134,47 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(zoo, "load_model", fail)
     assert isinstance(run("generate").exception, AssertionError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory while rounding weights: take another"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        NothingQuantizedError("row mxfp4 equals the reference to the bit"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_line_whatever_its_class(error: Exception) -> None:
+    assert exit_of(error) == (1, str(error))
+
+
+def test_a_prompt_without_a_token_is_refused_before_calibrating(small_model: Path, tmp_path: Path) -> None:
+    """With a chat template, an empty one has tokens."""
+    shutil.copytree(small_model, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    result = run("generate", "--model", tmp_path / "plain", "--prompt", "", "--data", "books", "--which", "micromix")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--prompt must have a token at least for a model without a chat template, got ''" in result.stderr
+    result = run("generate", "--model", small_model, "--prompt", "", "--data", "books", "--which", "micromix")
+    assert "data must be one of" in result.stderr
+
+
+def test_brackets_and_colons_of_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of paths in titles, tasks in columns, a model that is loaded, and what a bar counts."""
+    name = "run[v2] x[/bold] :smile:"
+    task = TaskResult(task="t[x]", items=1, metric="acc", metrics={"acc": Metric(value=0.5)})
+    show.console().print(
+        show.table([RowResult(row="fp32", evaluation=Evaluation(perplexity=1.0, predictions=1), tasks=(task,))], name)
+    )
+    shown = capsys.readouterr().out
+    assert name in shown
+    assert "t[x]" in shown
+    with show.status(name):
+        assert list(track((1, 2), name)) == [1, 2]
+    (tmp_path / "x[" / "bold]").mkdir(parents=True)
+    (tmp_path / "x[" / "bold]" / "config.json").write_text("{}", "utf-8")
+    result = run("generate", "--model", tmp_path / "x[" / "bold]")
+    assert (result.exit_code, "micromix generate: " in result.stderr) == (1, True)
 
 
 def test_errors_inside_torch_compile_are_shown_by_their_cause() -> None:

@@ -39,6 +39,19 @@ def test_eval_prints_the_rows_and_writes_them_with_their_circumstances(
     assert content["hardware"]["cpu"]
 
 
+def test_the_unquantized_model_alone_is_evaluated_without_calibrating(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a recipe is in its row but the bytes of the linears, which then nobody counted."""
+    from micromix_compile.cli import eval as command
+
+    monkeypatch.setattr(command, "decide", lambda *_: pytest.fail("calibrated"))
+    arguments = ("--model", small_model, "--windows", 1, *SHORT, "--json", tmp_path / "results.json")
+    run_well("eval", *arguments, "--rows", "fp32")
+    (row,) = json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]
+    assert (row["row"], row["stored_bits"], row["stored_bytes"]) == ("fp32", 32.0, None)
+
+
 def write_pairs(folder: Path) -> Path:
     """A task of lm-eval with three items, whose data are here."""
     rows = [{"question": word, "choices": [" down", " up"], "answer": 0} for word in ("Up and", "Left and", "In and")]
@@ -83,7 +96,7 @@ def test_an_evaluation_goes_on_where_it_stopped(
 
     from micromix_compile.cli import eval as command
 
-    kept = ("--resume", tmp_path / "kept", "--tasks", write_pairs(tmp_path), "--rows", "fp32")
+    kept = ("--resume", tmp_path / "kept", "--tasks", write_pairs(tmp_path), "--rows", "fp32 mxfp4")
     arguments = ("--model", small_model, "--windows", 1, "--calibration-windows", 1, *SHORT, *kept)
     first = run_well("eval", *arguments)
     for module, name in ((HFLM, "_model_call"), (command, "decide")):
@@ -102,10 +115,31 @@ def test_eval_refuses_what_it_cannot_do_before_a_model_is_loaded(
         (("--suite", "all"), "--suite must be one of zero-shot, paper, got 'all'"),
         (("--task-data", "disk"), "--task-data must be one of auto, hub, packages, got 'disk'"),
         (("--resume", tmp_path), f"--resume must be a new directory or one of an evaluation before, got {tmp_path}"),
+        (("--resume", tmp_path / "a", "--json", tmp_path / "a"), "--json must be a file, and"),
         (("--resume", tmp_path / "file"), "--resume must be a new directory or one of an evaluation before"),
     ):
         refused = run("eval", "--model", small_model, *arguments)
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
+
+
+@pytest.mark.parametrize(("content", "fact"), [("", "is not JSON"), ("[1]", "must be"), ("{", "is not JSON")])
+def test_damaged_settings_in_the_folder_of_resume_are_named(
+    small_model: Path, tmp_path: Path, no_loading: None, content: str, fact: str
+) -> None:
+    (tmp_path / "settings.json").write_text(content, "utf-8")
+    refused = run("eval", "--model", small_model, "--resume", tmp_path)
+    assert (refused.exit_code, f"{tmp_path / 'settings.json'} {fact}" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_command_that_was_wrong_leaves_the_folder_of_resume_to_the_right_one(
+    small_model: Path, tmp_path: Path
+) -> None:
+    """Another model, text or number of windows than there are: found late, and nothing was measured."""
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{number} is a number. " * 20 for number in range(8)), "utf-8")
+    given = ("--model", small_model, "--data", tmp_path / "text.txt", "--windows", 1, *SHORT, "--rows", "mxfp4")
+    for wrong in (("--model", "tinny"), ("--data", "books"), ("--windows", 999), ("--calibration-windows", 999)):
+        assert run("eval", *given, *wrong, "--resume", tmp_path / "kept").exit_code == 1
+        assert not (tmp_path / "kept").exists()
 
 
 def test_what_a_suite_leaves_out_is_said_and_written(

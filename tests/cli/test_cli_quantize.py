@@ -38,7 +38,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
     """The new one is written beside it and renamed at the end."""
     packed = tmp_path / "packed"
     packed.mkdir()
-    (packed / "old").write_text("whole", "utf-8")
+    (packed / "merges.txt").write_text("whole", "utf-8")
     write_packed_config(packed)
 
     def fail(*_: object) -> None:
@@ -49,7 +49,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "micromix quantize: disk full"
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
-    assert (packed / "old").read_text("utf-8") == "whole"
+    assert (packed / "merges.txt").read_text("utf-8") == "whole"
 
 
 def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(
@@ -57,14 +57,14 @@ def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(
 ) -> None:
     """`missing/..` exists once its parents are made."""
     (tmp_path / "some").mkdir()
-    (tmp_path / "some" / "old").touch()
+    (tmp_path / "some" / "merges.txt").touch()
     write_packed_config(tmp_path / "some")
     arguments = ("quantize", "--model", small_model, "--recipe", recipe_file)
     refused = run(*arguments, "--out", tmp_path / "missing" / ".." / "some")
     assert (refused.exit_code, "exists; --overwrite replaces it" in refused.stderr) == (2, True)
     run_well(*arguments, "--overwrite", "--out", tmp_path / "some" / ".." / "some")
     assert zoo.is_packed(tmp_path / "some")
-    assert not (tmp_path / "some" / "old").exists()
+    assert not (tmp_path / "some" / "merges.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
 
 
@@ -76,6 +76,9 @@ def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(
         ("../home", "holds the current directory or a home"),
         ("pictures", "holds no packed checkpoint"),
         ("plain", "holds no packed checkpoint"),
+        ("noted", "holds README.md, which is no part of one"),
+        ("nested", "holds packed/picture.png, which is no part of one"),
+        ("linked", "holds packed, which is no part of one"),
         ("repository", "is a git checkout"),
         ("link", "is a link"),
         ("file", "is not a directory"),
@@ -86,13 +89,17 @@ def test_overwrite_replaces_only_what_we_wrote(
 ) -> None:
     """Nothing is touched, and nothing is loaded."""
     root = tmp_path / "root"
-    for name in ("root", "home", "root/pictures", "root/plain", "root/repository/.git", "root/packed"):
+    more = ("root/noted", "root/nested/packed", "root/linked")
+    for name in ("home", "root/pictures", "root/plain", "root/repository/.git", "root/packed", *more):
         (tmp_path / name).mkdir(parents=True)
+    (root / "noted" / "README.md").touch()
+    (root / "nested" / "packed" / "picture.png").touch()
+    (root / "linked" / "packed").symlink_to("../packed")
     (root / "pictures" / "cat.png").touch()
     (root / "plain" / "config.json").write_text("{}", "utf-8")
     (root / "link").symlink_to("packed")
     (root / "file").touch()
-    for name in (".", "..", "../home", "repository", "packed"):
+    for name in (".", "..", "../home", "repository", "packed", "noted", "nested", "linked"):
         write_packed_config(root / name)
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -112,3 +119,14 @@ def test_overwrite_goes_on_where_there_is_an_empty_directory_or_a_packed_checkpo
     if kind == "packed":
         write_packed_config(tmp_path / "out")
     assert str(run("quantize", "--out", tmp_path / "out", "--overwrite").exception) == "a model was loaded"
+
+
+def test_the_recipe_that_a_checkpoint_is_made_from_outlives_it(tmp_path: Path, no_loading: None) -> None:
+    """Whatever it is called."""
+    write_packed_config(tmp_path)
+    for name in ("model.recipe.safetensors", "model.safetensors"):
+        (tmp_path / name).touch()
+        result = run("quantize", "--recipe", tmp_path / name, "--out", tmp_path, "--overwrite")
+        assert (result.exit_code, "must not hold what it is made from" in result.stderr) == (2, True)
+    refused = run("quantize", "--out", tmp_path, "--overwrite")
+    assert (refused.exit_code, "holds model.recipe.safetensors, which is no part" in refused.stderr) == (2, True)

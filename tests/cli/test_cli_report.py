@@ -108,6 +108,9 @@ def test_only_reports_are_overwritten(recipe_file: Path, tmp_path: Path, no_load
         (("--out", letter, "--overwrite"), "--overwrite replaces reports and their pictures, and"),
         (("--out", folder), "--out must be a file, and"),
         (("--pictures", folder, "--out", tmp_path / "r", "--overwrite"), "--overwrite replaces reports and their"),
+        (("--pictures", tmp_path / "p", "--out", tmp_path / "p" / "r.html"), "--out and --pictures must stand side by"),
+        (("--pictures", tmp_path / "r", "--out", tmp_path / "r"), "--out and --pictures must stand side by side, got"),
+        (("--pictures", tmp_path / "r" / "p", "--out", tmp_path / "r"), "--out and --pictures must stand side by side"),
         (("--pictures", letter, "--out", tmp_path / "r"), "--pictures must be a directory, got"),
         (("--pictures", link, "--out", tmp_path / "r"), "--pictures must be a directory, got"),
     ):

@@ -5,38 +5,21 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
 import typer
+from support.documents import PAGES, ROOT, blocks, commands, mentioned
 
 import micromix_compile as micromix
 from micromix_compile.cli import app
 from micromix_compile.evaluation import zoo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
 PLACEHOLDERS = re.compile(r"\b(?:NAME|DIRECTORY|MODEL|TYPE|X|Y|N)\b|\.\.\.")
-PAGES = (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md")
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    """The fenced code of a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-
-
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Each command line of ours that a page shows in full, with the page's name."""
-    for path in PAGES:
-        for block in blocks(path, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:1] == ["micromix"] and not {"--verbose", "COMMAND"} & set(words):
-                    yield path.name, words[1:]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -45,35 +28,39 @@ def test_the_tutorial_runs(small_model: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(zoo, "default_model_dir", lambda: small_model)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
-    for number, block in enumerate(blocks(ROOT / "docs" / "tutorial.md", "python")):
-        exec(compile(block, f"tutorial.md, block {number}", "exec"), namespace)
+    for block in blocks("docs/tutorial.md", "python"):
+        block.run(namespace)
     assert type(namespace["packed"].model.layers[0].mlp.up_proj).__name__ == "MicroMixLinear"
 
 
 def test_commands_have_the_options_that_the_documents_show() -> None:
-    """They are parsed, not run."""
+    """Those between words, too. They are parsed, not run."""
     program = typer.main.get_command(app)
     assert isinstance(program, click.Group) or hasattr(program, "commands")
-    found = list(commands())
-    assert len(found) > 8
-    for page, (name, *arguments) in found:
-        command = program.commands[name]
-        context = command.make_context(name, list(arguments))
-        assert not context.args, f"{page}: {name} {arguments}"
+    shown = [(page, one) for page in PAGES for one in (*commands(page), *mentioned(page))]
+    parsed = 0
+    for page, command in shown:
+        words = shlex.split(command.removeprefix(".venv-vllm/bin/"))
+        if words[0] == "micromix" and len(words) > 2 and "--verbose" not in words:
+            _, name, *arguments = words
+            context = program.commands[name].make_context(name, arguments)
+            assert not context.args, f"{page}: {command}"
+            parsed += 1
+    assert parsed > 20
 
 
 def test_the_policy_and_the_target_of_the_how_to_are_taken(recipe_file: Path) -> None:
     """The policy splits a real recipe; both are taken back."""
-    policy, target = blocks(ROOT / "docs" / "how-to" / "extend.md", "python")
+    policy, target = blocks("docs/how-to/extend.md", "python")
     namespace: dict[str, Any] = {"micromix": micromix}
-    exec(policy, namespace)
+    policy.run(namespace)
     try:
         recipe = micromix.assign(micromix.Recipe.load(recipe_file), namespace["config"])
         assert recipe.groups
         assert all(k4 == k8 and k6 == 0 for k4, k6, k8 in (linear.split for linear in recipe.linears.values()))
     finally:
         namespace["remove"]()
-    exec(target, namespace)
+    target.run(namespace)
     namespace["remove"]()
 
 

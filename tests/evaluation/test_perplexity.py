@@ -44,6 +44,19 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> No
     assert (result.predictions, result.kl, result.top1) == (16, None, None)
 
 
+def test_tokens_that_a_model_rules_out_take_no_part_in_the_divergence() -> None:
+    model, reference, windows = random_model(1), random_model(2), random_windows(1, 9)
+    ruled_out = int((set(range(VOCABULARY)) - set(windows.flatten().tolist())).pop())
+    for one in (model, reference):
+        one.table[:, ruled_out] = -math.inf
+    rest = [token for token in range(VOCABULARY) if token != ruled_out]
+    log_q, log_p = (one.table[windows[0, :-1]][:, rest].double().log_softmax(-1) for one in (model, reference))
+    got = evaluate(model, windows, reference)
+    assert got.kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-6)
+    reference.table[:, ruled_out] = 0.0
+    assert evaluate(model, windows, reference).kl == math.inf
+
+
 @pytest.mark.parametrize("length", [2, 129, 130, 300])
 def test_quality_equals_the_formulas_in_float64(length: int) -> None:
     """Lengths on both sides of the slices that bound the memory."""

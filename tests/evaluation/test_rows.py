@@ -69,3 +69,8 @@ def test_the_real_model_has_the_published_perplexity_and_mxfp8_costs_what_it_sho
     assert 0.02 < mxfp8.evaluation.kl < 0.06
     assert mxfp8.element_bits == 8.0
     assert mxfp8.stored_bits == pytest.approx(8.25, rel=0.01)
+
+
+def test_a_quantized_row_needs_a_recipe() -> None:
+    with pytest.raises(ValueError, match="a recipe must be given for the rows mxfp8, got None"):
+        next(rows.evaluate_rows(torch.nn.Linear(2, 2), None, ("fp32", "mxfp8"), torch.zeros(1, 2), progress=False))

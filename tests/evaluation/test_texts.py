@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import default_tokenizer
 
-from micromix_compile.evaluation import texts, zoo
+from micromix_compile.evaluation import texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,7 +113,7 @@ def test_every_window_begins_with_the_bos_token_that_a_tokenizer_wants(after: li
 
 def test_a_long_text_is_cut_into_the_same_windows_as_when_tokenized_whole() -> None:
     """The real tokenizer sees only as much text as the windows need; that must not show."""
-    tokenizer = zoo.load_tokenizer()
+    tokenizer = default_tokenizer()
     articles = texts.load_texts("wiki").evaluation
     whole = tokenizer("\n\n".join(articles), add_special_tokens=False, verbose=False)["input_ids"]
     assert texts.token_windows(articles, tokenizer, 5, 512).flatten().tolist() == whole[: 5 * 512]
@@ -186,6 +188,23 @@ def test_an_unknown_text_lists_what_is_accepted(data: str) -> None:
     """Names and file types."""
     with pytest.raises(ValueError, match=r"wiki, c4, technical, a \.txt file, .*a \.parquet file; got"):
         texts.load_texts(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fact"),
+    [
+        ("mine.txt", b"Stra\xdfe", "must be UTF-8 text: "),
+        ("mine.jsonl", b'{"text": "Stra\xdfe"}', "must hold rows as json has them: 'utf-8' codec"),
+        ("mine.json", b"", "must hold rows as json has them: it is empty"),
+        ("mine.parquet", b"PAR", "must hold rows as parquet has them: "),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, fact: str) -> None:
+    if name != "mine.txt":
+        pytest.importorskip("datasets")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))} {fact}"):
+        texts.load_texts(str(tmp_path / name))
 
 
 def test_a_missing_file_is_named() -> None:

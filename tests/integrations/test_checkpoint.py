@@ -179,6 +179,13 @@ def test_any_dtype_may_be_asked_for(original: Path) -> None:
     assert logits(original, dtype=torch.float32).dtype is torch.float32
 
 
+@pytest.mark.parametrize("offloaded", ["lm_head", "model.layers.0"])
+def test_a_model_spread_over_devices_computes_the_same(original: Path, tmp_path: Path, offloaded: str) -> None:
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "model.layers.0", "lm_head"), "cpu")
+    places[offloaded] = "disk"
+    assert torch.equal(logits(original, device_map=places, offload_folder=tmp_path), logits(original))
+
+
 def test_checkpoints_in_several_files_load_and_are_verified(original: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(original)
     model.save_pretrained(tmp_path, max_shard_size="10KB")

@@ -368,3 +368,26 @@ def test_wrong_activations_are_refused_before_anything_is_read(originals: Path, 
     micromix.convert(originals / "mxfp4", tmp_path / "packed")
     with pytest.raises(ValueError, match="activations must not be given for a packed checkpoint"):
         micromix.convert(tmp_path / "packed", tmp_path / "back", activations="fp8")
+
+
+def test_only_a_checkpoint_that_is_not_the_source_is_replaced(
+    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(originals / "mxfp8", tmp_path / "parent" / "source")
+    for destination in (source, source.parent):
+        with pytest.raises(ValueError, match=f"destination must not be source or hold it, got {destination} for"):
+            micromix.convert(source, destination)
+    other, file, target = tmp_path / "other", tmp_path / "file", tmp_path / "packed"
+    other.mkdir()
+    (other / "precious.txt").touch()
+    file.touch()
+    target.mkdir()
+    for destination, fact in ((other, "holds no checkpoint"), (file, "is not a directory")):
+        with pytest.raises(ValueError, match=f"an empty directory, and {destination} {fact}"):
+            micromix.convert(source, destination)
+    micromix.convert(source, target)
+    micromix.convert(source, target)
+    monkeypatch.chdir(target)
+    with pytest.raises(ValueError, match="holds the current directory or a home"):
+        micromix.convert(source, ".")
+    assert (other / "precious.txt").is_file()

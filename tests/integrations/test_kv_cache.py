@@ -246,3 +246,22 @@ def test_training_through_it_is_refused() -> None:
     model = llama()
     with pytest.raises(RuntimeError, match=r"has no gradient: call the model under torch.no_grad\(\)"):
         model(prompt(), past_key_values=quantized(model))
+
+
+def test_no_tokens_change_nothing_and_cropping_is_refused_with_advice() -> None:
+    model = llama()
+    cache = quantized(model)
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+        layer = cache.layers[0]
+        before = [getattr(layer, name).clone() for name in NAMES]
+        nothing = torch.zeros(BATCH, SIZES["num_key_value_heads"], 0, HEAD)
+        keys, values = layer.update(nothing, nothing)
+    assert keys.shape == values.shape == (BATCH, SIZES["num_key_value_heads"], LENGTH, HEAD)
+    assert int(layer.get_seq_length()) == PROMPT
+    assert all(torch.equal(getattr(layer, name), old) for name, old in zip(NAMES, before, strict=True))
+    with pytest.raises(NotImplementedError, match="can't be cropped, as assisted generation does: use transformers' D"):
+        cache.crop(-1)
+    for wrong in ({"recent": True}, {"max_cache_len": True}):
+        with pytest.raises(ValueError, match=r"must be a number of tokens, . or more, got True"):
+            QuantizedStaticCache(model.config, **{"max_cache_len": 8, **wrong})

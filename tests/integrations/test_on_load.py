@@ -11,11 +11,12 @@ import torch
 from support.experts import model_of_experts
 from support.llama import llama, token_batches
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Llama4TextConfig
 from transformers.pytorch_utils import Conv1D
 
 import micromix_compile as micromix
 from micromix_compile.integrations import on_load
+from micromix_compile.integrations.dequantizing import dequantize_
 from micromix_compile.linear.experts import MicroMixExperts
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ def plain(name: str) -> Any:
     if name == "gpt2":
         config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
         return AutoModelForCausalLM.from_config(config).eval()
+    if name == "llama4":
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "vocab_size": 64}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "attention_chunk_size": 32}
+        layers = {"num_hidden_layers": 1, "interleave_moe_layer_step": 1, "num_local_experts": 2}
+        model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes, **heads, **layers, pad_token_id=0)).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        return model
     return model_of_experts(name).eval()
 
 
@@ -172,3 +181,37 @@ def test_a_tied_head_of_the_recipe_is_quantized_after_loading(tmp_path: Path) ->
     recipe = micromix.calibrate(model, [IDS], micromix.MicroMixConfig(**NEAREST, skip=()), progress=False)
     with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens\.weight: load the model"):
         load(tmp_path, quantization_config=micromix.MicroMixQuantConfig(recipe))
+
+
+def test_a_model_that_is_quantized_while_loading_may_be_spread_over_devices(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "plain")
+    recipe = micromix.calibrate(model, [IDS], micromix.MicroMixConfig(**NEAREST))
+    places, config = {"model": "cpu", "lm_head": "disk"}, micromix.MicroMixQuantConfig(recipe)
+    spread = load(tmp_path / "plain", quantization_config=config, device_map=places, offload_folder=tmp_path / "disk")
+    with torch.no_grad():
+        assert torch.equal(spread(IDS).logits, micromix.quantize_(model, recipe)(IDS).logits)
+
+
+def test_experts_of_llama_4_are_quantized_while_loading_and_dequantized(tmp_path: Path) -> None:
+    model = plain("llama4")
+    model.save_pretrained(tmp_path)
+    recipe = micromix.calibrate(model, [IDS], micromix.MicroMixConfig(**NEAREST), progress=False)
+    packed = load(tmp_path, quantization_config=micromix.MicroMixQuantConfig(recipe))
+    assert_equal_tensors(packed, micromix.quantize_(model, recipe))
+    experts, x = packed.model.layers[0].feed_forward.experts, torch.randn(6, 64)
+    with torch.no_grad():
+        ours = experts(x)
+        assert packed.dequantize() is packed
+        back = packed.model.layers[0].feed_forward.experts(x)
+    assert (ours - back).norm() < 0.1 * back.norm()
+
+
+def test_a_model_that_cannot_be_dequantized_stays_packed() -> None:
+    model = llama(num_hidden_layers=2)
+    packed = micromix.quantize_(model, micromix.calibrate(model, [IDS], micromix.MicroMixConfig(**NEAREST)))
+    modules = dict(packed.named_modules())
+    packed.config.num_hidden_layers = 1  # so that nothing is made for the second layer
+    with pytest.raises(AttributeError):
+        dequantize_(packed)
+    assert dict(packed.named_modules()) == modules

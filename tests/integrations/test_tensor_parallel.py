@@ -12,7 +12,7 @@ from support.rank_jobs import IDS, run_ranks
 
 import micromix_compile as micromix
 from micromix_compile.integrations import tensor_parallel
-from micromix_compile.integrations.tensor_parallel import Ranks
+from micromix_compile.integrations.tensor_parallel import Dealing, Ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,22 +141,18 @@ def test_a_plan_that_packed_linears_have_no_part_for_is_refused() -> None:
         "rowwise": "layers.3.fc is ordered for shards=1, which 4 ranks do not divide",
     }
     for style, message in plans.items():
+        dealing = Dealing(Ranks(4, 0, {"layers.*.fc": style}), Ranks(1, 0, {}))
         with pytest.raises(ValueError, match=message):
-            tensor_parallel.check_plan({"layers.3.fc": linear}, Ranks(4, 0, {"layers.*.fc": style}))
-    with pytest.raises(ValueError, match=r"fc: packed experts can't be dealt to 4 ranks.*skip"):
-        tensor_parallel.check_plan({"fc": {**linear, "experts": 2}}, Ranks(4, 0, {}))
+            tensor_parallel.parts_of({}, {"layers.3.fc": linear}, dealing, w_fp4=False)
 
 
 def test_a_transformers_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_parallel.transformers, "__version__", "5.9.1")
     model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(tp_size=2)))
     with pytest.raises(ValueError, match=r"on 2 ranks with transformers 5\.19 or newer, this is 5\.9\.1"):
-        tensor_parallel.ranks_of(model, {})
+        tensor_parallel.dealing_of(model, {})
 
 
-def test_expert_parallelism_is_refused_where_experts_are_packed() -> None:
+def test_expert_parallelism_alone_deals_out_no_linears() -> None:
     model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(ep_size=2, tp_plan={})))
-    packed = {"layers.0.mlp.experts.down_proj": {"in_features": 64, "out_features": 8, "experts": 4}}
-    with pytest.raises(ValueError, match=r"ep_size must be 1 for packed experts, layers\.0\.mlp.*, got 2"):
-        tensor_parallel.ranks_of(model, packed)
-    assert tensor_parallel.ranks_of(model, {}) is None
+    assert tensor_parallel.dealing_of(model, {}) is None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.grouped import packed_experts
 from torch import Tensor, nn
 
+import micromix_compile as micromix
 from micromix_compile import ops
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.experts import (
@@ -83,7 +84,7 @@ class Experts(nn.Module):
 WEIGHTS = {"gate_up_proj": ExpertsWeight(192, 64, SPLIT), "down_proj": ExpertsWeight(64, 96, (32, 32, 32))}
 
 
-def test_what_goes_to_no_expert_is_zero_under_autocast_too() -> None:
+def test_what_goes_to_no_expert_is_zero_under_autocast_and_with_parameters_too() -> None:
     made = MicroMixExperts(Experts(), WEIGHTS, CONFIG)
     for name, weight in WEIGHTS.items():
         packed = packed_experts(2, weight.out_features, weight.split, "e2m3")
@@ -95,7 +96,27 @@ def test_what_goes_to_no_expert_is_zero_under_autocast_too() -> None:
     assert out[0].any()
     assert out[1].any()
     assert not out[2].any()
-    assert "2 x (192, mxfp4=32, mxfp6=0 (e2m3), mxfp8=32" in repr(made)
+    shown = repr(made)
+    assert "2 x (192, mxfp4=32, mxfp6=0 (e2m3), mxfp8=32" in shown
+    micromix.packed_as_parameters_(made)
+    assert repr(made) == shown
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made(x, index, torch.ones(3, 2)), out)
+        assert made(x[:0], index[:0], torch.ones(0, 2)).shape == (0, 64)
+
+
+def test_bytes_that_mean_something_else_are_not_loaded() -> None:
+    def made(**options: Any) -> MicroMixExperts:
+        config = MicroMixConfig(**{"activations": "same", **options})
+        return MicroMixExperts(Experts(), WEIGHTS, config).to_empty(device="cpu")
+
+    state = made().state_dict()
+    with pytest.raises(RuntimeError, match=r"the packed weight down_proj is laid out as .*'fp6': 'e2m3'") as raised:
+        made(fp6="e3m2").load_state_dict(state)
+    assert "gate_up_proj" not in str(raised.value)  # which has no MXFP6
+    same = made(activations="fp8")
+    same.load_state_dict(state)
+    assert torch.equal(same.down_proj_q6, state["down_proj_q6"])
 
 
 def test_experts_without_a_gate_apply_their_activation_function_and_their_norm() -> None:

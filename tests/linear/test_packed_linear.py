@@ -19,6 +19,8 @@ from micromix_compile.numerics import reference
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from micromix_compile.numerics.layout import Split
+
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
 NEAREST = MicroMixConfig(policy="mxfp8-anchor", weight_rounding="nearest", scale_search=False)
@@ -32,6 +34,35 @@ def packed_linear(
     weight = net[0].weight.detach()
     recipe = micromix.calibrate(net, [torch.randn(2, 6, channels, dtype=dtype)], config)
     return micromix.quantize_(net, recipe)[0], weight
+
+
+# The state dict
+
+
+def empty(split: Split = (0, 64, 0), rotated: int = 0, **options: Any) -> nn.Module:
+    config = MicroMixConfig(**{"activations": "same", **options})
+    packed = micromix.MicroMixLinear(
+        in_features=64, out_features=8, split=split, rotated=rotated, config=config, bias=None
+    )
+    return nn.Sequential(packed)
+
+
+@pytest.mark.parametrize("other", [{"fp6": "e3m2"}, {"rotated": 64}, {"split": (32, 32, 0)}])
+def test_bytes_that_mean_something_else_are_not_loaded(other: dict[str, Any], tmp_path: Path) -> None:
+    source, target = empty(), empty(**other)
+    for part in ("weight_q4", "weight_q6", "weight_q8", "weight_scale"):
+        target.get_buffer(f"0.{part}").zero_()
+    torch.save(source.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    with pytest.raises(RuntimeError, match=r"the packed weight 0\.weight is laid out as .*'fp6': 'e2m3', 'rotated': 0"):
+        target.load_state_dict(state)
+    assert not target.get_buffer("0.weight_q6").any()
+    same = empty(activations="fp8", scale_rounding="floor")  # of activations alone
+    same.load_state_dict(state)
+    assert torch.equal(same.get_buffer("0.weight_q6"), source.get_buffer("0.weight_q6"))
+    target = empty()
+    target.load_state_dict(dict(state))  # as of a file that has no metadata
+    assert torch.equal(target.get_buffer("0.weight_q6"), source.get_buffer("0.weight_q6"))
 
 
 # The weight

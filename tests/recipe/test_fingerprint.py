@@ -75,9 +75,6 @@ def test_an_empty_weight_has_some(shape: tuple[int, int]) -> None:
     assert Checksums.of(torch.empty(shape)).fit(torch.empty(shape))
 
 
-def test_json_and_back_and_what_is_wrong_with_it() -> None:
+def test_plain_values_and_back() -> None:
     checksums = Checksums.of(torch.randn(3, 4))
-    assert Checksums.from_json(checksums.to_json()) == checksums
-    for change in ({"made_in": "int8"}, {"values": {"float32": 1}}, {"values": None}):
-        with pytest.raises(ValueError, match="made_in must be one of float32, bfloat16, float16, and values have each"):
-            Checksums.from_json({**checksums.to_json(), **change})
+    assert Checksums(**checksums.to_json()) == checksums

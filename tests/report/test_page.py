@@ -15,7 +15,7 @@ from micromix_compile.passes import insert_observers
 from micromix_compile.report.facts import of_recipe
 from micromix_compile.report.machines import machines
 from micromix_compile.report.measured import Measured
-from micromix_compile.report.page import ACTIVATIONS, PASSES, Report, mebibytes, number
+from micromix_compile.report.page import ACTIVATIONS, PASSES, Report, number, percent, size
 from micromix_compile.report.pictures import pictures
 
 RECIPE = layered_recipe()
@@ -85,7 +85,7 @@ def test_it_says_what_is_left_alone_and_what_computes(page: Page) -> None:
         assert text in page.text
     assert "sm_100: native" in page.text
     assert "tcgen05.mma mxf4 (MXFP4); tcgen05.mma mxf8f6f4 (MXFP6, MXFP8)" in page.text
-    assert "wgmma e4m3: up to 256 rows; the library's FP8 product: 257 and more rows" in page.text
+    assert "wgmma e4m3 up to 256 rows, then the library's FP8 product" in page.text
     assert ACTIVATIONS["same"] in page.text
 
 
@@ -146,7 +146,30 @@ def test_numbers_keep_two_digits_where_they_are_small(value: float | None, digit
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0.0 KiB"), (3000, "2.9 KiB"), (2**20, "1.0 MiB"), (5 * 2**40, "5,242,880.0 MiB")]
+    ("count", "text"),
+    [(0, "0.0 KiB"), (3000, "2.9 KiB"), (2**20, "1.0 MiB"), (3 * 2**29, "1.50 GiB"), (5 * 2**40, "5,120.00 GiB")],
 )
-def test_sizes_are_in_the_unit_that_fits(size: int, text: str) -> None:
-    assert mebibytes(size) == text
+def test_sizes_are_in_the_unit_that_fits(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0.0 %"), (0.0004, "under 0.1 %"), (0.0005, "0.1 %"), (0.0456, "4.6 %"), (1, "100.0 %")]
+)
+def test_a_share_is_not_zero_unless_there_is_none(share: float, text: str) -> None:
+    assert percent(share) == text
+
+
+def test_what_is_left_alone_in_every_layer_is_one_line_of_its_reason() -> None:
+    refused = {f"layers.{layer}.gate": "it is a router" for layer in range(3)} | {"layers.3.gate": "why not"}
+    page = Page(Report(facts=dataclasses.replace(FACTS, refused=refused), machines=[], pictures=[]).html())
+    assert "layers.*.gate, 3 of them" in page.text
+    assert "layers.3.gate" in page.text
+    assert "layers.0.gate" not in page.text
+
+
+def test_experts_are_said_to_be_counted_as_one() -> None:
+    linears = (dataclasses.replace(FACTS.linears[0], experts=16), *FACTS.linears[1:])
+    for facts, said in ((FACTS, False), (dataclasses.replace(FACTS, linears=linears), True)):
+        page = Page(Report(facts=facts, machines=[], pictures=[]).html())
+        assert ("the experts of a layer are one" in page.text) == said

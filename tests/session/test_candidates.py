@@ -42,6 +42,25 @@ class Others(nn.Module):
         return torch.einsum("btc,chd->bthd", x, self.q)
 
 
+class Bag(nn.Module):
+    """A linear behind a bag of embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.fc = nn.EmbeddingBag(96, 64), nn.Linear(64, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc(self.bag(tokens))
+
+
+def test_a_bag_of_embeddings_is_an_embedding_and_no_linear_that_was_left_out() -> None:
+    model = Bag().eval()
+    tokens = torch.randint(0, 96, (2, 9))
+    recipe = micromix.calibrate(model, [tokens], dataclasses.replace(PLAIN, strict=True), progress=False)
+    assert recipe.linears.keys() == {"fc"}
+    assert recipe.refused == {"bag": "it is an embedding"}
+
+
 def mixtral() -> MixtralForCausalLM:
     sizes: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     config = MixtralConfig(
@@ -100,7 +119,8 @@ def test_bits_of_the_whole_model_count_what_stays_in_its_own_dtype() -> None:
     model = mixtral()
     recipe = micromix.calibrate(model, [torch.randint(0, 256, (2, 7))], PLAIN)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert recipe.model_parameters == parameters
+    assert recipe.left_alone is not None
+    assert recipe.parameters + recipe.left_alone[0] == parameters
     assert recipe.model_bits is not None
     assert 32 > recipe.model_bits > 2 * recipe.stored_bits
     micromix.quantize_(model, recipe)
@@ -120,7 +140,7 @@ def test_a_tied_embedding_stays_and_counts() -> None:
             return self.out(self.embed(ids))
 
     recipe = micromix.calibrate(Tied().eval(), [torch.randint(0, 96, (2, 7))], PLAIN)
-    assert recipe.model_parameters == 96 * 64
+    assert recipe.parameters == 96 * 64
     assert recipe.left_alone == (0, 4 * 96 * 64)
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from support.models import make_net
 from torch import nn
 
+import micromix_compile as micromix
+from micromix_compile.config import MicroMixConfig
+from micromix_compile.recipe.types import LinearRecipe
+from micromix_compile.session.matching import model_id
 from micromix_compile.session.names import Names
+from micromix_compile.session.session import Session
 
 if TYPE_CHECKING:
     from micromix_compile.session.state import LinearState
@@ -27,6 +36,25 @@ def test_a_weight_that_is_refused_while_it_is_taken_in_stays_unknown() -> None:
         names.take_in(model, refuse)
     assert not names.knows(model[0].weight)
     assert not list(names)
+
+
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [
+        ("/home/me/models/tiny", "Linear(tiny)"),
+        ("models/tiny/", "Linear(tiny)"),
+        ("org/tiny", "Linear(tiny)"),
+        ("tiny", "Linear(tiny)"),
+        ("/", "Linear"),
+        (".", "Linear"),
+        ("", "Linear"),
+        (None, "Linear"),
+    ],
+)
+def test_a_model_is_called_by_the_name_of_where_it_came_from_never_by_a_path(origin: str | None, name: str) -> None:
+    model = nn.Linear(4, 4)
+    model.config = SimpleNamespace(name_or_path=origin)
+    assert model_id(model) == name
 
 
 def test_weights_of_no_module_get_names_of_their_own() -> None:
@@ -52,3 +80,22 @@ def test_names_go_without_a_trace() -> None:
     assert vars(model[0].weight)
     del names
     assert not vars(model[0].weight)
+
+
+def test_the_members_of_groups_are_looked_up_once_a_recipe() -> None:
+    class Counting(dict[str, LinearRecipe]):
+        walks = 0
+
+        def values(self) -> Any:
+            Counting.walks += 1
+            return super().values()
+
+    walks = []
+    for layers in (1, 3):
+        net = make_net(layers=layers)
+        config = MicroMixConfig(policy="mxfp8", weight_rounding="nearest", scale_search=False)
+        recipe = micromix.calibrate(net, [torch.randn(2, 5, 64)], config, progress=False)
+        Counting.walks = 0
+        Session(config, dataclasses.replace(recipe, linears=Counting(recipe.linears))).prepare(net)
+        walks.append(Counting.walks)
+    assert walks[0] == walks[1]

@@ -77,7 +77,7 @@ def test_parts_of_a_weight_run_as_linears_of_their_own(tmp_path: Path) -> None:
     assert set(recipe.linears) == set(PARTS)
     assert recipe.refused == {"out_weight[:, 0:32]": "calibration did not reach it"}
     assert recipe.left_alone == (3 * 64 + 64 * 32, 4 * (3 * 64 + 64 * 32))
-    assert recipe.model_parameters == sum(parameter.numel() for parameter in joint.parameters())
+    assert recipe.parameters + recipe.left_alone[0] == sum(parameter.numel() for parameter in joint.parameters())
     assert recipe.linears["qkv_weight[64:128]"].group is recipe.linears["qkv_weight[128:192]"].group
     recipe.save(tmp_path / "recipe")
     same = micromix.calibrate(apart, [inputs], QUICK, progress=False)
@@ -131,7 +131,7 @@ def test_rows_and_columns_of_one_weight_are_not_both_linears() -> None:
     (name,) = recipe.linears
     assert name.endswith("[0:32]")
     assert set(recipe.refused.values()) == {BOTH_WAYS, "calibration did not reach it"}
-    assert recipe.model_parameters == 64 * 96
+    assert recipe.parameters + recipe.left_alone[0] == 64 * 96
 
 
 def test_a_part_that_calibration_did_not_reach_is_named_or_an_error(caplog: pytest.LogCaptureFixture) -> None:

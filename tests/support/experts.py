@@ -19,31 +19,31 @@ _SIZES: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _mixtral() -> Any:
+def _mixtral(**sizes: Any) -> Any:
     from transformers import MixtralConfig
 
-    return MixtralConfig(num_local_experts=4, **_SIZES)
+    return MixtralConfig(num_local_experts=4, **{**_SIZES, **sizes})
 
 
-def _qwen3_moe() -> Any:
+def _qwen3_moe(**sizes: Any) -> Any:
     from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeConfig(num_experts=4, moe_intermediate_size=96, head_dim=16, **_SIZES)
+    return Qwen3MoeConfig(**{**_SIZES, "num_experts": 4, "moe_intermediate_size": 96, "head_dim": 16, **sizes})
 
 
-def _gpt_oss() -> Any:
+def _gpt_oss(**sizes: Any) -> Any:
     from transformers import GptOssConfig
 
-    return GptOssConfig(num_local_experts=4, head_dim=16, layer_types=["full_attention"], **_SIZES)
+    return GptOssConfig(num_local_experts=4, head_dim=16, layer_types=["full_attention"], **{**_SIZES, **sizes})
 
 
-def _deepseek_v3() -> Any:
+def _deepseek_v3(**sizes: Any) -> Any:
     from transformers import DeepseekV3Config
 
     return DeepseekV3Config(
         n_routed_experts=8, n_group=2, topk_group=1, first_k_dense_replace=0, moe_intermediate_size=96, q_lora_rank=32,
         kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
-        **{**_SIZES, "num_key_value_heads": 4},
+        **{**_SIZES, "num_key_value_heads": 4, **sizes},
     )  # fmt: skip
 
 
@@ -53,12 +53,12 @@ MODELS: Final[dict[str, Callable[[], Any]]] = {
 """Configs of transformers by a name for them."""
 
 
-def model_of_experts(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of random weights, biases of experts among them."""
+def model_of_experts(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
+    """A model of random weights, biases of experts among them. sizes: of its config, where they are to be others."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(MODELS[name](**sizes), dtype=dtype).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("proj_bias"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 EXACT_DTYPE = torch.bfloat16 if torch.__version__ >= "2.13" else torch.float32
 """A dtype in which compiled small models equal eager ones; before 2.13 Inductor keeps bfloat16 chains in float32."""
+
+
+def default_tokenizer() -> Any:
+    """The tokenizer of the default model, without the model."""
+    from transformers import AutoTokenizer
+
+    from micromix_compile.evaluation import zoo
+
+    return AutoTokenizer.from_pretrained(zoo.default_model_dir(progress=False), local_files_only=True)
 
 
 class RMSNorm(nn.Module):

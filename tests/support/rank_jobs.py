@@ -99,6 +99,49 @@ def numbers(checkpoint: str, **plan: Any) -> dict[str, Any]:
     return found
 
 
+def experts(checkpoint: str, **plan: Any) -> dict[str, Any]:
+    """Of each weight of packed experts, as `parts` of linears: the rank's part by the shape that it has."""
+    from micromix_compile.integrations.dequantizing import experts_weight
+    from micromix_compile.linear.experts import MicroMixExperts
+
+    whole, dealt, rank, found = load(checkpoint), load_dealt(checkpoint, **plan), int(os.environ["RANK"]), {}
+    for holder, module in dealt.named_modules():
+        for name in module.layouts if isinstance(module, MicroMixExperts) else ():
+            own, all_of_it = (experts_weight(m, name, torch.float32) for m in (module, whole.get_submodule(holder)))
+            by_halves = all_of_it.unflatten(1, (2, -1)) if name == "gate_up_proj" else all_of_it.unsqueeze(1)
+            sizes = own.unflatten(1, (*by_halves.shape[1:2], -1)).shape
+            for dim, size in enumerate(sizes):
+                by_halves = by_halves.narrow(dim, rank * size if size < by_halves.shape[dim] else 0, size)
+            packed = module.packed(name)
+            found[f"{holder}.{name}"] = {
+                "shape": list(own.shape),
+                "equal": torch.equal(own, by_halves.flatten(1, 2)),
+                "bytes": packed.w4.untyped_storage().nbytes(),
+                "needed": sum(tensor.numel() for tensor in packed),
+            }
+    return found
+
+
+def handed(checkpoint: str, **plan: Any) -> dict[str, dict[str, int]]:
+    """Bytes of the packed tensors that transformers puts into the dealt model, and of those that the model then has."""
+    from unittest.mock import patch
+
+    from transformers import core_model_loading as loading
+
+    given: dict[str, int] = {}
+    put = loading.set_param_for_module
+
+    def watched(model: Any, name: str, value: Tensor, *args: Any) -> None:
+        if value.dtype == torch.uint8:
+            given[name] = value.numel()
+        put(model, name, value, *args)
+
+    with patch.object(loading, "set_param_for_module", watched):
+        dealt = load_dealt(checkpoint, **plan)
+    own = {name: tensor.numel() for name, tensor in dealt.state_dict().items() if tensor.dtype == torch.uint8}
+    return {"given": given, "own": own}
+
+
 def parts(checkpoint: str, **plan: Any) -> dict[str, Any]:
     """Of each packed linear: bytes of the packed tensors, and which rows and columns of the whole weight it holds."""
     from micromix_compile.linear.packed import MicroMixLinear
@@ -171,7 +214,8 @@ def saved(checkpoint: str, folder: str) -> None:
 
 
 JOBS: Final[dict[str, Callable[..., Any]]] = {
-    "numbers": numbers, "parts": parts, "compiled": compiled, "sharded": sharded, "saved": saved,
+    "numbers": numbers, "parts": parts, "experts": experts, "handed": handed,
+    "compiled": compiled, "sharded": sharded, "saved": saved,
 }  # fmt: skip
 
 

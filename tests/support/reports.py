@@ -11,7 +11,7 @@ from micromix_compile.config import MicroMixConfig
 from micromix_compile.recipe.types import ChannelCosts, GroupRecipe, LinearRecipe, Recipe
 from support.recipes import statistics
 
-_VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+_VOID = frozenset({"meta", "link", "img", "br", "hr", "input", "wbr"})
 _ASKING = frozenset({"src", "href", "xlink:href", "srcset", "data", "action", "poster"})
 
 

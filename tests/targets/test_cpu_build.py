@@ -191,6 +191,22 @@ def test_a_library_of_another_user_is_refused(cached: Path, monkeypatch: pytest.
     assert f"{cached} belongs to user 12345, not to 1 or root" in str(cpu_cache.why_not(cached))
 
 
+def test_other_users_may_read_a_library_and_one_that_cannot_be_read_is_refused(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cached.stat().st_mode & 0o777 == 0o755
+
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cpu_cache, "_digest", denied)
+    assert cpu_cache.why_not(cached) == f"it can't be read: [Errno 13] Permission denied: '{cached}'"
+    assert cpu_cache.find(cached.parent, "micromix", "*") is None
+    monkeypatch.setattr(cpu_cache, "find", lambda folder, *_: denied(folder))
+    with pytest.raises(cpu.NativeBuildError, match=f"cannot use {cached.parent}: .* Permission denied"):
+        cpu.build()
+
+
 def test_a_folder_that_the_users_group_can_write_to_is_closed(cached: Path) -> None:
     cached.parent.chmod(0o775)
     assert cpu.build() == cached

@@ -52,6 +52,9 @@ def test_the_persistent_kernel_reads_packed_weights_of_more_rows_if_it_takes_the
         few, many = products_of(named_target("sm_90"), split, weights="same", activations="fp8")
         assert (few.rows, few.kernel, set(few.kinds.values())) == (f"up to {last}", kernels, {FOLDED_KIND})
         assert (many.rows, set(many.kinds.values())) == (f"{last + 1} and more", {"the library's FP8 product"})
+    for split, kernels in (((64, 64, 32), "grouped_folded_mm and grouped_mm_rows"), (SPLIT, "grouped_folded_mm")):
+        (one,) = products_of(named_target("sm_90"), split, weights="same", activations="fp8", experts=True)
+        assert one == ("any", kernels, dict.fromkeys(described.SEGMENTS, FOLDED_KIND))
 
 
 def test_experts_have_products_of_their_own_with_the_same_instructions() -> None:

@@ -17,10 +17,13 @@ from support.models import make_net
 from support.products import folded_weight, quantized_rows
 from support.targets import FOLDING, served_by
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import micromix_compile as micromix
 from micromix_compile import ops
 from micromix_compile.config import MicroMixConfig
+from micromix_compile.numerics.layout import PackedWeight, activation_shapes, packed_shapes
+from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.numerics.rounding import PLAIN_STEPS, BlockSteps
 from micromix_compile.ops.pack import round_weights
 from micromix_compile.recipe.types import GroupRecipe
@@ -39,6 +42,7 @@ from micromix_compile.targets.target import (
     target_for,
     target_of,
 )
+from micromix_compile.targets.tiles import SM_90
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -303,3 +307,27 @@ def test_what_differs_by_device_is_asked_in_one_place(name: str) -> None:
     files = {path.resolve() for folder in folders for path in folder.rglob("*.py")}
     found = {str(path.relative_to(REPOSITORY)) for path in files if name in names_in(path)}
     assert {path for path in found if not path.startswith("micromix_compile/evaluation/")} == OWNERS[name]
+
+
+def test_a_product_of_triton_allocates_its_output_only() -> None:
+    """Of no rows, so that nothing is launched."""
+    split = (32, 0, 32)
+    x = QuantizedActivation(*(torch.empty(shape, dtype=torch.uint8) for shape in activation_shapes(0, split)))
+    w = PackedWeight(*(torch.empty(shape, dtype=torch.uint8) for shape in packed_shapes(24, split)))
+    with Allocations() as allocations:
+        out = TritonExact(SM_90).multiply(x, w, None, "e2m3", torch.bfloat16)
+    assert allocations.shapes == [out.shape] == [(0, 24)]
+
+
+class Allocations(TorchDispatchMode):
+    """The shapes of tensors that were allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.new_empty.default:
+            self.shapes.append(out.shape)
+        return out

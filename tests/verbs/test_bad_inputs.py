@@ -146,10 +146,8 @@ def test_policies_that_need_no_squares_take_any_finite_value(value: float, polic
 def test_costs_that_are_not_finite_name_the_linear() -> None:
     probe = CostProbe(64, ScaleRounding.RCEIL, gradients=True)
     x, weight = torch.randn(2, 64), torch.randn(8, 64)
-    probe.watch_input(x, torch.arange(64), None)
-    y = x @ weight.T
-    probe.watch_output("decoder.fc", y, None)
-    y.backward(torch.full((2, 8), 1e30))
+    probe.add_input(x, torch.arange(64))
+    probe.add_information("decoder.fc", torch.full((2, 8), 1e30), x)
     with pytest.raises(ValueError, match=r"the sensitivity of decoder\.fc is not finite"):
         probe.costs({"decoder.fc": weight}, torch.arange(64))
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from support.compiled import assert_statistics_equal_hooks, batches, close, compiled_with
 from support.models import Net, fake_quantized, make_net
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers.pytorch_utils import Conv1D
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from micromix_compile.recipe.types import ChannelCosts
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -36,6 +44,78 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
         micromix.calibrate(net, batches())
         assert torch.equal(net(x), expected)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+class Shifts(nn.Module):
+    """A model that changes its inputs in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
+        return self.fc(x.add_(more[0].mul_(2)))
+
+
+def test_what_is_run_twice_are_the_batches_as_they_came() -> None:
+    model, given = Shifts().eval(), [(torch.randn(2, 8, 64), torch.randn(2, 8, 64)) for _ in range(2)]
+    x, more = torch.empty(2, 8, 64), torch.empty(2, 8, 64)
+
+    def refilled() -> Iterator[dict[str, Any]]:
+        for one, other in given:
+            yield {"x": x.copy_(one), "more": [more.copy_(other)]}
+
+    def costs(batches: Iterable[Any], model: nn.Module) -> ChannelCosts:
+        found = micromix.calibrate(model, batches, progress=False).linears["fc"].group.statistics.costs
+        assert found is not None
+        return found
+
+    plain = costs([one + 2 * other for one, other in given], nn.Sequential(OrderedDict(fc=model.fc)).eval())
+    got = costs(refilled(), model)
+    torch.testing.assert_close(got.activations, plain.activations)
+    torch.testing.assert_close(got.weights, plain.weights)
+
+
+def test_batches_get_no_gradient_and_may_be_a_part_of_a_graph() -> None:
+    model, leaf = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(2, 8, 64, requires_grad=True)
+    recipe = micromix.calibrate(model, [leaf, 2 * leaf], progress=False)
+    assert recipe.linears["0"].group.statistics.tokens == 32
+    assert leaf.grad is None
+    with pytest.raises(TypeError, match=r"a batch that is run twice must be one that copy\.deepcopy copies: cannot"):
+        micromix.calibrate(model, [{"input": leaf, "lock": threading.Lock()}], progress=False)
+
+
+def test_in_inference_mode_the_same_recipe_and_an_ordinary_model_are_made() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    want = micromix.calibrate(model, [torch.ones(2, 8, 64).cumsum(1)], progress=False)
+    with torch.inference_mode():
+        each = micromix.calibrate_each(model, [torch.ones(2, 8, 64).cumsum(1)], [MicroMixConfig()], progress=False)
+        recipe = next(each)
+        assert torch.is_inference_mode_enabled()
+        assert list(each) == []
+        micromix.quantize_(model, recipe)
+    for name, packed in want.packed.items():
+        assert all(torch.equal(one, other) for one, other in zip(packed, recipe.packed[name], strict=True))
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_each_recipe_knows_the_weights_that_it_was_made_of(rounding: str) -> None:
+    """The second is made of a weight that was changed after the first: it fits that, and no other."""
+    model, config = nn.Sequential(nn.Linear(64, 32)).eval(), MicroMixConfig(policy="mxfp4", weight_rounding=rounding)
+    recipes = micromix.calibrate_each(model, [torch.randn(4, 16, 64)], [config, config], progress=False)
+    first = next(recipes)
+    with torch.no_grad():
+        model[0].weight.mul_(-2)
+    second = next(recipes)
+    known = [recipe.linears["0"].weight_checksums for recipe in (first, second)]
+    assert [one is not None and one.fit(model[0].weight) for one in known] == [False, True]
+    assert torch.equal(second.linears["0"].weight_sample, -2 * first.linears["0"].weight_sample)
+    assert torch.equal(first.packed["0"].w4 ^ 0x88, second.packed["0"].w4)  # signs
+    assert torch.equal(first.packed["0"].w_scale + 1, second.packed["0"].w_scale)
 
 
 def test_conv1d_weights_are_calibrated_and_quantized() -> None:

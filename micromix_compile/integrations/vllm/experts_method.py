@@ -20,6 +20,7 @@ from micromix_compile.integrations.vllm.linear_method import cut_of
 from micromix_compile.integrations.vllm.parameters import own_order
 from micromix_compile.linear.experts import PARTS, sorted_by_expert
 from micromix_compile.numerics.layout import PackedWeight, packed_shapes, split_of_weight, weight_split, weights_are_fp4
+from micromix_compile.numerics.shards import own_rows
 from micromix_compile.ops import prepared
 from micromix_compile.targets.target import target_of
 
@@ -70,9 +71,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         experts = [layer._map_global_expert_id_to_local_expert_id(e) for e in range(self.moe.num_experts)]
         here = [e for e, local in enumerate(experts) if local >= 0]
         assert [experts[e] for e in here] == list(range(num_experts)), "vLLM keeps a rank's experts in their order"
-        up_rows = [slice(start, start + inner) for start in (rank * inner, (ranks + rank) * inner)]
         sizes = {UP: (2 * inner * ranks, hidden_size), DOWN: (hidden_size, inner * ranks)}
-        rows = {UP: up_rows, DOWN: [slice(0, hidden_size)]}
+        rows = {UP: own_rows(2 * inner * ranks, rank, ranks, 2), DOWN: (slice(None),)}
         layer.packed = nn.ModuleDict()
         for name in NAMES:
             described, fqn = self._weights[name], f"{self._name}.{name}"
@@ -80,7 +80,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if given != (self.moe.num_logical_experts, *sizes[name]):
                 raise ValueError(f"{fqn} is (E, N, C) = {given}, vLLM's {(self.moe.num_logical_experts, *sizes[name])}")
             cut = cut_of(fqn, described, self._config, sizes[name][1], *((rank, ranks) if name == DOWN else (0, 1)))
-            layer.packed[name] = PackedExperts(fqn, described, cut, rows[name], here, self._config)
+            layer.packed[name] = PackedExperts(fqn, described, cut._replace(rows=rows[name]), here, self._config)
         layer.computes_in = params_dtype
         takers = {**layer.packed[UP].takers(UP), **layer.packed[DOWN].takers(DOWN)}
         layer.load_weights = partial(_load, self._name, takers)
@@ -110,7 +110,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         each = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         out = down.multiply(layer.folded[DOWN], inner, each, offs)
         weighted = out * topk_weights.reshape(-1)[order].unsqueeze(-1)
-        total: Tensor = weighted[torch.argsort(order)].view(*topk_ids.shape, -1).sum(1)
+        total: Tensor = weighted[torch.argsort(order)].view(*topk_ids.shape, out.shape[-1]).sum(1)
         return total.to(x.dtype)
 
 
@@ -157,21 +157,21 @@ class _Folded(NamedTuple):
 class PackedExperts(nn.Module):
     """One weight of the experts that a rank holds: buffers as of a `PackedWeight` with a dimension of experts in front.
 
-    rows: which of the checkpoint's rows are the rank's; cut: which channels; here: which experts.
+    cut: which of the checkpoint's rows and channels are the rank's; here: which experts.
     """
 
     def __init__(
-        self, fqn: str, described: Mapping[str, Any], cut: Cut, rows: Sequence[slice], here: Sequence[int],
-        config: MicroMixConfig,
-    ) -> None:  # fmt: skip
+        self, fqn: str, described: Mapping[str, Any], cut: Cut, here: Sequence[int], config: MicroMixConfig
+    ) -> None:
         super().__init__()
-        self._fqn, self._cut, self._rows, self._here = fqn, cut, rows, here
+        self._fqn, self._cut, self._here = fqn, cut, here
         self.experts, self._channels = len(here), described["in_features"]
         self.layout = config.row_layout(cut.split, cut.rotated(described.get("rotated", 0)))
         whole = weight_split(tuple(described["split"]), config.weights)
         self._shapes = packed_shapes(described["out_features"], whole, described["experts"])
-        height = sum(part.stop - part.start for part in rows)
-        own = packed_shapes(height, weight_split(cut.split, config.weights), self.experts)
+        own = packed_shapes(
+            cut.height(described["out_features"]), weight_split(cut.split, config.weights), self.experts
+        )
         self._parts = [f"weight_{part}" for part in ("q4", "q6", "q8", "scale")]
         for name, shape in zip(self._parts, own, strict=True):
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
@@ -195,9 +195,7 @@ class PackedExperts(nn.Module):
             raise ValueError(f"{name} must be uint8 {wanted} by config.json, got {tensor.dtype} {tuple(tensor.shape)}")
         field, own = PackedWeight._fields[part], self.packed[part]
         for place, expert in zip(own, self._here, strict=True):
-            channels = self._cut.part(field, tensor[expert])
-            rows = [channels[..., taken, :] for taken in self._rows]
-            place.copy_(torch.cat(rows, -2))
+            place.copy_(self._cut.part(field, tensor[expert]))
         self._missing.discard(name)
 
     def _put_order(self, channel_perm: Tensor) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.graphs import session_with, trace
 from support.models import Block
+from torch import Tensor, nn
 
 import micromix_compile as micromix
 from micromix_compile import ops
@@ -42,3 +43,24 @@ def test_without_a_recipe_for_it_a_linear_stays() -> None:
     _, _, targets = trace(block, torch.randn(2, 5, 64), session=session)
     assert targets["micromix.mixed_mx_mm.default"] == 2
     assert sum("linear" in target for target in targets) == 1
+
+
+class BiasOfALinear(nn.Module):
+    """A linear whose bias is what another one makes of the first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(64, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.second.weight, self.first(x[0]))
+
+
+def test_a_bias_that_is_another_linears_output_comes_from_what_that_became() -> None:
+    model = BiasOfALinear().eval()
+    recipe = micromix.calibrate(model, [torch.randn(5, 64)], micromix.MicroMixConfig(policy="mxfp8"))
+    session = session_with(find_linears, rewrite_linears, model=model, recipe=recipe)
+    gm, _, targets = trace(model, torch.randn(5, 64), session=session)
+    assert targets["micromix.mixed_mx_mm.default"] == 2
+    first, second = (node for node in gm.graph.nodes if node.target is ops.mixed_mx_mm)
+    assert second.args[8].all_input_nodes[0] is first
