@@ -40,8 +40,10 @@ def trace(
     return gm, context, Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
 
 
-def session_with(*passes: Pass, model: nn.Module | None = None, recipe: Any = None) -> Session:
-    config = recipe.config if recipe is not None else MicroMixConfig(skip=())
+def session_with(
+    *passes: Pass, model: nn.Module | None = None, recipe: Any = None, skip: tuple[str, ...] = ()
+) -> Session:
+    config = recipe.config if recipe is not None else MicroMixConfig(skip=skip)
     session = Session(config, recipe)
     session.passes = passes  # type: ignore[attr-defined]
     if model is not None:

@@ -9,7 +9,6 @@ import torch
 from support.graphs import session_with, trace
 from torch import Tensor, nn
 
-from micromix_compile.config import MicroMixConfig
 from micromix_compile.lowering.torch_private.operators import GROUPED_MM
 from micromix_compile.passes import find_linears
 from micromix_compile.passes.pre_grad import views
@@ -152,8 +151,7 @@ def test_a_refused_linear_comes_with_its_reason(
     build: Callable[[], nn.Linear], dtype: torch.dtype, reason: str
 ) -> None:
     linear = build()
-    session = session_with(find_linears)
-    session.config = MicroMixConfig(skip=("*",) if "skip" in reason else ())
+    session = session_with(find_linears, skip=("*",) if "skip" in reason else ())
     _, context, _ = trace(linear.eval(), torch.randn(2, linear.in_features, dtype=dtype), session=session)
     assert not context.sites
     assert reason in next(iter(context.refusals.values()))
