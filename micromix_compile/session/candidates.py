@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from micromix_compile.linear.convolution import why_not_pointwise
 from micromix_compile.lowering.torch_private.tensors import is_convolution
-from micromix_compile.recipe.parts import gaps, split_name
+from micromix_compile.recipe.parts import as_matrix, gaps, split_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -56,6 +56,8 @@ def why_never_linear(
         return None, is_named or any(owner is not None for owner in owners)
     if parameter.dim() == 3 and all(size > 1 for size in parameter.shape):  # a matrix for each expert, if used so
         return None, are_experts(names, modules)
+    if as_matrix(parameter.detach()).dim() == 2 and all(size > 1 for size in parameter.shape[:2]):
+        return None if convolutions else ON_REQUEST, False  # of a convolution, if a graph uses it so
     return f"its weight has {parameter.dim()} dimensions, not 2", sum(size > 1 for size in parameter.shape) > 2
 
 

@@ -12,7 +12,7 @@ from micromix_compile.passes import LinearPlan
 from micromix_compile.passes.pre_grad.find_linears import TAKEN_OUT, why_no_plain_weight
 from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
-from micromix_compile.session.candidates import how_to_leave_training, say_left_out, say_unknown
+from micromix_compile.session.candidates import ON_REQUEST, how_to_leave_training, say_left_out, say_unknown
 from micromix_compile.session.coverage import Coverage
 from micromix_compile.session.distributed import check_not_distributed, is_packed
 from micromix_compile.session.matching import find_linear, fits, match_parts, named_modules
@@ -191,7 +191,7 @@ class Session:
         states = self.names if refusals else ()
         skipped = {state.name for state in states if self.config.why_skipped(state.names)}
         unasked = {name: reason for name, reason in refusals.items() if name.partition(" (")[0] not in skipped}
-        unknown = {} if self.names.has_model else unasked
+        unknown = {} if self.names.has_model else {name: r for name, r in unasked.items() if r != ON_REQUEST}
         if recipe is not None:
             say_left_out(unasked, recipe.linears, strict=strict)
             reason = f"the recipe of {recipe.model_id} has no such linear"

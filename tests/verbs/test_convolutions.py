@@ -146,6 +146,16 @@ def test_without_the_wish_they_stay_and_say_how_to_take_them(places: Places, inp
     assert recipe.refused == dict.fromkeys(("0.first", "0.second", "0.third"), why)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_function_s_convolutions_are_linears_on_request_too(wanted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    convolution, linear = nn.Conv1d(64, 64, 1).eval(), nn.Linear(64, 64).eval()
+    options = {"policy": "mxfp8", "calibration_batches": 1, "strict": True, "convolutions": wanted}
+    fast = torch.compile(lambda x: linear(convolution(x).mT), backend="micromix", options=options)
+    with torch.no_grad(), caplog.at_level("WARNING", "micromix_compile"):
+        fast(torch.randn(2, 64, 9))
+    assert f"a function now runs quantized: {1 + wanted} linears" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
