@@ -92,6 +92,9 @@ def test_parts_of_a_weight_run_as_linears_of_their_own(tmp_path: Path) -> None:
         apart.k.weight[6:16] *= 2
         assert torch.equal(fast(**inputs), other(**inputs))
         assert not torch.equal(other(**inputs), want)
+        for model in (joint, apart):
+            model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}, assign=True)
+        assert torch.equal(fast(**inputs), other(**inputs))
 
 
 class Cut(nn.Module):
@@ -181,8 +184,14 @@ def test_a_model_with_parts_converts_itself_and_runs_inside_another(caplog: pyte
 
 def test_a_skipped_weight_s_parts_stay_and_a_part_alone_can_be_skipped() -> None:
     inputs, joint = batch(), Joint().eval()
-    recipe = micromix.calibrate(joint, [inputs], MicroMixConfig(policy="mxfp8", skip=("qkv_weight",)), progress=False)
-    assert list(recipe.linears) == ["out_weight[:, 32:96]"]
+    configs = [MicroMixConfig(policy="mxfp8", skip=skip) for skip in ((), ("qkv_weight",))]
+    whole, recipe = micromix.calibrate_each(joint, [inputs], configs, progress=False)
+    assert (set(whole.linears), list(recipe.linears)) == (set(PARTS), ["out_weight[:, 32:96]"])
+    assert list(micromix.assign(whole, configs[1]).linears) == list(recipe.linears)
+    options = {"recipe": whole, "skip": ["qkv_weight"], "strict": True}
+    with torch.no_grad():
+        fast = torch.compile(joint, backend="micromix", options=options)(**inputs)
+        assert torch.equal(fast, torch.compile(joint, backend="micromix", options={"recipe": recipe})(**inputs))
     config = MicroMixConfig(policy="mxfp8", skip=("qkv_weight[[]0:64]",), strict=False)
     recipe = micromix.calibrate(joint, [inputs], config, progress=False)
     assert set(recipe.linears) == set(PARTS) - {"qkv_weight[0:64]"}
