@@ -47,7 +47,7 @@ def run_in_a_fresh_process(folder: Path, *jobs: dict[str, Any]) -> tuple[list[Te
     torch.save(jobs, path)
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", "support.run_packages", path], capture_output=True, text=True,
+        [sys.executable, "-X", "faulthandler", "-m", "support.run_packages", path], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
