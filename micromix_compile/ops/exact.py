@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from micromix_compile.lowering.torch_private.packages import check_package
 from micromix_compile.numerics import checks, reference, rotation
 from micromix_compile.numerics.layout import PackedWeight, activation_shapes, activation_split
 from micromix_compile.numerics.reference import QuantizedActivation
@@ -128,6 +129,7 @@ def _fake_mixed_mx_mm(
     fp6: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    check_package()
     checks.check_mixed_mx_mm(x4, x6, x8, x_scale, w4, w6, w8, w_scale, bias, fp6)
     return x_scale.new_empty((x_scale.shape[0], w_scale.shape[0]), dtype=out_dtype)
 
@@ -136,6 +138,7 @@ def _fake_dequantize_weight(
     w4: Tensor, w6: Tensor, w8: Tensor, w_scale: Tensor, channel_perm: Tensor, channels: int, fp6: str,
     rotated: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    check_package()
     checks.check_rotated(rotated, channel_perm.shape[0])
     return w_scale.new_empty((w_scale.shape[0], channels), dtype=dtype)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from micromix_compile.lowering.torch_private.packages import check_package
 from micromix_compile.numerics import checks
 from micromix_compile.numerics.folding import LOCKS, FoldedActivation, factor_shape, fold_width
 from micromix_compile.numerics.layout import packed_shapes, split_of_weight
@@ -168,6 +169,7 @@ def _fake_folded_mm(
     w_factor: list[Tensor], w_row_scale: list[Tensor], bias: list[Tensor], expanded: list[Tensor], fp6: str,
     out_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
+    check_package()
     _check_folded_mm(q, row_scale, w4, w6, w8, w_factor, w_row_scale, bias, expanded)
     return [q.new_empty((q.shape[0], w.shape[0]), dtype=out_dtype) for w in w4]
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from micromix_compile.lowering.torch_private.packages import check_package
 from micromix_compile.numerics.grouped import check_grouped_folded_mm, check_grouped_mx_mm, expert_of, runs_of
 from micromix_compile.numerics.layout import PackedWeight
 from micromix_compile.numerics.reference import QuantizedActivation
@@ -71,6 +72,7 @@ def _fake_grouped_mx_mm(
     x4: Tensor, x6: Tensor, x8: Tensor, x_scale: Tensor, rows: Tensor, offs: Tensor, w4: Tensor, w6: Tensor, w8: Tensor,
     w_scale: Tensor, bias: Tensor | None, fp6: str, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    check_package()
     x, w = QuantizedActivation(x4, x6, x8, x_scale), PackedWeight(w4, w6, w8, w_scale)
     check_grouped_mx_mm(x, rows, offs, w, bias, fp6)
     return x_scale.new_empty((rows.shape[0], w4.shape[1]), dtype=out_dtype)
@@ -80,6 +82,7 @@ def _fake_grouped_folded_mm(
     q: Tensor, row_scale: Tensor, rows: Tensor, offs: Tensor, w4: Tensor, w6: Tensor, w8: Tensor, w_factor: Tensor,
     w_row_scale: Tensor, bias: Tensor | None, fp6: str, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    check_package()
     check_grouped_folded_mm(q, row_scale, rows, offs, w4, w6, w8, w_factor, w_row_scale, bias)
     return q.new_empty((rows.shape[0], w4.shape[1]), dtype=out_dtype)
 

@@ -15,8 +15,10 @@ from support.llama import calls_of
 from support.models import EXACT_DTYPE, make_net
 from support.targets import FOLDING, served_by
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import micromix_compile as micromix
+from micromix_compile.lowering.torch_private import packages
 from micromix_compile.verbs.ahead import AheadGraph
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -89,7 +91,24 @@ def test_a_function_for_a_gpu_runs_in_a_fresh_process(tmp_path: Path, mode: str)
     assert torch.equal(outputs[0], expected)
 
 
+OLD = TorchVersion(torch.__version__) < packages.FIRST
+
+
+@pytest.mark.versions
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")  # of torch's copy of an exported program
+def test_a_torch_whose_packages_change_dtypes_is_refused_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = packed_net()
+    with torch.no_grad():
+        exported = torch.export.export(net, (X,))
+        if not OLD:
+            monkeypatch.setattr(torch, "__version__", "2.11.0")
+        with pytest.raises(Exception, match=r"packages of AOTInductor need torch 2\.12 or newer, this is 2\.11"):
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.deep  # Inductor's C++ for a package takes half a minute
+@pytest.mark.skipif(OLD, reason="packages need a newer torch")
 @pytest.mark.filterwarnings("ignore:No complete tensor found")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")  # of torch's copy of an exported program
 @pytest.mark.parametrize("device", DEVICES)

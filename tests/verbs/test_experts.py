@@ -291,7 +291,7 @@ class Routed(nn.Module):
 
 @versions
 def test_experts_that_are_set_to_a_loop_later_are_named_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    model, x = Routed().eval(), torch.randn(16, 64)
+    model, x = Routed().eval().bfloat16(), torch.randn(16, 64).bfloat16()
     recipe = micromix.calibrate(model, [x], QUICK, progress=False)
     fast = torch.compile(model, backend="micromix", options={"recipe": recipe})
     strict = torch.compile(model, backend="micromix", options={"recipe": recipe, "strict": True})
