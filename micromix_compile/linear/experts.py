@@ -59,7 +59,7 @@ def is_batched(module: nn.Module) -> bool:
 
 def runs_in_a_loop(module: nn.Module | None) -> bool:
     """Whether transformers takes one of its experts after the other out of their weights, as it is set now."""
-    if module is None or not vars(module).keys() >= INTERFACE:
+    if module is None or not vars(module).keys() >= {"has_bias", "is_transposed"}:  # all that transformers 5.0 sets
         return False
     return getattr(vars(module).get("config"), "_experts_implementation", None) == "eager"
 

@@ -290,6 +290,7 @@ class Routed(nn.Module):
 
 
 @versions
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # transformers' own
 def test_experts_that_are_set_to_a_loop_later_are_named_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
     model, x = Routed().eval().bfloat16(), torch.randn(16, 64).bfloat16()
     recipe = micromix.calibrate(model, [x], QUICK, progress=False)
