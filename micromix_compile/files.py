@@ -49,6 +49,11 @@ def plain_path(path: Path) -> Path:
     return Path(os.path.realpath(path.parent)) / path.name
 
 
+def is_in_use(directory: Path) -> bool:
+    """Whether the program runs in `directory`, a `plain_path`, or below, or a home is there."""
+    return any(place.is_relative_to(directory) for place in (Path.cwd(), Path.home().resolve()))
+
+
 @contextlib.contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place when the block succeeds.

@@ -44,7 +44,7 @@ from micromix_compile.cli.options import (
     changed,
     takes_config,
 )
-from micromix_compile.cli.outputs import check_file
+from micromix_compile.cli.outputs import check_beside, check_file
 from micromix_compile.cli.resume import Kept, fingerprint
 from micromix_compile.cli.show import console, is_json_of_results, note, table, write_json
 from micromix_compile.config import MicroMixConfig
@@ -94,8 +94,8 @@ def eval_(
     """
     if json_file is not None:
         check_file("--json", json_file, "results of evaluations", is_json_of_results)
-        if resume is not None and json_file.resolve() == resume.resolve():
-            raise UsageError(f"--json must be a file, and {resume} is the directory of --resume")
+        if resume is not None:
+            check_beside("--json", json_file, "--resume", resume)
     names = _row_names(rows, dtype)
     how = _how(suite, task_items, task_data, batch_size, allow_code_execution)
     check_packed(context, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -20,7 +19,7 @@ from micromix_compile.cli.options import (
     WindowLength,
     Windows,
 )
-from micromix_compile.cli.outputs import check_output
+from micromix_compile.cli.outputs import check_beside, check_output
 from micromix_compile.cli.show import note, status
 from micromix_compile.evaluation import texts, zoo
 
@@ -74,7 +73,10 @@ def report(
         measured = _measure(source, facts, load(model, dtype, device), text, (windows, window_length))
     made = write_page(out, facts, found, measured)
     if pictures is not None:
-        _write_pictures(made, pictures)
+        with files.replace_directory(pictures) as fresh:
+            for picture in made.pictures:
+                (fresh / f"{picture.name}.png").write_bytes(picture.png())
+            _check_directory(pictures, out, overwrite=overwrite)
     typer.echo(f"{out}: {len(facts.linears)} linears, {facts.stored_bits:.2f} stored bits")
 
 
@@ -121,20 +123,14 @@ def _measure(source: Path, facts: Facts, loaded: zoo.LoadedModel, text: texts.Te
     return measure_packed(model, packed.model, tokens, name)
 
 
-def _write_pictures(made: Report, directory: Path) -> None:
-    with files.replace_directory(directory) as fresh:
-        for picture in made.pictures:
-            (fresh / f"{picture.name}.png").write_bytes(picture.png())
-
-
 def _check_directory(path: Path, page: Path, *, overwrite: bool) -> None:
     """Raises UsageError unless pictures can be written to `path`, and `page` outlives that."""
     check_output("--pictures", path, is_file=False)
-    for inner, outer in itertools.permutations((path.resolve(), page.resolve())):
-        if inner.is_relative_to(outer):
-            raise UsageError(f"--out and --pictures must stand side by side, got {page} and {path}")
+    check_beside("--out", page, "--pictures", path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"--pictures must be a directory, got {path}")
+    if files.is_in_use(files.plain_path(path)):
+        raise UsageError(f"--pictures must not hold the current directory or a home, got {path}")
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         _check_ours(file, overwrite=overwrite)
 

@@ -8,6 +8,7 @@ without it, such models are not themselves.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -167,9 +168,11 @@ def _rows(file_format: str) -> Callable[[Path, str], list[str]]:
         if importlib.util.find_spec("datasets") is None:
             raise ModuleNotFoundError(f"reading {path.name} needs a package: pip install datasets")
         articles = []
-        for row in _read_rows(file_format, path):
-            if not isinstance(row.get(column), str):
-                raise ValueError(f"{path.name} has no text column {column!r}; its columns are {', '.join(row)}")
+        for number, row in enumerate(_read_rows(file_format, path), 1):
+            if column not in row:
+                raise ValueError(f"{path} has no text column {column!r}; its columns are {', '.join(row)}")
+            if not isinstance(row[column], str):
+                raise ValueError(f"{path} must have text in {column!r}, got {row[column]!r} in row {number}")
             articles.append(row[column])
         return articles
 
@@ -180,7 +183,7 @@ def _read_rows(file_format: str, path: Path) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        yield from datasets.load_dataset(file_format, data_files=str(path), split="train", streaming=True)
+        yield from datasets.load_dataset(file_format, data_files=glob.escape(str(path)), split="train", streaming=True)
     except (ValueError, StopIteration) as error:  # the latter of a file without a byte
         raise ValueError(f"{path} must hold rows as {file_format} has them: {str(error) or 'it is empty'}") from error
 

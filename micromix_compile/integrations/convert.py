@@ -9,6 +9,7 @@ a checkpoint stays transformers' own, by the library that made it: who imports t
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from micromix_compile import files
 from micromix_compile.integrations import checkpoint
 from micromix_compile.integrations.from_others import ACTIVATIONS, write_packed
+from micromix_compile.integrations.overwriting import why_kept
 from micromix_compile.integrations.to_compressed_tensors import write_compressed_tensors
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
 _NOT_COPIED: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -40,8 +41,9 @@ def convert(
 
     source: has config.json and safetensors files. If compressed-tensors (MXFP4, MXFP6, MXFP8) or ModelOpt
     (MXFP8) quantized it, its twin is a packed checkpoint. If it is a packed one whose linears have one format each and
-    the model's order of channels, its twin is compressed-tensors'. destination: a checkpoint or an empty directory
-    there is replaced, once all is written and `before_replacing` returned. activations: "same" as their weight, "fp8",
+    the model's order of channels, its twin is compressed-tensors'. destination: a packed checkpoint, its twin
+    or an empty directory there is replaced, once all is written and `before_replacing` returned; files in it that
+    neither a checkpoint nor `source` has are an error. activations: "same" as their weight, "fp8",
     "mxfp6" (see `MicroMixConfig`), or "mxfp8", instead of what a checkpoint of others says of them.
 
     Raises FileNotFoundError, or ValueError that names the file or the tensor, what it is and what is read; then
@@ -55,27 +57,14 @@ def convert(
     packed = checkpoint.is_ours(checkpoint.read_config(start / "config.json"))
     if packed and activations is not None:
         raise ValueError(f"activations must not be given for a packed checkpoint, which {start} is")
-    _check_replaceable(files.plain_path(end))
-    with files.replace_directory(end) as target:
-        text = write_compressed_tensors(start, target) if packed else write_packed(start, target, activations).text
-        _copy_others(start, target)
+    target = files.plain_path(end)
+    if os.path.lexists(target) and (fact := why_kept(target, copied_from=start, twins=True)) is not None:
+        raise ValueError(f"destination must be new, a packed checkpoint or an empty directory, and {target} {fact}")
+    with files.replace_directory(end) as fresh:
+        text = write_compressed_tensors(start, fresh) if packed else write_packed(start, fresh, activations).text
+        _copy_others(start, fresh)
         before_replacing()
     return text
-
-
-def _check_replaceable(target: Path) -> None:
-    """Raise ValueError unless nothing is lost by replacing `target`, a `files.plain_path`, but a checkpoint."""
-    if target.is_symlink() or not target.exists():
-        return
-    if not target.is_dir():
-        fact = "is not a directory"
-    elif Path.cwd().is_relative_to(target) or Path.home().resolve().is_relative_to(target):
-        fact = "holds the current directory or a home"
-    elif any(target.iterdir()) and not (target / "config.json").is_file():
-        fact = "holds no checkpoint"
-    else:
-        return
-    raise ValueError(f"destination must be new, a checkpoint or an empty directory, and {target} {fact}")
 
 
 def load_converted(source: str | os.PathLike[str], *, activations: str | None = None, **options: Any) -> Any:

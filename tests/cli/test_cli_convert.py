@@ -66,8 +66,17 @@ def test_a_missing_source_and_one_that_is_the_destination_are_refused(theirs: Pa
     for place in (theirs, theirs.parent):
         with pytest.raises(ValueError, match="destination must not be source or hold it"):
             micromix.convert(theirs, place)
-    other = run("convert", tmp_path, theirs, "--overwrite")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text("{}", "utf-8")
+    other = run("convert", theirs, tmp_path / "plain", "--overwrite")
     assert (other.exit_code, "holds no packed checkpoint" in other.stderr) == (2, True)
+
+
+def test_what_convert_wrote_it_may_replace_in_both_directions(theirs: Path, tmp_path: Path) -> None:
+    packed, twin = tmp_path / "packed", tmp_path / "twin"
+    for _ in range(2):
+        run_well("convert", theirs, packed, "--activations", "fp8", "--overwrite")
+        run_well("convert", packed, twin, "--overwrite")
 
 
 def test_a_directory_that_holds_the_source_or_notes_is_not_replaced(theirs: Path, tmp_path: Path) -> None:
@@ -84,7 +93,10 @@ def test_a_directory_that_holds_the_source_or_notes_is_not_replaced(theirs: Path
         run_well("convert", outer / "inner", packed, "--activations", "fp8", "--overwrite")
     (packed / "README.md").write_text("a better model", "utf-8")
     refused = run("convert", outer / "inner", packed, "--activations", "fp8", "--overwrite")
-    assert (refused.exit_code, "holds README.md, which is no part of one" in refused.stderr) == (2, True)
+    assert (
+        refused.exit_code,
+        f"holds README.md, which is no part of one and not that of {outer}" in refused.stderr,
+    ) == (2, True)
 
 
 def test_a_conversion_that_fails_leaves_the_old_checkpoint_whole(

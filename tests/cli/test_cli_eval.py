@@ -115,7 +115,9 @@ def test_eval_refuses_what_it_cannot_do_before_a_model_is_loaded(
         (("--suite", "all"), "--suite must be one of zero-shot, paper, got 'all'"),
         (("--task-data", "disk"), "--task-data must be one of auto, hub, packages, got 'disk'"),
         (("--resume", tmp_path), f"--resume must be a new directory or one of an evaluation before, got {tmp_path}"),
-        (("--resume", tmp_path / "a", "--json", tmp_path / "a"), "--json must be a file, and"),
+        (("--resume", tmp_path / "a", "--json", tmp_path / "a"), "--json and --resume must stand side by side, got"),
+        (("--resume", tmp_path / "a", "--json", tmp_path / "a" / "settings.json"), "must stand side by side"),
+        (("--resume", tmp_path / "a" / "b", "--json", tmp_path / "a"), "must stand side by side"),
         (("--resume", tmp_path / "file"), "--resume must be a new directory or one of an evaluation before"),
     ):
         refused = run("eval", "--model", small_model, *arguments)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import micromix_compile as micromix
+from micromix_compile.cli.errors import UsageError
+from micromix_compile.cli.outputs import check_directory
 from micromix_compile.evaluation import zoo
 
 if TYPE_CHECKING:
@@ -50,6 +52,32 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
     assert result.stderr.splitlines()[-1] == "micromix quantize: disk full"
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
     assert (packed / "merges.txt").read_text("utf-8") == "whole"
+
+
+def test_what_somebody_else_put_in_the_place_meanwhile_stays(
+    small_model: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+    pack = micromix.quantize_
+
+    def be_slow(*arguments: Any) -> object:
+        packed.mkdir()
+        (packed / "picture").write_text("whole", "utf-8")
+        return pack(*arguments)
+
+    monkeypatch.setattr(micromix, "quantize_", be_slow)
+    result = run("quantize", "--model", small_model, "--recipe", recipe_file, "--out", packed)
+    assert (result.exit_code, "exists; --overwrite replaces it" in result.stderr) == (2, True)
+    assert [path.name for path in packed.iterdir()] == ["picture"]
+
+
+def test_files_of_a_checkpoints_own_tokenizer_are_no_obstacle(tmp_path: Path) -> None:
+    write_packed_config(tmp_path)
+    (tmp_path / "emoji.json").touch()
+    with pytest.raises(UsageError, match=r"holds emoji\.json, which is no part of one"):
+        check_directory("--out", tmp_path, overwrite=True, made_from=None)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPTNeoXJapaneseTokenizer"}', "utf-8")
+    check_directory("--out", tmp_path, overwrite=True, made_from=None)
 
 
 def test_quantize_overwrites_only_when_told_to_however_the_path_is_written(

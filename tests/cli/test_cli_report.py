@@ -97,7 +97,11 @@ def test_pictures_are_files_when_they_are_asked_for(recipe_file: Path, tmp_path:
     assert {path.name for path in (tmp_path / "p").iterdir()} == names
 
 
-def test_only_reports_are_overwritten(recipe_file: Path, tmp_path: Path, no_loading: None) -> None:
+def test_only_reports_are_overwritten(
+    recipe_file: Path, tmp_path: Path, no_loading: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     letter, folder, link = tmp_path / "letter.html", tmp_path / "photos", tmp_path / "link"
     letter.write_text("<p>Dear all", "utf-8")
     folder.mkdir()
@@ -111,6 +115,7 @@ def test_only_reports_are_overwritten(recipe_file: Path, tmp_path: Path, no_load
         (("--pictures", tmp_path / "p", "--out", tmp_path / "p" / "r.html"), "--out and --pictures must stand side by"),
         (("--pictures", tmp_path / "r", "--out", tmp_path / "r"), "--out and --pictures must stand side by side, got"),
         (("--pictures", tmp_path / "r" / "p", "--out", tmp_path / "r"), "--out and --pictures must stand side by side"),
+        (("--pictures", ".", "--out", tmp_path / "r"), "--pictures must not hold the current directory or a home"),
         (("--pictures", letter, "--out", tmp_path / "r"), "--pictures must be a directory, got"),
         (("--pictures", link, "--out", tmp_path / "r"), "--pictures must be a directory, got"),
     ):

@@ -183,6 +183,14 @@ def test_a_file_of_rows_holds_an_article_a_row(tmp_path: Path, suffix: str, writ
         texts.load_texts(str(path))
 
 
+def test_a_path_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    for name, text in (("b*c", "mine"), ("bXc", "another's")):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": text}), "utf-8")
+    assert [row["text"] for row in texts._read_rows("json", folder / "b*c.jsonl")] == ["mine"]
+
+
 @pytest.mark.parametrize("data", ["wikipedia", "mine.csv", ""])
 def test_an_unknown_text_lists_what_is_accepted(data: str) -> None:
     """Names and file types."""
@@ -196,6 +204,8 @@ def test_an_unknown_text_lists_what_is_accepted(data: str) -> None:
         ("mine.txt", b"Stra\xdfe", "must be UTF-8 text: "),
         ("mine.jsonl", b'{"text": "Stra\xdfe"}', "must hold rows as json has them: 'utf-8' codec"),
         ("mine.json", b"", "must hold rows as json has them: it is empty"),
+        ("mine.jsonl", b'{"text": "a"}\n{"text": null}', "must have text in 'text', got None in row 2"),
+        ("mine.jsonl", b'{"words": "a"}', "has no text column 'text'; its columns are words"),
         ("mine.parquet", b"PAR", "must hold rows as parquet has them: "),
     ],
 )

@@ -378,15 +378,24 @@ def test_only_a_checkpoint_that_is_not_the_source_is_replaced(
         with pytest.raises(ValueError, match=f"destination must not be source or hold it, got {destination} for"):
             micromix.convert(source, destination)
     other, file, target = tmp_path / "other", tmp_path / "file", tmp_path / "packed"
+    editor, checkout = tmp_path / "editor", tmp_path / "checkout"
     other.mkdir()
     (other / "precious.txt").touch()
     file.touch()
     target.mkdir()
-    for destination, fact in ((other, "holds no checkpoint"), (file, "is not a directory")):
+    editor.mkdir()
+    (editor / "config.json").write_text('{"editor": 1}', "utf-8")
+    shutil.copytree(source, checkout)
+    (checkout / ".git").mkdir()
+    places = [(other, "holds no packed checkpoint"), (file, "is not a directory"), (checkout, "is a git checkout")]
+    for destination, fact in (*places, (editor, "holds no packed checkpoint")):
         with pytest.raises(ValueError, match=f"an empty directory, and {destination} {fact}"):
             micromix.convert(source, destination)
     micromix.convert(source, target)
     micromix.convert(source, target)
+    (target / "notes.txt").touch()
+    with pytest.raises(ValueError, match=f"holds notes.txt, which is no part of one and not that of {source}"):
+        micromix.convert(source, target)
     monkeypatch.chdir(target)
     with pytest.raises(ValueError, match="holds the current directory or a home"):
         micromix.convert(source, ".")
