@@ -274,7 +274,7 @@ class MicroMixConfig:
     def why_skipped(self, names: Iterable[str]) -> str | None:
         """Why a linear of these names stays as it is, if `skip` matches one of them, or what it is a part of."""
         own_and_whole = [one for name in names for one in (name, split_name(name)[0])]
-        found = (p for p in self.skip for name in own_and_whole if fnmatch.fnmatch(name, p))
+        found = (p for p in self.skip for name in own_and_whole if name == p or fnmatch.fnmatch(name, p))
         return next((f"its name matches skip={pattern!r}" for pattern in found), None)
 
     def row_layout(self, split: Split, rotated: int) -> RowLayout:

@@ -47,7 +47,7 @@ def recipes(names: Names, observation: Observation, *, progress: bool) -> Iterat
     """
     groups = _groups(names)
     observed = _observed(names, groups, with_checksums=observation.rounds_weights)
-    _say_escaped(names, observed, strict=any(config.strict for config in observation.configs))
+    _say_escaped(names, observed, observation.configs)
     target = _target(groups)
     for left, config in zip(reversed(range(len(observation.configs))), observation.configs, strict=True):
         wanted = _wanted(names, observed, config)
@@ -204,15 +204,17 @@ def _round(recipe: Recipe, groups: Groups, *, keep_moments: bool, progress: bool
     return packed
 
 
-def _say_escaped(names: Names, recipe: Recipe, *, strict: bool) -> None:
-    """Name what looks like a linear and stays though nobody asked for it. Raises ValueError instead if `strict`."""
+def _say_escaped(names: Names, recipe: Recipe, configs: Sequence[MicroMixConfig]) -> None:
+    """Name what looks like a linear and stays though nobody asked for it. ValueError instead if one is strict."""
     wished = {name for state in names if state.refusal for name in state.names}
-    escaped = {name: why for name, why in recipe.refused.items() if name.partition(" (")[0] not in wished}
+    bare = {name: name.partition(" (")[0] for name in recipe.refused}
+    wished |= {name for name in bare.values() if all(config.why_skipped([name]) for config in configs)}
+    escaped = {name: why for name, why in recipe.refused.items() if bare[name] not in wished}
     if not escaped:
         return
     listed = [f"{name}: {why}" for name, why in escaped.items()]
     message = f"{len(escaped)} weights of {names.model_id} stay unquantized ({first_of(listed)})"
-    if strict:
+    if any(config.strict for config in configs):
         raise ValueError(f"strict=True: {message}; name them in skip if that is meant")
     logger.warning(message)
 

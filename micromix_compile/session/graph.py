@@ -64,13 +64,14 @@ class AppendedInputs:
     the packed form it is.
     folded: for those that follow, one or several at a time: the positions of what they are made from, and what makes
     them.
-    weights: positions of the weights, and which parts of them. keys: of all graph inputs on which what is appended
+    weights: positions of the weights, which parts of them, and whether these are used transposed: another layer's
+    weights may be the first that this graph sees. keys: of all graph inputs on which what is appended
     depends.
     """
 
     packed: Sequence[tuple[int, Part | None, int]]
     folded: Sequence[tuple[Sequence[int], Callable[..., tuple[Tensor, ...]]]]
-    weights: Sequence[tuple[int, Part | None]]
+    weights: Sequence[tuple[int, Part | None, bool]]
     keys: Sequence[int]
 
     @classmethod
@@ -81,15 +82,18 @@ class AppendedInputs:
         place = {node: i for i, node in enumerate(placeholders)}
         packed = [(place[weight], part, index) for weight, part, index in context.inputs]
         folded = [([place[node] for node in nodes], make) for nodes, make in context.folded]
-        weights = list(dict.fromkeys((i, part) for i, part, _ in packed))
+        transposed = {(place[site.weight], site.part): site.transposed for site in context.sites}
+        weights = [(i, part, transposed[i, part]) for i, part in dict.fromkeys((i, part) for i, part, _ in packed)]
         makers = {places[-1] for places, _ in folded if places[-1] < own}
-        return cls(packed=packed, folded=folded, weights=weights, keys=sorted({*(i for i, _ in weights), *makers}))
+        return cls(packed=packed, folded=folded, weights=weights, keys=sorted({*(i for i, *_ in weights), *makers}))
 
     def values(self, session: Session, args: Sequence[Any]) -> tuple[list[LinearState], list[Any]]:
         """(states of the weights among a call's `args`, what is appended to these)."""
-        packed = {(i, part): session.packed(args[i], part) for i, part in self.weights}
+        packed = {
+            (i, part): session.packed(args[i], part, transposed=transposed) for i, part, transposed in self.weights
+        }
         more = self.made(args, [packed[i, part][index] for i, part, index in self.packed])
-        return [session.state(args[i], part) for i, part in self.weights], more
+        return [session.state(args[i], part) for i, part, _ in self.weights], more
 
     def made(self, args: Sequence[Any], packed: Sequence[Any] = ()) -> list[Any]:
         """What is appended to a call's `args`: what was packed of weights, and what is made of that and of these."""

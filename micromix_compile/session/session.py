@@ -10,6 +10,7 @@ from micromix_compile.linear.experts import runs_in_a_loop
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
 from micromix_compile.passes.pre_grad.find_linears import TAKEN_OUT, why_no_plain_weight
+from micromix_compile.recipe.parts import split_name
 from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
 from micromix_compile.session.candidates import ON_REQUEST, how_to_leave_training, say_left_out, say_unknown
@@ -196,6 +197,9 @@ class Session:
             say_left_out(unasked, recipe.linears, strict=strict)
             reason = f"the recipe of {recipe.model_id} has no such linear"
             unknown |= {state.name: reason for state in starmap(self.state, sites) if state.linear is None}
+            held = {split_name(name)[0] for name in (*recipe.linears, *recipe.refused)}
+            parts = {name: split_name(name.partition(" (")[0]) for name in unasked}
+            unknown |= {name: reason for name, (whole, part) in parts.items() if part and whole not in held}
             unknown = {name: why for name, why in unknown.items() if name not in recipe.linears}
         say_unknown(unknown, () if recipe is None else recipe.refused, model_id=self.model_id, strict=strict)
 
@@ -236,11 +240,10 @@ class Session:
         if state.linear is None:
             return None
         assert self.recipe is not None, "a linear's recipe is a part of the whole"
-        state.transposed = transposed
         return LinearPlan(
             group=id(state.linear.group),
             layout=self.recipe.config.row_layout(state.linear.split, state.linear.group.rotated),
-            tensors=self.packed(parameter, part),
+            tensors=self.packed(parameter, part, transposed=transposed),
         )
 
     def observe(
@@ -261,10 +264,17 @@ class Session:
 
     # Packed weights, recipes
 
-    def packed(self, parameter: nn.Parameter, part: Part | None = None) -> PackedTensors:
-        """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed."""
+    def packed(self, parameter: nn.Parameter, part: Part | None = None, *, transposed: bool) -> PackedTensors:
+        """(channel_perm, w4, w6, w8, w_scale) of a weight; packed at first use, and again after the weight changed.
+
+        Raises RuntimeError if a graph that was compiled for another layer uses it the other way round than one before.
+        """
         assert self.recipe is not None, "a linear's recipe is a part of the whole"
-        return self._weights.of(parameter, self.state(parameter, part), self.recipe)
+        state = self.state(parameter, part)
+        if self.is_used_otherwise(parameter, transposed=transposed, part=part):
+            raise RuntimeError(f"{state.name} is used as x @ w and as x @ w.T; skip={state.name!r} leaves it alone")
+        state.transposed = transposed
+        return self._weights.of(parameter, state, self.recipe)
 
     def recipes(self, *, progress: bool) -> Iterator[Recipe]:
         """What was observed, decided for each config in turn. Raises ValueError if no linear was reached."""

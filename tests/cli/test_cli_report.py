@@ -122,7 +122,7 @@ def test_only_reports_are_overwritten(
         result = run("report", recipe_file, *options, "--model", "anything")
         assert (result.exit_code, fact in result.stderr) == (2, True), result.stderr
     assert letter.read_text("utf-8") == "<p>Dear all"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.html", "link", "photos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "letter.html", "link", "photos"]
 
 
 def test_the_demo_replaces_its_own_page_only(recipe_file: Path, tmp_path: Path, no_loading: None) -> None:

@@ -379,14 +379,12 @@ def test_only_a_checkpoint_that_is_not_the_source_is_replaced(
             micromix.convert(source, destination)
     other, file, target = tmp_path / "other", tmp_path / "file", tmp_path / "packed"
     editor, checkout = tmp_path / "editor", tmp_path / "checkout"
-    other.mkdir()
+    for folder in (other, target, editor, checkout / ".git"):
+        folder.mkdir(parents=True)
     (other / "precious.txt").touch()
     file.touch()
-    target.mkdir()
-    editor.mkdir()
     (editor / "config.json").write_text('{"editor": 1}', "utf-8")
-    shutil.copytree(source, checkout)
-    (checkout / ".git").mkdir()
+    shutil.copytree(source, checkout, dirs_exist_ok=True)
     places = [(other, "holds no packed checkpoint"), (file, "is not a directory"), (checkout, "is a git checkout")]
     for destination, fact in (*places, (editor, "holds no packed checkpoint")):
         with pytest.raises(ValueError, match=f"an empty directory, and {destination} {fact}"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import logging
 import re
 from typing import TYPE_CHECKING
@@ -219,3 +221,34 @@ def test_what_lies_between_parts_and_the_parts_are_the_whole(data: st.DataObject
 @pytest.mark.parametrize("name", ["fc", "fc.0", "fc[0]", "fc[:, 0]", "[0:1]", "fc (computed)", "fc[0:1].weight"])
 def test_other_names_name_no_part(name: str) -> None:
     assert split_name(name) == (name, None)
+
+
+class FirstRows(nn.Module):
+    """Some rows of a weight are multiplied by, the others never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.proj = nn.Linear(64, 64), nn.Linear(64, 128, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(self.first(x), self.proj.weight[:96])
+
+
+@pytest.mark.parametrize("skip", ["proj[96:128]", "proj"])
+def test_rows_that_nothing_reads_can_be_left_alone_by_the_name_that_the_error_has(skip: str) -> None:
+    model, x = FirstRows().eval(), torch.randn(4, 64)
+    config = micromix.MicroMixConfig(weight_rounding="nearest", strict=True)
+    with pytest.raises(ValueError, match=r"proj\[96:128\]: calibration did not reach it"):
+        micromix.calibrate(model, [x], config, progress=False)
+    recipe = micromix.calibrate(model, [x], dataclasses.replace(config, skip=(skip,)), progress=False)
+    assert set(recipe.linears) == ({"first"} if skip == "proj" else {"first", "proj[0:96]"})
+
+
+def test_parts_of_a_weight_that_the_recipe_does_not_know_are_named_or_an_error() -> None:
+    model, x = FirstRows().eval(), torch.randn(4, 64)
+    config = micromix.MicroMixConfig(weight_rounding="nearest")
+    alone = nn.Sequential(collections.OrderedDict(first=model.first)).eval()
+    recipe = micromix.calibrate(alone, [x], config, progress=False)
+    strict = torch.compile(model, backend="micromix", options={"recipe": recipe, "strict": True})
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=r"proj\[0:96\]: the recipe of .* has no such"):
+        strict(x)
