@@ -24,6 +24,7 @@ FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     """Insert owner.observe(x, weights, ...) once per distinct value of x, and owner.observe_output after each linear.
 
+    Each product reads what was observed, or a view of that, so that gradients come there.
     What `observe` returned goes to `observe_output`: another call may have come between a linear and its input.
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
@@ -41,11 +42,12 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
             rows = [(one.weight, one.transposed, _tensors(routed), one.part) for one, routed in reversed(distinct)]
             weights, transposed, routings, parts = map(list, zip(*rows, strict=True))
             source = _flattened_from(x)
-            if first.batch is not None:
+            if first.batch is not None and _rank(first.x) > 2:
                 x = graph.call_function(torch.ops.aten.reshape.default, (x, [-1, first.in_features]))
             seen = (x, weights, transposed, source, routings, parts)
             watched = copy_meta(first.node, graph.call_function(context.owner.observe, seen))
         for site, entered in members:
+            shapes.feed(site, entered, x)
             _watch_output(shapes, site, entered, watched, context)
     return len(groups)
 
