@@ -14,7 +14,7 @@ from micromix_compile.config import MicroMixConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from micromix_compile.recipe.file import Recipe
+    from micromix_compile.recipe.types import Recipe
 
     Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,10 +57,16 @@ def linear() -> Recipe:
     return recipe_of(functional.linear, lambda w, both: w)
 
 
-def activation_costs(recipe: Recipe) -> Tensor:
-    costs = recipe.linears["middle"].group.statistics.costs
-    assert costs is not None
-    return costs.activations
+def check_costs(recipe: Recipe, linear: Recipe) -> None:
+    """The middle one's: those of rounding its activations, in all orders and formats, and those of its weight."""
+    groups = [one.linears["middle"].group for one in (recipe, linear)]
+    got, want = (group.statistics.costs for group in groups)
+    assert got is not None
+    assert want is not None
+    assert torch.equal(groups[0].channel_perm, groups[1].channel_perm)
+    for name in ("activations", "weights", "rotated_activations", "rotated_weights"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-9)
+    assert want.activations[0].gt(0).any()
 
 
 @pytest.mark.parametrize(
@@ -79,33 +85,40 @@ def test_turned_products_have_the_costs_and_bytes_of_the_linear(
 ) -> None:
     recipe = recipe_of(product, shaped)
     assert recipe.config.weight_rounding == "guided"
-    torch.testing.assert_close(activation_costs(recipe), activation_costs(linear), rtol=1e-5, atol=1e-9)
+    check_costs(recipe, linear)
     for name, bits in linear.packed.items():
         assert recipe.linears[name].split == linear.linears[name].split
         assert all(torch.equal(got, want) for got, want in zip(recipe.packed[name], bits, strict=True)), name
 
 
+def of_one_sequence(product: Product, shaped: Product) -> Recipe:
+    """The same of h as one sequence (64, 96), as which rows of experts count."""
+    return recipe_of(lambda h, w: product(h.reshape(1, 64, 96).view(64, 96), w).view(2, 32, 64), shaped)
+
+
+@pytest.fixture(scope="module")
+def linear_of_one_sequence() -> Recipe:
+    return of_one_sequence(functional.linear, lambda w, both: w)
+
+
+def by_copies(h: Tensor, w: Tensor) -> Tensor:
+    """Each token goes to both experts, and on from one of them."""
+    both = torch.bmm(h.repeat_interleave(2, dim=0).unsqueeze(1), w[INDEX.repeat(2)].mT)
+    return both.view(64, 2, 64)[torch.arange(64), INDEX]
+
+
 @pytest.mark.parametrize(
     ("product", "shaped"),
     [
-        (torch.bmm, lambda w, both: both.mT.contiguous()),
-        (lambda h, w: (w @ h.mT).mT, lambda w, both: both),
-        (lambda h, w: torch.bmm(h.reshape(-1, 1, 96), w[INDEX].mT).view(2, 32, 64), lambda w, both: both),
-        (lambda h, w: torch.bmm(w[INDEX], h.reshape(-1, 96, 1)).view(2, 32, 64), lambda w, both: both),
-        (
-            lambda h, w: (
-                torch.bmm(h.reshape(-1, 96).repeat_interleave(2, dim=0).unsqueeze(1), w[INDEX.repeat(2)].mT)
-                .view(2, 32, 2, 64)
-                .mean(2)
-            ),
-            lambda w, both: both,
-        ),
+        (lambda h, w: torch.bmm(h.view(2, 32, 96), w), lambda w, both: both.mT.contiguous()),
+        (lambda h, w: (w @ h.view(2, 32, 96).mT).mT.reshape(64, 64), lambda w, both: both),
+        (lambda h, w: torch.bmm(h.unsqueeze(1), w[INDEX].mT), lambda w, both: both),
+        (lambda h, w: torch.bmm(w[INDEX], h.unsqueeze(2)), lambda w, both: both),
+        (by_copies, lambda w, both: both),
     ],
 )
 def test_activations_of_batched_products_cost_what_those_of_the_linear_cost(
-    product: Product, shaped: Product, linear: Recipe
+    product: Product, shaped: Product, linear_of_one_sequence: Recipe
 ) -> None:
     """Both matrices are the linear's, and each has its share of the linear's tokens."""
-    torch.testing.assert_close(
-        activation_costs(recipe_of(product, shaped)), activation_costs(linear), rtol=1e-5, atol=1e-9
-    )
+    check_costs(of_one_sequence(product, shaped), linear_of_one_sequence)
