@@ -174,8 +174,9 @@ def _may_be_linear(operands: Operands, inputs: Mapping[fx.Node, object]) -> bool
 
 def _is_convolution(weight: object, context: PassContext) -> bool:
     """Whether it is a Parameter that a convolution could be a linear with; it is refused where none are wanted."""
-    is_parameter = isinstance(weight, nn.Parameter) and weight.dim() > as_matrix(weight.detach()).dim()
-    return is_parameter and context.owner.refusal(weight) is None
+    if not isinstance(weight, nn.Parameter) or weight.dim() == as_matrix(weight.detach()).dim():
+        return False
+    return context.owner.refusal(weight) is None
 
 
 def _computed_name(weight: fx.Node, inputs: Mapping[fx.Node, object], context: PassContext) -> str:

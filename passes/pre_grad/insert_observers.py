@@ -30,6 +30,7 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     layers.
     """
     groups: dict[tuple[Any, ...], list[tuple[LinearSite, Entered]]] = {}
+    watches: list[tuple[LinearSite, Entered, fx.Node]] = []
     epochs, shapes = mutation_epochs(graph), Shapes(graph, sort=True)
     for site in context.sites:
         entered = shapes.enter(site, site.x)
@@ -42,13 +43,15 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
             rows = [(one.weight, one.transposed, _tensors(routed), one.part) for one, routed in reversed(distinct)]
             weights, transposed, routings, parts = map(list, zip(*rows, strict=True))
             source = _flattened_from(x)
-            if first.batch is not None and _rank(first.x) > 2:
+            if first.batch is not None:
                 x = graph.call_function(torch.ops.aten.reshape.default, (x, [-1, first.in_features]))
             seen = (x, weights, transposed, source, routings, parts)
             watched = copy_meta(first.node, graph.call_function(context.owner.observe, seen))
         for site, entered in members:
             shapes.feed(site, entered, x)
-            _watch_output(shapes, site, entered, watched, context)
+            watches.append((site, entered, watched))
+    for site, entered, watched in watches:  # changes what the inputs of other sites are called
+        _watch_output(shapes, site, entered, watched, context)
     return len(groups)
 
 

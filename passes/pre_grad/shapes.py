@@ -221,7 +221,7 @@ class Shapes:
 
     def flatten(self, site: LinearSite, entered: Entered) -> fx.Node:
         """The results of a site as a linear or a grouped product has them: what `leave` makes its own of."""
-        out = self._channels_last(site, site.node) if site.turned else site.node
+        out = self._add(site, aten.movedim.int, site.node, -1 - site.turned, -1) if site.turned else site.node
         if site.batch is not None:
             out = self._add(site, aten.reshape.default, out, [-1, site.out_features])
         return out if entered.order is None else self._add(site, aten.index.Tensor, out, [entered.order])
