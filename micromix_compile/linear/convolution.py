@@ -35,8 +35,9 @@ class MicroMixConvolution(MicroMixLinear):
 
     dims: how many dimensions of places there are, 1 or 2. weight: (N, C, 1) or (N, C, 1, 1).
 
-    forward: (B, C, *places) or (C, *places) float -> the same with N for C, contiguous where the input is. Raises
-    ValueError for another rank or C.
+    forward: (B, C, *places) or (C, *places) float -> the same with N for C, contiguous where an nn.Conv1d's or
+    nn.Conv2d's result is: of one dimension of places always, of two where the input is. Raises ValueError for another
+    rank or C.
     """
 
     def __init__(self, *, dims: int, **fields: Any) -> None:
@@ -58,7 +59,7 @@ class MicroMixConvolution(MicroMixLinear):
         if x.dim() not in (self.dims + 1, self.dims + 2):
             raise ValueError(f"x must have {self.dims + 1} or {self.dims + 2} dimensions, got shape {tuple(x.shape)}")
         out = super().forward(x.movedim(-1 - self.dims, -1)).movedim(-1, -1 - self.dims)
-        return out.contiguous() if x.is_contiguous() else out
+        return out.contiguous() if self.dims == 1 or x.is_contiguous() else out
 
 
 def packed_class(module: nn.Module) -> Callable[..., MicroMixLinear]:

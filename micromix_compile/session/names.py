@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from weakref import finalize, ref
 
 from micromix_compile.passes.pre_grad.find_linears import BOTH_WAYS, OF_EXPERTS
+from micromix_compile.recipe.parts import as_matrix
 from micromix_compile.session.candidates import why_never_linear
 from micromix_compile.session.matching import all_parameter_names, model_id, named_modules
 from micromix_compile.session.state import LinearState
@@ -130,7 +131,7 @@ class Names:
         otherwise = "calibration did not reach it"
         if state.may_be_experts:
             otherwise = "its weight has 3 dimensions, not 2"
-        elif parameter is not None and parameter.dim() == 3:
+        elif parameter is not None and as_matrix(parameter.detach()).dim() == 3:
             otherwise = f"{otherwise}: {OF_EXPERTS}"
         return state.refusal or self.refusals.get(state.name) or otherwise
 

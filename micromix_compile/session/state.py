@@ -80,7 +80,9 @@ class LinearState:
     def may_be_experts(self) -> bool:
         """Whether it may be of experts, though only a product that uses it so would say it is a linear."""
         parameter = self.parameter()
-        return self.refusal is None and not self.looks_linear and parameter is not None and parameter.dim() == 3
+        if self.refusal is not None or self.looks_linear or parameter is None:
+            return False
+        return as_matrix(parameter.detach()).dim() == 3
 
     @property
     def recipe_digest(self) -> str:

@@ -27,6 +27,7 @@ OF_EXPERTS: Final = (
     "a stack of matrices is covered where grouped or batched products read it; of transformers' experts they do after "
     'model.set_experts_implementation("grouped_mm")'
 )
+COMPUTED: Final = "its weight is computed in the graph, not a Parameter"
 BOTH_WAYS: Final = "its weight is used both as it is and transposed"
 TAKEN_OUT: Final = f"a matrix of it is taken out by index: {OF_EXPERTS}"
 ON_THE_LEFT: Final = (
@@ -49,7 +50,11 @@ def find_linears(graph: fx.Graph, context: PassContext) -> int:
     for node in graph.nodes:
         search.depth += _entered_transforms(node)
         found = operands_of(node) or convolution_of(node)
-        if found is None or (found.turned and not isinstance(inputs.get(found.weight), nn.Parameter)):
+        if found is None:
+            continue
+        if found.turned and not isinstance(inputs.get(found.weight), nn.Parameter):
+            if _is_convolution(inputs.get(_origin(found.weight)), context):
+                context.refusals[_computed_name(found.weight, inputs, context)] = COMPUTED
             continue
         operands = found if found.turned else reshaped(found, inputs, search.written)
         left = None if operands else _weight_on_the_left(found, inputs)
@@ -167,6 +172,13 @@ def _may_be_linear(operands: Operands, inputs: Mapping[fx.Node, object]) -> bool
     return not operands.transposed or is_parameter
 
 
+def _is_convolution(weight: object, context: PassContext) -> bool:
+    """Whether it is a Parameter that a convolution could be a linear with; it is refused where none are wanted."""
+    if not isinstance(weight, nn.Parameter) or weight.dim() == as_matrix(weight.detach()).dim():
+        return False
+    return context.owner.refusal(weight) is None
+
+
 def _computed_name(weight: fx.Node, inputs: Mapping[fx.Node, object], context: PassContext) -> str:
     """A weight that is computed goes by the Parameter that it comes from, if it is one's slice, view or multiple."""
     parameter = inputs.get(_origin(weight))
@@ -216,7 +228,7 @@ def _refusal(operands: Operands, inputs: Mapping[fx.Node, object], context: Pass
     if isinstance(whole, nn.Parameter) and whole is not parameter and whole.dim() == 3:
         return context.owner.name_of(whole), TAKEN_OUT
     if not isinstance(parameter, nn.Parameter):
-        return _computed_name(weight, inputs, context), "its weight is computed in the graph, not a Parameter"
+        return _computed_name(weight, inputs, context), COMPUTED
     if parameter.dim() < 2:
         return weight.name, "its weight is a vector"
     if special := _refused_tensors(parameter, operands):
@@ -229,10 +241,12 @@ def _refused_tensors(parameter: nn.Parameter, operands: Operands) -> str | None:
     """Why a product of these tensors is not covered, or None."""
     if special := why_no_plain_weight(parameter):
         return special
-    dims = 2 if operands.offs is None and operands.batch is None else 3
+    is_stack = operands.offs is not None or operands.batch is not None
     matrix = as_matrix(parameter.detach())
-    if matrix.dim() != dims:
-        return f"its weight has {parameter.dim()} dimensions, not {dims}"
+    if parameter.dim() > matrix.dim() and (is_stack or not operands.turned):  # no convolution multiplies by it
+        return f"its weight has {parameter.dim()} dimensions, not 2"
+    if matrix.dim() != 2 + is_stack:
+        return f"its weight has {parameter.dim()} dimensions, not {2 + is_stack}"
     if parameter.dtype not in FLOAT_DTYPES:
         return f"its weight is {parameter.dtype}, not float32, bfloat16 or float16"
     example = operands.x.meta.get("example_value")

@@ -24,11 +24,13 @@ FLATTENERS = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 def insert_observers(graph: fx.Graph, context: PassContext) -> int:
     """Insert owner.observe(x, weights, ...) once per distinct value of x, and owner.observe_output after each linear.
 
+    Each product reads what was observed, or a view of that, so that gradients come there.
     What `observe` returned goes to `observe_output`: another call may have come between a linear and its input.
     The observer learns at run time, from the weights it is given, which linears it sees: one graph may serve many
     layers.
     """
     groups: dict[tuple[Any, ...], list[tuple[LinearSite, Entered]]] = {}
+    watches: list[tuple[LinearSite, Entered, fx.Node]] = []
     epochs, shapes = mutation_epochs(graph), Shapes(graph, sort=True)
     for site in context.sites:
         entered = shapes.enter(site, site.x)
@@ -46,7 +48,10 @@ def insert_observers(graph: fx.Graph, context: PassContext) -> int:
             seen = (x, weights, transposed, source, routings, parts)
             watched = copy_meta(first.node, graph.call_function(context.owner.observe, seen))
         for site, entered in members:
-            _watch_output(shapes, site, entered, watched, context)
+            shapes.feed(site, entered, x)
+            watches.append((site, entered, watched))
+    for site, entered, watched in watches:  # changes what the inputs of other sites are called
+        _watch_output(shapes, site, entered, watched, context)
     return len(groups)
 
 

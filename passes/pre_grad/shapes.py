@@ -189,21 +189,39 @@ class Shapes:
 
     def leave(self, site: LinearSite, entered: Entered, out: fx.Node) -> fx.Node:
         """The results of a site in its own shape, from those of a linear, (..., N), or of a grouped product, (R, N)."""
-        if entered.order is not None:
-            back = self._add(site, aten.argsort.default, entered.order)
-            out = self._add(site, aten.index.Tensor, out, [back])
-            return self._add(site, aten.unsqueeze.default, out, 2 if site.turned else 1)
-        if site.batch is not None:
-            out = self._add(site, aten.reshape.default, out, [site.parameter.shape[0], -1, site.out_features])
-        if not site.turned:
-            return out
-        out = self._add(site, aten.movedim.int, out, -1, -1 - site.turned)
+        out = self._in_own_shape(site, entered, out, site.out_features)
         as_before = site.is_convolution and _example(site.node).is_contiguous()
         return self._add(site, aten.contiguous.default, out) if as_before else out
 
+    def feed(self, site: LinearSite, entered: Entered, rows: fx.Node) -> None:
+        """Have the product of a site read `rows`, its input as `enter` made it and flat if batched, in its own shape.
+
+        Gradients at its input are then gradients at `rows`.
+        """
+        if site.batch is None and not site.turned:
+            return
+        reads = (one for one in site.node.all_input_nodes if site.x in (one, _uncopied(one, frozenset())[0]))
+        with self._graph.inserting_before(site.node):
+            if site.batch is not None and site.batch.experts is not None and _dims(site.x) == 2:
+                rows = self._add(site, aten.repeat_interleave.self_int, rows, site.batch.copies, 0)
+                x = self._add(site, aten.unsqueeze.default, rows, 2 if site.turned else 1)
+            else:
+                x = self._in_own_shape(site, entered, rows, site.in_features)
+        site.node.replace_input_with(next(reads), x)
+
+    def _in_own_shape(self, site: LinearSite, entered: Entered, rows: fx.Node, channels: int) -> fx.Node:
+        """What a linear or a grouped product reads or makes, as the site has it."""
+        if entered.order is not None:
+            back = self._add(site, aten.argsort.default, entered.order)
+            rows = self._add(site, aten.index.Tensor, rows, [back])
+            return self._add(site, aten.unsqueeze.default, rows, 2 if site.turned else 1)
+        if site.batch is not None:
+            rows = self._add(site, aten.reshape.default, rows, [site.parameter.shape[0], -1, channels])
+        return self._add(site, aten.movedim.int, rows, -1, -1 - site.turned) if site.turned else rows
+
     def flatten(self, site: LinearSite, entered: Entered) -> fx.Node:
         """The results of a site as a linear or a grouped product has them: what `leave` makes its own of."""
-        out = self._channels_last(site, site.node) if site.turned else site.node
+        out = self._add(site, aten.movedim.int, site.node, -1 - site.turned, -1) if site.turned else site.node
         if site.batch is not None:
             out = self._add(site, aten.reshape.default, out, [-1, site.out_features])
         return out if entered.order is None else self._add(site, aten.index.Tensor, out, [entered.order])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from support.graphs import trace
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import micromix_compile as micromix
@@ -187,6 +189,60 @@ def test_a_weight_of_size_1_is_a_linear_only_where_it_is_used_as_one(call: dict[
     assert len(context.sites) == found
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("shape", [(2, 8, 5, 64), (8, 5, 64)])
+def test_a_weight_of_that_shape_in_another_product_is_no_convolution(shape: tuple[int, ...], wanted: bool) -> None:
+    session = Session(MicroMixConfig(convolutions=wanted))
+    session.passes = (find_linears,)  # type: ignore[attr-defined]
+    queries = nn.Parameter(torch.randn(8, 64, 1))
+    _, context, _ = trace(lambda x: x @ queries, torch.randn(shape), session=session)
+    assert not context.sites
+    assert list(context.refusals.values()) == ["its weight has 3 dimensions, not 2"]
+
+
+class Normed(nn.Module):
+    """A linear and convolutions whose weights are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.line, self.plane = weight_norm(nn.Conv1d(64, 64, 1)), weight_norm(nn.Conv2d(64, 64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plane(self.line(self.linear(x).mT)[..., None])
+
+
+def test_convolutions_with_computed_weights_are_named_where_convolutions_are_wanted() -> None:
+    x, reason = torch.randn(2, 8, 64), "its weight is computed in the graph, not a Parameter"
+    recipe = micromix.calibrate(Normed().eval(), [x], QUICK, progress=False)
+    assert list(recipe.linears) == ["linear"]
+    assert recipe.refused == {f"{name}.parametrizations.weight.original1": reason for name in ("line", "plane")}
+    unwanted = MicroMixConfig(policy="mxfp8-anchor", strict=True)
+    assert not micromix.calibrate(Normed().eval(), [x], unwanted, progress=False).refused
+
+
+class Added(nn.Module):
+    """A convolution, one that is not reached, and a Parameter of such a shape that is only added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.unreached = nn.Conv1d(64, 64, 1), nn.Conv1d(64, 64, 1)
+        self.table = nn.Parameter(torch.randn(8, 64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reached(x) + self.table[0]
+
+
+def test_what_is_not_multiplied_is_taken_for_no_experts() -> None:
+    model, x = Added().eval(), torch.randn(2, 64, 9)
+    recipe = micromix.calibrate(model, [x], QUICK, progress=False)
+    assert list(recipe.linears) == ["reached"]
+    assert recipe.refused == {"unreached": "calibration did not reach it"}
+    del model.unreached
+    strict = dataclasses.replace(QUICK, strict=True)
+    assert not micromix.calibrate(model, [x], strict, progress=False).refused
+
+
 def test_a_packed_convolution_takes_one_example_and_refuses_other_shapes(places: Places, inputs: Tensor) -> None:
     net = nn.Sequential(nn.Conv1d(64, 32, 1)).eval()
     recipe = micromix.calibrate(net, [inputs.flatten(2)], QUICK, progress=False)
@@ -195,6 +251,8 @@ def test_a_packed_convolution_takes_one_example_and_refuses_other_shapes(places:
     x = inputs.flatten(2)
     assert torch.equal(packed(x[0]), packed(x)[0])
     assert packed(x).is_contiguous()
+    turned = x.mT.contiguous().mT
+    assert packed(turned).is_contiguous() == nn.Conv1d(64, 32, 1)(turned).is_contiguous()
     with pytest.raises(ValueError, match=r"x must have 2 or 3 dimensions, got shape \(2, 64, 5, 7\)"):
         packed(inputs)
     with pytest.raises(ValueError, match=r"x must have 64 channels, got shape \(2, 35, 32\)"):
