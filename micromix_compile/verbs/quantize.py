@@ -26,7 +26,7 @@ from micromix_compile.recipe.parts import as_matrix, split_name
 from micromix_compile.recipe.types import check_recipe
 from micromix_compile.session.candidates import EMBEDDINGS, how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed, is_packed
-from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names
+from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names, without_unwanted
 from micromix_compile.verbs.quantize_attention import (
     is_of_attention,
     packed_attention,
@@ -75,6 +75,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     modules = named_modules(model)
     check_not_packed(recipe, modules, model_id(model))
     before = described_before(model, recipe.config)
+    recipe = without_unwanted(recipe, model)
     matched = match_linears(recipe, parameter_names(model), model_id=model_id(model))
     places, refused = places_of(matched, modules)
     say_refused(refused, strict=recipe.config.strict)
