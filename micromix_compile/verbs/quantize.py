@@ -61,10 +61,10 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     parametrization, a class of its own or more than a weight and a bias. The log says so, and `model.micromix_refused`,
     a dict of names and reasons, lists them. A Hugging Face model can be saved with save_pretrained afterwards.
 
-    Raises ValueError if the recipe was made for another model, naming both, if one of its linears is packed already, if
-    others are with which it can't be in one checkpoint, or if one has to stay and the recipe's config is strict;
-    TypeError for what is no model or no recipe. The model is as it was then: nothing is replaced before everything is
-    packed, for which there must be memory.
+    Raises ValueError if the recipe was made for another model, naming both, if its config leaves all of its linears
+    out, if one is packed already, if others are with which it can't be in one checkpoint, or if one has to stay and the
+    config is strict; TypeError for what is no model or no recipe. The model is as it was then: nothing is replaced
+    before everything is packed, for which there must be memory.
     """
     check_recipe(recipe)
     wrapped: nn.Module = model
