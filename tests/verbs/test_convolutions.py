@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -150,9 +150,11 @@ def test_without_the_wish_they_stay_and_say_how_to_take_them(places: Places, inp
 
 def test_the_option_beside_a_recipe_drops_them_or_says_to_calibrate(places: Places, inputs: Tensor) -> None:
     model = nn.Sequential(places, nn.Linear(35, 64)).eval()
-    off, recipe = [micromix.calibrate(model, [inputs], replace(NEAREST, convolutions=one)) for one in (False, True)]
+    off, recipe = [
+        micromix.calibrate(model, [inputs], dataclasses.replace(NEAREST, convolutions=one)) for one in (False, True)
+    ]
     assert (list(off.linears), len(recipe.linears)) == (["1"], 4)
-    fewer = micromix.assign(recipe, replace(NEAREST, convolutions=False, strict=True))
+    fewer = micromix.assign(recipe, dataclasses.replace(NEAREST, convolutions=False, strict=True))
     packed = micromix.quantize_(copy.deepcopy(model), fewer)
     assert [name for name, module in packed.named_modules() if isinstance(module, MicroMixLinear)] == ["1"]
     fast = torch.compile(model, backend="micromix", options={"recipe": recipe, "convolutions": False, "strict": True})
