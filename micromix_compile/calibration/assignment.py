@@ -60,13 +60,20 @@ def decided(config: MicroMixConfig, activations: str) -> MicroMixConfig:
 def assign(recipe: Recipe, config: MicroMixConfig) -> Recipe:
     """The recipe solved again under `config` from its own statistics. Activations that are "auto" stay as they were.
 
-    Linears that the config's `skip` names are dropped first; those that calibration skipped stay out.
+    Linears that the config's `skip` names are dropped first; those that calibration skipped stay out. Only a model
+    tells which are convolutions, or have other names, too: what is not wanted of these is dropped where it is met.
     Weights that calibration rounded are dropped if an option they depend on changes; the new recipe's are rounded to
     nearest, which its config and the log say. Raises ValueError if `config` needs statistics that calibration did not
-    take, or shards that don't fit the channels, or skips all; TypeError for what is no recipe or no config.
+    take, shards that don't fit the channels or convolutions that the recipe leaves out, or skips all; TypeError for
+    what is no recipe or no config.
     """
     check_recipe(recipe)
     check_config(config)
+    if config.convolutions and not recipe.config.convolutions:
+        raise ValueError(
+            f"convolutions must be False for the recipe of {recipe.model_id}, which leaves them out, got True: "
+            f"calibrate again with convolutions=True"
+        )
     recipe = without(recipe, {fqn: why for fqn in recipe.linears if (why := config.why_skipped([fqn])) is not None})
     config = decided(config, recipe.config.activations)
     if (config.weight_rounding, recipe.config.weight_rounding) == ("guided", "gptq"):  # there were no gradients

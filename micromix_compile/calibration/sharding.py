@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from micromix_compile.linear.convolution import POINTWISE, why_not_pointwise
 from micromix_compile.linear.experts import expert_shapes, is_experts, why_not_packed
 from micromix_compile.numerics.shards import check_cut, joined_order, total
+from micromix_compile.recipe.parts import split_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,18 +28,22 @@ if TYPE_CHECKING:
 
 
 def is_cut(fqn: str, config: MicroMixConfig) -> bool:
-    """Whether ranks cut this linear along its input channels, and shards are asked for."""
-    return config.shards > 1 and any(fnmatch(fqn, pattern) for pattern in config.row_parallel)
+    """Whether ranks cut this linear, or what it is a part of, along its input channels, and shards are asked for."""
+    names = (fqn, split_name(fqn)[0])
+    return config.shards > 1 and any(fnmatch(name, pattern) for pattern in config.row_parallel for name in names)
 
 
 def check_model(modules: Mapping[str, nn.Module], config: MicroMixConfig) -> None:
-    """Raise ValueError for a linear or experts that can't be cut as `config` asks: at once, not after calibration."""
+    """Raise ValueError for what can't be cut as `config` asks, of linears, convolutions that count as such and experts:
+    at once, not after calibration."""
     channels = {name: module.in_features for name, module in modules.items() if isinstance(module, nn.Linear)}
     for holder, module in modules.items():
+        if config.convolutions and isinstance(module, POINTWISE) and why_not_pointwise(module) is None:
+            channels[holder] = module.in_channels
         if is_experts(module) and why_not_packed(module) is None:
             channels |= {f"{holder}.{name}": shape[2] for name, shape in expert_shapes(module).items()}
     for name, count in channels.items():
-        if is_cut(name, config) and not any(fnmatch(name, pattern) for pattern in config.skip):
+        if is_cut(name, config) and config.why_skipped([name]) is None:
             check_cut(count, config.shards, name)
 
 

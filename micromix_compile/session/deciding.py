@@ -112,7 +112,7 @@ def _observed(names: Names, groups: Groups, *, with_checksums: bool) -> Recipe:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"calibration of {names.model_id} reached no linear layer ({reasons or 'it has none'})")
     return Recipe(
-        config=UNDECIDED,
+        config=dataclasses.replace(UNDECIDED, convolutions=names.convolutions),
         model_id=names.model_id,
         linears=linears,
         refused=refused,

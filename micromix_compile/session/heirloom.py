@@ -9,6 +9,7 @@ from weakref import ref
 
 from micromix_compile.linear.replacing import OnlySpeaks
 from micromix_compile.session.distributed import is_packed
+from micromix_compile.session.matching import match_linears, model_id, parameter_names
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -34,9 +35,13 @@ class Heirloom:
         """Note that the model runs by the recipe of `session`."""
         self._converted[key] = ref(session)
 
-    def take(self, key: Hashable) -> Recipe | None:
-        """The recipe that the original ran by when it was copied; it is handed out once, for sessions keep theirs."""
-        return self._inherited.pop(key, None)
+    def inherited(self, key: Hashable) -> Recipe | None:
+        """The recipe that the original ran by when it was copied."""
+        return self._inherited.get(key)
+
+    def forget(self, key: Hashable) -> None:
+        """Let go of that recipe: a session keeps it now, or the weights are others."""
+        self._inherited.pop(key, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Heirloom:
         copy = Heirloom()
@@ -61,9 +66,27 @@ def leave_heirloom(model: nn.Module, key: Hashable, session: Session) -> None:
 
 
 def inherited_recipe(model: nn.Module, key: Hashable) -> Recipe | None:
-    """The recipe that `model`, a copy of one that converted itself under the same options, is to run by."""
+    """The recipe that `model`, a copy of one that converted itself under the same options, is to run by.
+
+    None, and the log says why, if its weights are others by now.
+    """
     heirloom = vars(model).get(ATTRIBUTE)
-    return heirloom.take(key) if isinstance(heirloom, Heirloom) else None
+    recipe = heirloom.inherited(key) if isinstance(heirloom, Heirloom) else None
+    if recipe is None or is_packed(model):
+        return recipe
+    try:
+        match_linears(recipe, parameter_names(model), model_id=model_id(model))
+    except ValueError as error:
+        logger.warning("%s, a copy of a model that converted itself, calibrates anew: %s", model_id(model), error)
+        return None
+    return recipe
+
+
+def forget_inherited(model: nn.Module, key: Hashable) -> None:
+    """Called when a session of `model` has taken over the recipe, or does without."""
+    heirloom = vars(model).get(ATTRIBUTE)
+    if isinstance(heirloom, Heirloom):
+        heirloom.forget(key)
 
 
 class _SavesPlainWeights(OnlySpeaks):

@@ -6,9 +6,11 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from micromix_compile.calibration.assignment import without
 from micromix_compile.passes.pre_grad.find_linears import why_no_plain_weight
 from micromix_compile.recipe.fingerprint import same_sample, weight_sample
 from micromix_compile.recipe.parts import as_matrix, split_name
+from micromix_compile.session.candidates import ON_REQUEST, why_never_linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,6 +53,45 @@ def model_id(model: nn.Module) -> str:
     return f"{type(model).__name__}({origin})" if origin else type(model).__name__
 
 
+def without_unwanted(recipe: Recipe, model: nn.Module) -> Recipe:
+    """The recipe without what its config leaves out of `model`: a tied weight of which `skip` has another name, and
+    convolutions that are not asked for. Raises ValueError if nothing is left.
+    """
+    modules, unwanted = named_modules(model), {}
+    alike: dict[str, list[str]] = {}
+    for fqn in recipe.linears:
+        alike.setdefault(_last(split_name(fqn)[0]), []).append(fqn)
+    for parameter, names in all_parameter_names(model).items():
+        never, _ = why_never_linear(parameter, names, modules, convolutions=recipe.config.convolutions)
+        for fqn in {fqn: None for name in names for fqn in alike.get(_last(name), ())}:
+            whole, part = split_name(fqn)
+            skipped = recipe.config.why_skipped([f"{name}{part or ''}" for name in names])
+            why = skipped or (ON_REQUEST if never == ON_REQUEST else None)
+            if why is not None and (whole in names or _is_tail_of(recipe.linears[fqn], parameter, names)):
+                unwanted[fqn] = why
+    return without(recipe, unwanted)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_tail_of(linear: LinearRecipe, parameter: nn.Parameter, names: Sequence[str]) -> bool:
+    """Whether a weight is the linear's, or what that is cut from, though one's name is but the tail of the other's."""
+    whole, part = split_name(linear.fqn)
+    if not _is_one_of(whole, names) or parameter.is_meta or why_no_plain_weight(parameter):
+        return False
+    if part is not None and not part.fits(parameter):
+        return False
+    weight = as_matrix(parameter.detach()) if part is None else part.of(parameter.detach())
+    return weight.numel() > 0 and _same_weight(linear, weight, weight_sample(weight))
+
+
+def _is_one_of(name: str, names: Sequence[str]) -> bool:
+    """Whether a dotted name is one of these, or one is the tail of the other."""
+    return any(f".{own}".endswith(f".{name}") or f".{name}".endswith(f".{own}") for own in names)
+
+
 def match_linears(
     recipe: Recipe, names: Mapping[nn.Parameter, Sequence[str]], *, model_id: str
 ) -> list[tuple[Sequence[str], LinearRecipe]]:
@@ -82,8 +123,7 @@ def match_parts(
     matched = []
     for whole, part in map(split_name, recipe.linears):
         for parameter, own in names.items() if part is not None else ():
-            is_here = any(f".{name}".endswith(f".{whole}") or f".{whole}".endswith(f".{name}") for name in own)
-            if part is None or not is_here or not part.fits(parameter):
+            if part is None or not _is_one_of(whole, own) or not part.fits(parameter):
                 continue
             weight, called = part.of(parameter.detach()), [f"{name}{part}" for name in own]
             linear = find_linear(recipe, weight, called, model_id=model_id)

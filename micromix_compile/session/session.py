@@ -16,7 +16,7 @@ from micromix_compile.session import deciding
 from micromix_compile.session.candidates import ON_REQUEST, how_to_leave_training, say_left_out, say_unknown
 from micromix_compile.session.coverage import Coverage
 from micromix_compile.session.distributed import check_not_distributed, is_packed
-from micromix_compile.session.matching import find_linear, fits, match_parts, named_modules
+from micromix_compile.session.matching import find_linear, fits, match_parts, named_modules, without_unwanted
 from micromix_compile.session.names import Names
 from micromix_compile.session.observing import Observation
 from micromix_compile.session.state import members_of
@@ -70,11 +70,14 @@ class Session:
     def prepare(self, model: nn.Module) -> None:
         """Name every 2-dimensional weight of `model` and put it into the present phase.
 
-        Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, if its weights are
-        spread over processes, or if it is to be calibrated for shards that don't fit.
+        Raises ValueError if nothing in `model` can be quantized, if the recipe is for another model, if nothing is left
+        of it, if weights are spread over processes, or if it is to be calibrated for shards that don't fit.
         """
         check_not_distributed(model)
         self.names.belong_to(model)
+        if self.recipe is not None:
+            self.recipe = without_unwanted(self.recipe, model)
+            self._members = members_of(self.recipe)
         self.names.take_in(model, self._decide)
         self._take_in_parts()
         self.check_not_training()

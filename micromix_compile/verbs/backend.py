@@ -18,7 +18,7 @@ from micromix_compile.lowering.torch_private.regions import (
     source_modules,
 )
 from micromix_compile.session.distributed import check_not_distributed
-from micromix_compile.session.heirloom import inherited_recipe, leave_heirloom
+from micromix_compile.session.heirloom import forget_inherited, inherited_recipe, leave_heirloom
 from micromix_compile.session.registry import SessionKey, find_session, model_of, remember
 from micromix_compile.verbs.ahead import check_ahead
 from micromix_compile.verbs.observed import compile_self_converting
@@ -89,6 +89,7 @@ def _new_session(parsed: Options, region: Region) -> Session:
     check_not_distributed(model, region.around)
     session = parsed.make_session(inherited_recipe(model, parsed.key))
     session.prepare(model)
+    forget_inherited(model, parsed.key)
     idle = sorted(set(parsed.ours) - PACKED_OPTIONS) + ["recipe"] * (parsed.recipe is not None)
     if session.takes_no_options and idle:
         raise ValueError(f"{session.model_id} holds packed linears, on which the option {idle[0]} has no effect")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -70,7 +71,8 @@ def calibrate_each(
 ) -> Iterator[Recipe]:
     """One recipe per config from a single calibration, made when it is asked for. Otherwise like `calibrate`.
 
-    The first config's seed and scale_rounding hold for the measurement of sensitivities, its convolutions for all.
+    The first config's seed and scale_rounding hold for the measurement of sensitivities; `convolutions` must be the
+    same in all.
     """
     _check_batches(batches)
     _check_configs(configs)
@@ -122,6 +124,8 @@ def _check_configs(configs: object) -> None:
         raise TypeError(f"configs must be a list of at least one MicroMixConfig, got {configs!r}")
     for config in configs:
         check_config(config)
+    if len({config.convolutions for config in configs}) > 1:
+        raise ValueError("configs must have one value of convolutions for all, got True and False: calibrate for each")
 
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -271,17 +275,30 @@ def _run_backward(session: Session, observed: Callable[..., Any], kept: _KeptBat
         observation.takes_gradients = False
 
 
+_frozen_by: Counter[nn.Parameter] = Counter()
+"""How many calibrations keep a Parameter from asking for gradients: models in several threads may share it."""
+
+_freezing = threading.Lock()
+
+
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of `model` asks for a gradient: only activations do."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
+    """No parameter of `model` asks for a gradient, until the last calibration ends that needs it so: only activations
+    do."""
+    with _freezing:
+        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad or parameter in _frozen_by]
+        _frozen_by.update(wanted)
+        for parameter in wanted:
+            parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        with _freezing:
+            _frozen_by.subtract(wanted)
+            for parameter in wanted:
+                if not _frozen_by[parameter]:
+                    del _frozen_by[parameter]
+                    parameter.requires_grad_(True)
 
 
 def _arguments(batch: Mapping[str, Any] | Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

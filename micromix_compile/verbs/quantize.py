@@ -26,7 +26,7 @@ from micromix_compile.recipe.parts import as_matrix, split_name
 from micromix_compile.recipe.types import check_recipe
 from micromix_compile.session.candidates import EMBEDDINGS, how_to_leave_training
 from micromix_compile.session.distributed import check_not_distributed, is_packed
-from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names
+from micromix_compile.session.matching import match_linears, model_id, named_modules, parameter_names, without_unwanted
 from micromix_compile.verbs.quantize_attention import (
     is_of_attention,
     packed_attention,
@@ -61,10 +61,10 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     parametrization, a class of its own or more than a weight and a bias. The log says so, and `model.micromix_refused`,
     a dict of names and reasons, lists them. A Hugging Face model can be saved with save_pretrained afterwards.
 
-    Raises ValueError if the recipe was made for another model, naming both, if one of its linears is packed already, if
-    others are with which it can't be in one checkpoint, or if one has to stay and the recipe's config is strict;
-    TypeError for what is no model or no recipe. The model is as it was then: nothing is replaced before everything is
-    packed, for which there must be memory.
+    Raises ValueError if the recipe was made for another model, naming both, if its config leaves all of its linears
+    out, if one is packed already, if others are with which it can't be in one checkpoint, or if one has to stay and the
+    config is strict; TypeError for what is no model or no recipe. The model is as it was then: nothing is replaced
+    before everything is packed, for which there must be memory.
     """
     check_recipe(recipe)
     wrapped: nn.Module = model
@@ -75,6 +75,7 @@ def quantize_(model: nn.Module, recipe: Recipe) -> nn.Module:
     modules = named_modules(model)
     check_not_packed(recipe, modules, model_id(model))
     before = described_before(model, recipe.config)
+    recipe = without_unwanted(recipe, model)
     matched = match_linears(recipe, parameter_names(model), model_id=model_id(model))
     places, refused = places_of(matched, modules)
     say_refused(refused, strict=recipe.config.strict)

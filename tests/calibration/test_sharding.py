@@ -161,6 +161,38 @@ def test_experts_that_cannot_be_cut_are_refused_before_they_are_calibrated() -> 
         micromix.calibrate(model, never(), config())
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_convolutions_that_cannot_be_cut_are_refused_like_linears(kernel_size: int) -> None:
+    """Those that count as such."""
+    net = torch.nn.Sequential(torch.nn.Conv1d(96, 64, kernel_size), torch.nn.Linear(8, 32)).eval()
+    wanted = dataclasses.replace(config(), convolutions=True, row_parallel=("0",))
+    if kernel_size == 3:
+        assert list(micromix.calibrate(net, [torch.randn(1, 96, 10)], wanted).linears) == ["1"]
+        return
+    with pytest.raises(ValueError, match="0 has 96 input channels, which shards=2 do not cut into whole blocks of 32"):
+        micromix.calibrate(net, never(), wanted)
+
+
+class Halves(torch.nn.Module):
+    """The rows of a weight in two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o_proj = torch.nn.Linear(64, 128, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.o_proj.weight.chunk(2)
+        return torch.nn.functional.linear(x, first) + torch.nn.functional.linear(x, second)
+
+
+def test_parts_of_a_weight_are_cut_as_it_is() -> None:
+    recipe = micromix.calibrate(Halves().eval(), [torch.randn(4, 64)], config("mxfp8"), progress=False)
+    assert {fqn: len(linear.group.shards) for fqn, linear in recipe.linears.items()} == {
+        "o_proj[0:64]": 2,
+        "o_proj[64:128]": 2,
+    }
+
+
 def never() -> Iterator[Tensor]:
     raise AssertionError("a batch was asked for")
     yield

@@ -119,3 +119,36 @@ def test_what_skip_names_is_no_linear_left_out(caplog: pytest.LogCaptureFixture)
     recipe = micromix.calibrate(two, [X], PLAIN)
     assert said_by(lambda: compiled(two, recipe=recipe, skip=["b"], strict=True)(X), caplog) == []
     assert list(micromix.recipe_of(two).linears) == ["a"]
+
+
+class Tied(nn.Module):
+    """Two linears with one weight, and another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_tied_weight_is_skipped_by_any_of_its_names_beside_a_recipe_too(wrapped: bool) -> None:
+    tied = Tied().eval()
+    recipe = micromix.calibrate(tied, [X], PLAIN)
+    assert list(recipe.linears) == ["b", "c"]
+    model = nn.Sequential(tied).eval() if wrapped else tied  # whose names are longer than the recipe's
+    fewer = micromix.assign(recipe, dataclasses.replace(recipe.config, skip=("*a",)))
+    packed = micromix.quantize_(copy.deepcopy(model), fewer)
+    linears = [name for name, module in packed.named_modules() if type(module) is nn.Linear]
+    assert linears == (["0.a", "0.b"] if wrapped else ["a", "b"])
+    with torch.no_grad():
+        fast = compiled(model, recipe=recipe, skip=["*a"], strict=True)
+        assert torch.allclose(fast(X), packed(X), atol=1e-5)
+    assert list(micromix.recipe_of(model).linears) == ["c"]
+    nothing = dataclasses.replace(recipe.config, skip=("*[ac]",))
+    with pytest.raises(
+        ValueError, match=r"no linear of the recipe of Tied is left: b is left out, for its name matches skip='\*\["
+    ):
+        micromix.quantize_(copy.deepcopy(model), micromix.assign(recipe, nothing))

@@ -101,6 +101,9 @@ def test_verbs_name_the_type_that_they_were_given_and_what_they_take() -> None:
     for configs, shown in ((MicroMixConfig(), "MicroMixConfig("), ([], "[]")):
         said = refused(lambda configs=configs: next(micromix.calibrate_each(net, [x], configs)))
         assert said.startswith(f"configs must be a list of at least one MicroMixConfig, got {shown}")
+    differing = [MicroMixConfig(convolutions=one) for one in (True, False)]
+    with pytest.raises(ValueError, match="configs must have one value of convolutions for all, got True and False"):
+        next(micromix.calibrate_each(net, [x], differing))
     for batches in (None, 5):
         said = refused(lambda batches=batches: micromix.calibrate(net, batches))
         assert said == f"{no_batches} {type(batches).__name__}"

@@ -19,7 +19,7 @@ import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from micromix_compile.recipe.types import ChannelCosts
 
@@ -100,6 +100,47 @@ def test_in_inference_mode_the_same_recipe_and_an_ordinary_model_are_made() -> N
     model(x).sum().backward()
     assert x.grad is not None
     model.load_state_dict(model.state_dict())
+
+
+class Sharing(nn.Module):
+    """A model with a weight of others, that calls `pause` before it uses this."""
+
+    def __init__(self, weight: nn.Parameter, pause: Callable[[], None]) -> None:
+        super().__init__()
+        self.own, self.shared = nn.Linear(64, 64), weight
+        self.pause = torch.compiler.disable(pause)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.own(x)
+        self.pause()
+        return nn.functional.linear(x, self.shared)
+
+
+def test_models_that_share_a_parameter_are_calibrated_at_once_and_leave_no_gradient_on_it() -> None:
+    """The second measures gradients when the first begins to, and goes on when that has ended."""
+    weight, begun, ended = nn.Parameter(torch.randn(64, 64)), threading.Event(), threading.Event()
+
+    def calibrate(model: nn.Module) -> None:
+        micromix.calibrate(model, [torch.randn(4, 64)], MicroMixConfig(weight_rounding="nearest"), progress=False)
+
+    def in_second() -> None:
+        if torch.is_grad_enabled():
+            begun.set()
+            assert ended.wait(60)
+
+    second = threading.Thread(target=calibrate, args=[Sharing(weight, in_second).eval()])
+
+    def in_first() -> None:
+        if torch.is_grad_enabled():
+            second.start()
+            assert begun.wait(60)
+
+    calibrate(Sharing(weight, in_first).eval())
+    assert not weight.requires_grad
+    ended.set()
+    second.join()
+    assert weight.requires_grad
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.convolution import MicroMixConvolution, why_not_pointwise
+from micromix_compile.linear.packed import MicroMixLinear
 from micromix_compile.passes import find_linears
 from micromix_compile.passes.manager import counted
 from micromix_compile.session.session import Session
@@ -146,6 +147,24 @@ def test_without_the_wish_they_stay_and_say_how_to_take_them(places: Places, inp
     assert list(recipe.linears) == ["1"]
     why = "it is a convolution of kernel size 1, which is taken with convolutions=True"
     assert recipe.refused == dict.fromkeys(("0.first", "0.second", "0.third"), why)
+
+
+def test_the_option_beside_a_recipe_drops_them_or_says_to_calibrate(places: Places, inputs: Tensor) -> None:
+    model = nn.Sequential(places, nn.Linear(35, 64)).eval()
+    off, recipe = [
+        micromix.calibrate(model, [inputs], dataclasses.replace(NEAREST, convolutions=one)) for one in (False, True)
+    ]
+    assert (list(off.linears), len(recipe.linears)) == (["1"], 4)
+    fewer = micromix.assign(recipe, dataclasses.replace(NEAREST, convolutions=False, strict=True))
+    packed = micromix.quantize_(copy.deepcopy(model), fewer)
+    assert [name for name, module in packed.named_modules() if isinstance(module, MicroMixLinear)] == ["1"]
+    fast = torch.compile(model, backend="micromix", options={"recipe": recipe, "convolutions": False, "strict": True})
+    with torch.no_grad():
+        assert torch.allclose(fast(inputs), packed(inputs), atol=1e-5)
+    assert list(micromix.recipe_of(model).linears) == ["1"]
+    assert micromix.recipe_of(model).refused.items() > off.refused.items()
+    with pytest.raises(ValueError, match="convolutions must be False for the recipe of Sequential, which leaves them"):
+        micromix.assign(off, NEAREST)
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.models import fake_quantized, make_net
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
@@ -86,3 +87,26 @@ def test_the_attention_mask_of_a_call_keeps_padding_out() -> None:
         assert observed_tokens(net) == {10}
         fast(x=x)  # no mask: an earlier call's must not linger
         assert observed_tokens(net) == {10 + 12}
+
+
+def test_a_deep_copy_keeps_the_recipe_and_calibrates_anew_where_its_weights_are_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"calibration_batches": 1, "policy": "mxfp8"}
+    net, x = make_net(layers=1), torch.randn(2, 5, 64)
+    with torch.no_grad():
+        torch.compile(net, backend="micromix", options=options)(x)
+        same, other = copy.deepcopy(net), copy.deepcopy(net)
+        other.load_state_dict({name: value.flip(0) for name, value in other.state_dict().items()})
+        fast = torch.compile(same.train(), backend="micromix", options=options)
+        with pytest.raises(BackendCompilerFailed, match="Net is in training mode"):
+            fast(x)
+        same.eval()
+        fast(x)
+        assert micromix.recipe_of(same) is micromix.recipe_of(net)
+        want = copy.deepcopy(other)(x)
+        fast = torch.compile(other, backend="micromix", options=options)
+        assert close(fast(x), want)
+    assert "Net, a copy of a model that converted itself, calibrates anew: the recipe was made for Net" in caplog.text
+    assert micromix.recipe_of(other) is not micromix.recipe_of(net)
+    assert not close(fast(x), want)
