@@ -9,7 +9,7 @@ from micromix_compile.calibration.sharding import check_model
 from micromix_compile.linear.experts import runs_in_a_loop
 from micromix_compile.lowering.torch_private.dynamo import add_static_input
 from micromix_compile.passes import LinearPlan
-from micromix_compile.passes.pre_grad.find_linears import TAKEN_OUT, why_no_plain_weight
+from micromix_compile.passes.pre_grad.find_linears import BOTH_WAYS, TAKEN_OUT, why_no_plain_weight
 from micromix_compile.recipe.parts import split_name
 from micromix_compile.recipe.watched import RecipeFile
 from micromix_compile.session import deciding
@@ -274,8 +274,8 @@ class Session:
         """
         assert self.recipe is not None, "a linear's recipe is a part of the whole"
         state = self.state(parameter, part)
-        if self.is_used_otherwise(parameter, transposed=transposed, part=part):
-            raise RuntimeError(f"{state.name} is used as x @ w and as x @ w.T; skip={state.name!r} leaves it alone")
+        if state.transposed not in (None, transposed):
+            raise RuntimeError(f"{state.name}: {BOTH_WAYS}; skip={state.name!r} leaves it alone")
         state.transposed = transposed
         return self._weights.of(parameter, state, self.recipe)
 

@@ -47,7 +47,8 @@ def test_the_unquantized_model_alone_is_evaluated_without_calibrating(
 
     monkeypatch.setattr(command, "decide", lambda *_: pytest.fail("calibrated"))
     arguments = ("--model", small_model, "--windows", 1, *SHORT, "--json", tmp_path / "results.json")
-    run_well("eval", *arguments, "--rows", "fp32")
+    run_well("eval", *arguments, "--rows", "fp32", "--resume", tmp_path / "kept")
+    assert (tmp_path / "kept" / "settings.json").is_file(), "the folder is this evaluation's"
     (row,) = json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]
     assert (row["row"], row["stored_bits"], row["stored_bytes"]) == ("fp32", 32.0, None)
 

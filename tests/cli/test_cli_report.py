@@ -12,6 +12,7 @@ from support.reports import Page
 import micromix_compile as micromix
 from micromix_compile.cli import demo
 from micromix_compile.report.page import PASSES
+from micromix_compile.report.pictures import Picture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,6 +96,22 @@ def test_pictures_are_files_when_they_are_asked_for(recipe_file: Path, tmp_path:
     assert (refused.exit_code, "exists; --overwrite replaces it" in refused.stderr) == (2, True)
     run_well(*command, "--overwrite")
     assert {path.name for path in (tmp_path / "p").iterdir()} == names
+
+
+def test_what_somebody_else_put_beside_the_pictures_meanwhile_stays(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "p"
+
+    def be_slow(_: Picture) -> bytes:
+        photos.mkdir(exist_ok=True)
+        (photos / "mine.png").write_bytes(b"whole")
+        return b""
+
+    monkeypatch.setattr(Picture, "png", be_slow)
+    refused = run("report", recipe_file, "--out", tmp_path / "r.html", "--pictures", photos)
+    assert (refused.exit_code, "exists; --overwrite replaces it" in refused.stderr) == (2, True)
+    assert [path.name for path in photos.iterdir()] == ["mine.png"]
 
 
 def test_only_reports_are_overwritten(

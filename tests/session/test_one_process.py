@@ -15,7 +15,6 @@ import torch
 from support.models import Net, make_net
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers.pytorch_utils import Conv1D
 
 import micromix_compile as micromix
 from micromix_compile.config import MicroMixConfig
@@ -380,17 +379,3 @@ def test_calibrating_does_not_touch_the_process_wide_limits_of_dynamo() -> None:
     micromix.calibrate(net, batches(), MicroMixConfig(policy="mxfp6", **CHEAP))
     handle.remove()
     assert set(seen) == {torch._dynamo.config.recompile_limit}
-
-
-@pytest.mark.parametrize("width", [64, 128])
-def test_equal_layers_compiled_one_by_one_share_a_graph_and_know_which_way_weights_are_used(width: int) -> None:
-    """Dynamo compiles the first only; the others' weights, (in, out) as Conv1D has them, meet its graph."""
-    layers = [nn.Sequential(Conv1D(width, 64), nn.GELU(), Conv1D(64, width)) for _ in range(3)]
-    whole, x = nn.Sequential(*layers).eval(), torch.randn(5, 64)
-    config = MicroMixConfig(policy="mxfp8", weight_rounding="nearest", scale_search=False)
-    recipe = micromix.calibrate(whole, [x], config, progress=False)
-    want = torch.compile(copy.deepcopy(whole), backend="micromix", options={"recipe": recipe})(x)
-    apart = copy.deepcopy(whole)
-    for layer in apart:
-        layer.compile(backend="micromix", options={"recipe": recipe, "strict": True})
-    torch.testing.assert_close(apart(x), want)

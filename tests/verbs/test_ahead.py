@@ -108,7 +108,7 @@ def test_a_torch_whose_packages_change_dtypes_is_refused_one(tmp_path: Path, mon
 
 
 @pytest.mark.deep  # Inductor's C++ for a package takes half a minute
-@pytest.mark.skipif(OLD, reason="packages need a newer torch")
+@pytest.mark.skipif(OLD, reason="this torch is refused a package, which the test above holds")
 @pytest.mark.filterwarnings("ignore:No complete tensor found")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")  # of torch's copy of an exported program
 @pytest.mark.parametrize("device", DEVICES)
