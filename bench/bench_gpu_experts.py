@@ -3,11 +3,11 @@
     python bench/bench_gpu_experts.py [--quick] [--model qwen3-30b-a3b ...] [--tokens 1 ...] [--split 75/20/5]
                                       [--parts] [--sweep] [--json FILE]
 
-A layer is quantize, gate and up, SiLU times up and quantize, down, and the weighted sum; the router, the same for all,
-is left out. FP8 is E4M3 with a scale a row on both sides, its quantizers and gathers compiled by Inductor. A time is
-that of a CUDA graph of runs with other routings, each with other tokens, so that L2 does not serve the weights: median
-and 20/80 % of replays per run. Before anything is timed, a small layer with other weights in each expert must be near
-the same in BF16, and so must each layer that is timed.
+A layer is quantize, gate and up, SiLU times up and quantize, down, and the weighted sum, which in BF16's and FP8's is
+Inductor's; the router, the same for all, is left out. FP8 is E4M3 with a scale a row on both sides, its quantizers and
+gathers compiled by Inductor. A time is that of a CUDA graph of runs with other routings, each with other tokens, so
+that L2 does not serve the weights: median and 20/80 % of replays per run. Before anything is timed, a small layer with
+other weights in each expert must be near the same in BF16, and so must each layer that is timed.
 
 --parts: the steps one by one, too. --sweep: our products alone with tiles of the table and others.
 """

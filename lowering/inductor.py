@@ -117,7 +117,7 @@ def compile_graph(
     options: Inductor's own. post_grad_passes: runs passes on Inductor's graph.
     settings: what the compiled code depends on beside the graph, for the cache key.
     """
-    from micromix_compile.lowering import folded, mixed_mx_mm, reorder_quantize  # noqa: F401 - they register lowerings
+    from micromix_compile.lowering import folded, mixed_mx_mm, reorder_quantize, weighted_sum  # noqa: F401 - registers
 
     as_eager = EAGER_OPTIONS if options.get("fallback_by_default") else {}
     patches = {**DEFAULT_OPTIONS, **as_eager, **options, POST_GRAD_HOOK: PostGradPasses(post_grad_passes, settings)}

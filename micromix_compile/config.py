@@ -41,7 +41,7 @@ MAX_TARGET_BITS: Final = 16
 
 DUMPED: Final = (
     *("open_attention", "find_linears", "insert_observers", "rewrite_linears", "share_activations", "fold_products"),
-    *("fuse_rms_norm", "fuse_residual", "fuse_silu_mul"),
+    *("fuse_rms_norm", "fuse_residual", "fuse_silu_mul", "sum_experts"),
 )
 """The passes, by name, whose graphs can be dumped."""
 

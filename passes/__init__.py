@@ -19,6 +19,7 @@ from micromix_compile.passes.manager import Pass, counted, for_inductor, identit
 from micromix_compile.passes.post_grad.fuse_residual import fuse_residual
 from micromix_compile.passes.post_grad.fuse_rms_norm import fuse_rms_norm
 from micromix_compile.passes.post_grad.fuse_silu_mul import fuse_silu_mul
+from micromix_compile.passes.post_grad.sum_experts import sum_experts
 from micromix_compile.passes.pre_grad.find_linears import find_linears
 from micromix_compile.passes.pre_grad.fold_products import fold_products
 from micromix_compile.passes.pre_grad.insert_observers import insert_observers
@@ -28,7 +29,7 @@ from micromix_compile.passes.pre_grad.share_activations import share_activations
 
 CALIBRATE_PASSES: Final[list[Pass]] = [open_attention, find_linears, insert_observers]
 CONVERT_PASSES: Final[list[Pass]] = [open_attention, find_linears, rewrite_linears, share_activations, fold_products]
-POST_GRAD_PASSES: Final[list[Pass]] = [fuse_rms_norm, fuse_residual, fuse_silu_mul]
+POST_GRAD_PASSES: Final[list[Pass]] = [fuse_rms_norm, fuse_residual, fuse_silu_mul, sum_experts]
 
 __all__ = [
     "CALIBRATE_PASSES",
@@ -55,4 +56,5 @@ __all__ = [
     "rewrite_linears",
     "run_passes",
     "share_activations",
+    "sum_experts",
 ]

@@ -3,9 +3,10 @@
 As in torch's grouped product, output rows are sorted by expert: `offs` (E,) int32 holds where each expert's rows end,
 so that expert e computes the rows from offs[e - 1], or 0, to offs[e]. What lies behind offs[E - 1] is zero. `rows` (R,)
 int32 says which row of the activation each output row reads: one token may go to several experts, and is quantized
-once. Weights, their scales and biases have a leading dimension of experts.
+once. Weights, their scales and biases have a leading dimension of experts. In the end each token's rows are summed, by
+the weights that the router gave them.
 
-Here is what the products are, in plain PyTorch. It reads `offs` on the host; kernels need not.
+Here is what the products and that sum are, in plain PyTorch. It reads `offs` on the host; kernels need not.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def check_grouped_mx_mm(
 
 def expert_of(w: PackedWeight, expert: int) -> PackedWeight:
     """One expert's weight."""
-    return PackedWeight(w.w4[expert], w.w6[expert], w.w8[expert], w.w_scale[expert])
+    return PackedWeight(*(part.select(0, expert) for part in w))
 
 
 def check_grouped_folded_mm(
@@ -120,6 +121,32 @@ def grouped_folded_mm(
         return folding.folded_mm(q[taken], row_scale[taken], [(folded, w_row_scale[expert])], [own], out_dtype)[0]
 
     return _by_expert(rows, offs, q.new_zeros((rows.shape[0], w4.shape[1]), dtype=out_dtype), product)
+
+
+def check_weighted_sum(rows: Tensor, weights: Tensor, place: Tensor, out_dtype: torch.dtype) -> None:
+    """Raise TypeError or ValueError unless these are operands of `weighted_sum`; only shapes and dtypes are read."""
+    for name, dtype in (("rows", rows.dtype), ("weights", weights.dtype), ("out_dtype", out_dtype)):
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name} must be of floating point, got {dtype}")
+    if place.dtype not in {torch.int32, torch.int64}:
+        raise TypeError(f"place must be int32 or int64, got {place.dtype}")
+    if rows.dim() != 2 or place.dim() != 2:
+        shapes = f"{tuple(rows.shape)} and {tuple(place.shape)}"
+        raise ValueError(f"rows must be (R, N) and place (T, k), got shapes {shapes}")
+    if weights.shape != rows.shape[:1]:
+        raise ValueError(f"weights must be ({rows.shape[0]},), one a row, got shape {tuple(weights.shape)}")
+
+
+def weighted_sum(rows: Tensor, weights: Tensor, place: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """What experts made of each token, by the weights that the router gave them: out[t] = sum_j weights[p] rows[p].
+
+    rows: (R, N) float. weights: (R,) float. place: (T, k) int32 or int64, p = place[t, j]; negative ones count from
+    the end. Products and sums are float32 and are rounded once, to out_dtype. Returns (T, N); raises as
+    `check_weighted_sum`, and IndexError where place is outside.
+    """
+    check_weighted_sum(rows, weights, place, out_dtype)
+    place = place.long()
+    return (rows[place].float() * weights[place].float().unsqueeze(-1)).sum(1).to(out_dtype)
 
 
 def _by_expert(rows: Tensor, offs: Tensor, out: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:

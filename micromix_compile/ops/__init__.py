@@ -15,7 +15,7 @@ from micromix_compile.ops.folded import (
     rms_norm_reorder_fold,
     silu_mul_reorder_fold,
 )
-from micromix_compile.ops.grouped import grouped_folded_mm, grouped_mx_mm
+from micromix_compile.ops.grouped import grouped_folded_mm, grouped_mx_mm, weighted_sum
 from micromix_compile.ops.kv_cache import write_kv
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "rms_norm_reorder_quantize",
     "silu_mul_reorder_fold",
     "silu_mul_reorder_quantize",
+    "weighted_sum",
     "write_kv",
 ]

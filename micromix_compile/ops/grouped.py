@@ -1,17 +1,19 @@
-"""The products of experts: rows of one quantized activation with the weights that they were routed to.
+"""The products of experts: rows of one quantized activation with the weights that they were routed to; and their sum.
 
     micromix::grouped_mx_mm(x4, x6, x8, x_scale, rows, offs, w4, w6, w8, w_scale, bias, fp6, out_dtype) -> (R, N)
     micromix::grouped_folded_mm(q, row_scale, rows, offs, w4, w6, w8, w_factor, w_row_scale, bias, fp6, out_dtype)
         -> (R, N)
     micromix::grouped_input_gradient(grad, rows, offs, w4, w6, w8, w_scale, channel_perm, tokens, channels, fp6,
         rotated) -> (T, C)
+    micromix::weighted_sum(rows, weights, place, out_dtype) -> (T, N)
 
 The activation is what `reorder_quantize` or `reorder_fold` made of all T tokens of a layer, once. rows: (R,) int32,
 which of them each output row reads. offs: (E,) int32, where each expert's output rows end; rows behind the last are
 zeros. Weights have a leading dimension of experts: w4 (E, N, k4 // 2), w6 (E, 3, N, k6 // 4), w8 (E, N, k8), w_scale
 (E, N, K // 32), w_factor (E, *factor_shape), w_row_scale (E, N), bias (E, N) or None. The device's target computes
 them: plain PyTorch, which waits for `offs`, where it has nothing better. The gradient with respect to the T tokens, of
-dequantized weights, is plain PyTorch everywhere.
+dequantized weights, is plain PyTorch everywhere. The sum, of which `numerics.grouped.weighted_sum` says what it is, is
+what a graph pass makes of a model's own; it has no gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ import torch
 from torch import Tensor
 
 from micromix_compile.lowering.torch_private.packages import check_package
-from micromix_compile.numerics.grouped import check_grouped_folded_mm, check_grouped_mx_mm, expert_of, runs_of
+from micromix_compile.numerics.grouped import (
+    check_grouped_folded_mm,
+    check_grouped_mx_mm,
+    check_weighted_sum,
+    expert_of,
+    runs_of,
+)
 from micromix_compile.numerics.layout import PackedWeight
 from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.ops.exact import dequantize_weight
@@ -45,11 +53,13 @@ _lib.define(
     "grouped_input_gradient(Tensor grad, Tensor rows, Tensor offs, Tensor w4, Tensor w6, Tensor w8, Tensor w_scale, "
     "Tensor channel_perm, SymInt tokens, SymInt channels, str fp6, int rotated) -> Tensor"
 )
+_lib.define("weighted_sum(Tensor rows, Tensor weights, Tensor place, ScalarType out_dtype) -> Tensor")
 
 grouped_mx_mm: Callable[..., Tensor] = torch.ops.micromix.grouped_mx_mm.default
 grouped_folded_mm: Callable[..., Tensor] = torch.ops.micromix.grouped_folded_mm.default
 
 grouped_input_gradient: Callable[..., Tensor] = torch.ops.micromix.grouped_input_gradient.default
+weighted_sum: Callable[..., Tensor] = torch.ops.micromix.weighted_sum.default
 
 
 def _grouped_mx_mm(
@@ -106,10 +116,21 @@ def _fake_grouped_input_gradient(
     return grad.new_empty((tokens, channels))
 
 
+def _weighted_sum(rows: Tensor, weights: Tensor, place: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return target_of(rows.device).grouped.weighted_sum(rows, weights, place, out_dtype)
+
+
+def _fake_weighted_sum(rows: Tensor, weights: Tensor, place: Tensor, out_dtype: torch.dtype) -> Tensor:
+    check_package()
+    check_weighted_sum(rows, weights, place, out_dtype)
+    return rows.new_empty((place.shape[0], rows.shape[1]), dtype=out_dtype)
+
+
 for _name, _kernel, _fake in (
     ("grouped_mx_mm", _grouped_mx_mm, _fake_grouped_mx_mm),
     ("grouped_folded_mm", _grouped_folded_mm, _fake_grouped_folded_mm),
     ("grouped_input_gradient", _grouped_input_gradient, _fake_grouped_input_gradient),
+    ("weighted_sum", _weighted_sum, _fake_weighted_sum),
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"micromix::{_name}", _fake, lib=_lib)

@@ -41,6 +41,7 @@ PASSES: Final = {
     "fuse_rms_norm": "puts an RMSNorm into the quantize behind it",
     "fuse_residual": "puts a residual sum into the norm and the quantize behind it",
     "fuse_silu_mul": "puts SiLU times up into the quantize behind it",
+    "sum_experts": "sums what experts made of each token in one kernel",
 }
 
 

@@ -1,11 +1,11 @@
-"""Launches of the products of experts, and who computes them with Triton. Nothing waits for the device."""
+"""Launches of the products of experts and of their sum, and who has them in Triton. Nothing waits for the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from micromix_compile.numerics.grouped import check_grouped_folded_mm, check_grouped_mx_mm
+from micromix_compile.numerics.grouped import check_grouped_folded_mm, check_grouped_mx_mm, check_weighted_sum
 from micromix_compile.numerics.layout import (
     PackedWeight,
     block_counts,
@@ -17,7 +17,7 @@ from micromix_compile.numerics.reference import QuantizedActivation
 from micromix_compile.targets import gluon_grouped
 from micromix_compile.targets.grouped_tiles import most_row_tiles, rows_to_hold
 from micromix_compile.targets.kernels import PLAIN_GROUPED, FoldedWeight
-from micromix_compile.targets.launch import KernelCall, odd_blocks
+from micromix_compile.targets.launch import KernelCall, odd_blocks, unit_column_stride
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from micromix_compile.targets.gluon_tiles import GluonTile
     from micromix_compile.targets.grouped_tiles import GroupedTiles
     from micromix_compile.targets.tiles import MixedTiles, Tile
+
+
+SUM_COLUMNS: Final = 1024
+"""Of a program of the sum, at most: 16 bytes of each row a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,32 @@ class TritonGrouped:
         assert self.folded is not None, "there are folded products"
         programs = self.folded.programs_of(tile, rows.shape[0], *w.row_scale.shape)
         return gluon_grouped.multiply(q, row_scale, rows, offs, w.contiguous(), fp6, tile, programs)
+
+    def weighted_sum(self, rows: Tensor, weights: Tensor, place: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """See `GroupedKernels`, in one launch. Values of place are not checked: what is outside rows is undefined."""
+        check_weighted_sum(rows, weights, place, out_dtype)
+        out = rows.new_empty((place.shape[0], rows.shape[1]), dtype=out_dtype)
+        if out.numel():
+            weighted_sum_call(unit_column_stride(rows), weights.contiguous(), place.contiguous(), out).launch_on(out)
+        return out
+
+
+def weighted_sum_call(rows: Tensor, weights: Tensor, place: Tensor, out: Tensor) -> KernelCall:
+    """The launch that fills out: (T, N). All is contiguous; rows may have a distance from one to the next."""
+    from micromix_compile.templates.triton.weighted_sum import weighted_sum_kernel
+
+    columns = rows.shape[1]
+    block = min(max(1 << (columns - 1).bit_length(), 128), SUM_COLUMNS)
+    return KernelCall(
+        kernel=weighted_sum_kernel,
+        grid=(place.shape[0], -(-columns // block)),
+        args={
+            "rows": rows, "weights": weights, "place": place, "out": out, "R": rows.shape[0], "N": columns,
+            "row_stride": rows.stride(0),
+        },
+        constexprs={"TOP_K": place.shape[1], "BLOCK": block},
+        num_warps=4,
+    )  # fmt: skip
 
 
 def grouped_folded_mm_call(

@@ -113,7 +113,7 @@ class FoldedKernels(Protocol):
 
 
 class GroupedKernels(Protocol):
-    """The operations of `ops.grouped`. Both raise TypeError or ValueError for arguments that they don't take."""
+    """The operations of `ops.grouped`. All raise TypeError or ValueError for arguments that they don't take."""
 
     def multiply(
         self, x: QuantizedActivation, rows: Tensor, offs: Tensor, w: PackedWeight, bias: Tensor | None, fp6: str,
@@ -126,6 +126,9 @@ class GroupedKernels(Protocol):
         out_dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         """`grouped.grouped_folded_mm`."""
+
+    def weighted_sum(self, rows: Tensor, weights: Tensor, place: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """`grouped.weighted_sum`."""
 
 
 class CacheKernels(Protocol):
@@ -219,6 +222,10 @@ class PlainGrouped:
     ) -> Tensor:  # fmt: skip
         """See `GroupedKernels`."""
         return grouped.grouped_folded_mm(q, row_scale, rows, offs, *w, fp6=fp6, out_dtype=out_dtype)
+
+    def weighted_sum(self, rows: Tensor, weights: Tensor, place: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """See `GroupedKernels`."""
+        return grouped.weighted_sum(rows, weights, place, out_dtype)
 
 
 class PlainCache:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVERYWHERE: Final = frozenset({"fuse_rms_norm"})
-WITH_TRITON: Final = EVERYWHERE | {"fuse_silu_mul"}
+WITH_TRITON: Final = EVERYWHERE | {"fuse_silu_mul", "sum_experts"}
 FOLDED: Final = WITH_TRITON | {"fold_products", "fuse_residual"}
 
 

@@ -102,6 +102,16 @@ def test_an_mlp_is_two_quantizers_and_three_products_with_everything_else_inside
         assert ("M = ks" in code["kernels"][name]) == changes.get("dynamic", False)
 
 
+@pytest.mark.parametrize("capability", KINDS)
+def test_what_experts_made_of_each_token_is_summed_by_one_launch(capability: tuple[int, int]) -> None:
+    """Nothing multiplies the rows before, and no cast comes behind."""
+    code = generated("experts", capability, compile=True)
+    at = code["launches"].index("torch.ops.micromix.grouped_mx_mm")
+    *between, last = code["launches"][at + 1 :]
+    assert last.startswith("weighted_sum_kernel")
+    assert not any("mul" in name for name in between)
+
+
 def test_a_producer_without_a_kernel_is_one_launch_and_an_activation_none() -> None:
     launches = generated("gelu", (10, 0))["launches"]
     producer, quantizer, matmul = launches

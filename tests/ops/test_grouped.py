@@ -79,6 +79,60 @@ def test_each_row_is_the_folded_product_with_its_experts_weights(
         assert_folded_product_is_exact(got[row : row + 1], read, [weight], fp6)
 
 
+def places(tokens: int, top_k: int, count: int) -> Tensor:
+    """Of rows, some of them counted from the end."""
+    return torch.randint(-count, count, (tokens, top_k)) if count else torch.zeros(tokens, top_k).long()
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(0, 5), st.integers(0, 4), st.integers(0, 9),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), OUT_DTYPES,
+)  # fmt: skip
+def test_the_weighted_sum_is_rounded_once(
+    seed: int, tokens: int, top_k: int, columns: int, dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    torch.manual_seed(seed)
+    rows, weights, place = torch.randn(7, columns).to(dtype), torch.rand(7).to(dtype), places(tokens, top_k, 7)
+    got = ops.weighted_sum(rows, weights, place, out_dtype)
+    exact = torch.zeros(tokens, columns, dtype=torch.float64)
+    size = exact.clone()
+    for j in range(top_k):
+        term = weights[place[:, j]].double().unsqueeze(-1) * rows[place[:, j]].double()
+        exact, size = exact + term, size + term.abs()
+    assert (got.shape, got.dtype) == (exact.shape, out_dtype)
+    bound = 2 * top_k * 2.0**-24 * size + torch.finfo(out_dtype).eps / 2 * 1.01 * exact.abs()
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+def summands(**changes: Any) -> list[Any]:
+    named = {"rows": torch.randn(6, 8), "weights": torch.rand(6), "place": places(3, 2, 6), "out_dtype": torch.bfloat16}
+    return list({**named, **changes}.values())
+
+
+def test_the_weighted_sum_passes_the_checks_of_torch_library() -> None:
+    torch.library.opcheck(ops.weighted_sum, tuple(summands()))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": torch.ones(6, 8).int()}, TypeError, r"rows must be of floating point, got torch.int32"),
+        ({"weights": torch.ones(6).int()}, TypeError, r"weights must be of floating point, got torch.int32"),
+        ({"out_dtype": torch.int32}, TypeError, r"out_dtype must be of floating point, got torch.int32"),
+        ({"place": torch.zeros(3, 2)}, TypeError, r"place must be int32 or int64, got torch.float32"),
+        ({"place": torch.arange(6)}, ValueError, r"place \(T, k\), got shapes \(6, 8\) and \(6,\)"),
+        ({"rows": torch.randn(6)}, ValueError, r"rows must be \(R, N\) and place \(T, k\), got shapes \(6,\) and"),
+        ({"weights": torch.rand(5)}, ValueError, r"weights must be \(6,\), one a row, got shape \(5,\)"),
+        ({"place": torch.full((3, 2), 6)}, IndexError, r"index 6 is out of bounds"),
+    ],
+)
+def test_what_does_not_fit_a_weighted_sum_is_named(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ops.weighted_sum(*summands(**change))
+
+
 def exact_operands(**changes: Any) -> list[Any]:
     split = (32, 32, 32)
     named: dict[str, Any] = dict(zip(("x4", "x6", "x8", "x_scale"), quantized_rows(4, split, "e2m3"), strict=True))

@@ -22,7 +22,8 @@ from torch._inductor import config
 
 import micromix_compile.lowering.folded
 import micromix_compile.lowering.mixed_mx_mm
-import micromix_compile.lowering.reorder_quantize  # noqa: F401 - they register lowerings
+import micromix_compile.lowering.reorder_quantize
+import micromix_compile.lowering.weighted_sum  # noqa: F401 - they register lowerings
 from micromix_compile import ops
 from micromix_compile.lowering.inductor import POST_GRAD_HOOK, PostGradPasses
 from micromix_compile.lowering.torch_private import user_kernels
@@ -172,6 +173,15 @@ def scaled_residual(x: Tensor, residual: Tensor, weight: Tensor, perm: Tensor) -
     return total, *folded(ops.rms_norm(total, weight, 1e-6), perm)
 
 
+def experts(x: Tensor, weights: Tensor, perm: Tensor, rows: Tensor, offs: Tensor, order: Tensor, *w: Tensor) -> Any:
+    """One product with three experts' weights and the sum of what two of them made of each token."""
+    q = ops.reorder_quantize(x, perm, *SPLITS[0], *LAYOUT)
+    made = ops.grouped_mx_mm(*q, rows, offs, *w, None, LAYOUT[0], x.dtype)
+    index = torch.ops.aten.index.Tensor  # in Python's brackets CUDA would be asked for
+    weighted = made * index(weights.reshape(-1), [order]).unsqueeze(-1)
+    return (index(weighted, [order.argsort()]).view(len(x), 2, made.shape[1]).sum(1).to(x.dtype),)
+
+
 def rms_norm(x: Tensor, weight: Tensor, perm: Tensor) -> Any:
     return quantized(ops.rms_norm(x, weight, 1e-6), perm)
 
@@ -210,6 +220,10 @@ def case(name: str, rows: int, dtype: torch.dtype, *, fp4: bool) -> tuple[Callab
     if name == "gelu":
         specs: list[Spec] = [((rows, C), dtype), ((C,), torch.int16), ((HIDDEN,), dtype)]
         return gelu, specs + weight_specs(HIDDEN, SPLITS[0], fp4=fp4)
+    if name == "experts":
+        routing = [((2 * rows,), torch.int32), ((3,), torch.int32), ((2 * rows,), torch.int64)]
+        stacked = [((3, *shape), kind) for shape, kind in weight_specs(HIDDEN, SPLITS[0], fp4=fp4)]
+        return experts, [((rows, C), dtype), ((rows, 2), torch.float32), ((C,), torch.int16), *routing, *stacked]
     if name in FORKS:
         specs = [((rows, C), dtype), ((C,), torch.int16)]
         specs += [spec for n in (HIDDEN, 64, 64) for spec in folded_specs(n, SPLITS[0])]

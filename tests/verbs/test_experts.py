@@ -20,6 +20,7 @@ from micromix_compile.cli.show import summary
 from micromix_compile.config import MicroMixConfig
 from micromix_compile.linear.experts import MicroMixBatchedExperts, MicroMixExperts, sorted_by_expert
 from micromix_compile.lowering.torch_private.operators import GROUPED_MM
+from micromix_compile.passes.manager import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +63,23 @@ def test_a_model_of_experts_runs_the_same_compiled_packed_saved_and_loaded(
         loaded.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert torch.equal(again(tokens).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # transformers' own
+@pytest.mark.parametrize("name", ["qwen3_moe", *(pytest.param(name, marks=pytest.mark.deep) for name in MODELS)])
+def test_what_experts_made_of_a_token_is_summed_by_one_operation(name: str, fresh_compiler: None) -> None:
+    """With and without packing, where the device has the pass. The last of a model's layers has experts."""
+    model, tokens = model_of_experts(name, torch.bfloat16), torch.randint(0, 96, (2, 24))
+    recipe = micromix.calibrate(model, [tokens], QUICK, progress=False)
+    packed = micromix.quantize_(copy.deepcopy(model), recipe)
+    with served_by(FOLDING), torch.no_grad():
+        for compiled in (
+            torch.compile(model, backend="micromix", options={"recipe": recipe}),
+            torch.compile(packed, backend="micromix"),
+        ):
+            with counted() as counts:
+                compiled(tokens)
+            assert counts["sum_experts"] == 1
 
 
 def test_a_checkpoint_of_other_experts_is_refused(tmp_path: Path) -> None:
