@@ -104,9 +104,9 @@ def forward_ms(model: nn.Module, ids: Tensor, **keywords: Any) -> float:
     """Milliseconds of a forward pass without a cache, logits of the last token only. keywords: of `torch.compile`."""
     torch.compiler.reset()
     fast = torch.compile(model, **keywords)
-    for _ in range(2):  # compiles; records, where there are CUDA graphs
+    for _ in range(5):  # compiles; records, where there are CUDA graphs; warms up
         fast(ids, use_cache=False, logits_to_keep=1)
-    return median_ms(lambda: fast(ids, use_cache=False, logits_to_keep=1), 5)
+    return median_ms(lambda: fast(ids, use_cache=False, logits_to_keep=1), 20)
 
 
 def forward_ms_by_length(layers: int, lengths: Sequence[int], names: Sequence[str]) -> dict[str, dict[int, float]]:
